@@ -1,0 +1,57 @@
+# Set-up is a prerequisite of every target: a virtual environment from requirements.txt, made once.
+#
+#   CONFIG      a YAML file, or a folder whose rows are all run      GPUS    processes (torchrun), one per GPU
+#   CHECKPOINT  what eval and predict use                            ARGS    section.key=value overrides, or flags
+#   IMAGES      what predict looks at                                RUNS    run folders that table compares
+#   PYTHON      the interpreter that makes VENV                      VENV    an existing environment can be used
+
+CONFIG ?= configs/glyphs-100
+CHECKPOINT ?= runs/glyphs-100/bags/last.pth
+IMAGES ?= data/glyphs-100/val
+RUNS ?= runs/glyphs-100
+GPUS ?= 1
+ARGS ?=
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN = $(VENV)/bin
+READY = $(VENV)/.bags-ready
+ifeq ($(GPUS),1)
+LAUNCH = $(BIN)/python
+else
+LAUNCH = $(BIN)/torchrun --standalone --nproc_per_node $(GPUS)
+endif
+
+.PHONY: help train eval predict test lint table clean
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-9s %s\n", $$1, $$2}'
+
+train: $(READY)  ## Train CONFIG (default: softmax, its control and BAGS on the embedded dataset) and compare
+	$(LAUNCH) scripts/train.py $(CONFIG) $(ARGS)
+
+eval: $(READY)  ## Evaluate CHECKPOINT on its validation set
+	$(LAUNCH) scripts/evaluate.py $(CHECKPOINT) $(ARGS)
+
+predict: $(READY)  ## Draw what CHECKPOINT finds in IMAGES (a file or a folder) to predictions/
+	$(BIN)/python scripts/predict.py $(CHECKPOINT) $(IMAGES) $(ARGS)
+
+table: $(READY)  ## Compare the finished runs in RUNS: table, weight norms, example predictions
+	$(BIN)/python scripts/tables.py $(RUNS) $(ARGS)
+
+test: $(READY)  ## Run the tests
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(READY)  ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## Remove the environment and caches; data/ and runs/ stay
+	rm -rf .venv .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=..."'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@

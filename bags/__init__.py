@@ -1,0 +1,28 @@
+"""Long-tail object detection on torchvision, around Balanced Group Softmax (Li et al., CVPR 2020)."""
+
+import importlib
+
+_PUBLIC = {
+    "AnnotationIndex": "bags.data.index",
+    "CategoryStats": "bags.data.statistics",
+    "GroupSoftmax": "bags.classifiers.group_softmax",
+    "Softmax": "bags.classifiers.softmax",
+    "UserError": "bags.errors",
+    "assign_groups": "bags.classifiers.groups",
+    "build_detector": "bags.build",
+    "evaluate": "bags.evaluation.detection_ap",
+    "load_config": "bags.config",
+    "load_detector": "bags.build",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    """Loads a public call when it is first used, so that scoring a results file needs no torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'bags' has no attribute '{name}'")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

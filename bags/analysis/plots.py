@@ -1,0 +1,99 @@
+"""Figures of a comparison, written as PNG files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from bags.analysis.weight_norms import rank_correlation
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d5a97", "#e08e45", "#555555")
+
+
+def plot_weight_norms(
+    path: Path, norms: dict[str, np.ndarray], instance_counts: Sequence[int], boundaries: Sequence[int]
+) -> None:
+    """Figures 1 and 3 of the paper: categories by falling count, their classifier norms, group borders.
+
+    norms: method -> [C+1], entry 0 the background (drawn at index 0). instance_counts: [C].
+    """
+    counts = np.asarray(instance_counts)
+    order = np.argsort(-counts, kind="stable")
+    index = np.arange(1, len(counts) + 1)
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    for (name, values), colour in zip(norms.items(), COLOURS * (len(norms) // len(COLOURS) + 1), strict=False):
+        correlation = rank_correlation(values[1:], counts)
+        label = f"{name}  (rank correlation with count {correlation:.2f})"
+        axes.plot(index, values[1:][order], ".", ms=4, alpha=0.45, color=colour)
+        axes.plot(index, _running_mean(values[1:][order]), color=colour, lw=1.8, label=label)
+        axes.plot(0, values[0], "D", ms=6, color=colour)
+    for border in boundaries:
+        position = int((counts >= border).sum()) + 0.5
+        axes.axvline(position, color="0.5", ls="--", lw=1)
+    axes.set(
+        xlabel="category, by falling number of training instances (diamond: background)",
+        ylabel="classifier weight norm",
+        ylim=(0, None),
+    )
+    right = axes.twinx()
+    right.plot(index, counts[order], color="0.75", lw=1.5, zorder=0)
+    right.set(yscale="log", ylabel="training instances (grey)")
+    axes.set_zorder(right.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    axes.legend(loc="upper right", fontsize=8)
+    _save(figure, path)
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    half = max(1, len(values) // 40)
+    padded = np.pad(values, half, mode="edge")
+    return np.convolve(padded, np.ones(2 * half + 1) / (2 * half + 1), mode="valid")
+
+
+def plot_predictions(path: Path, images: Sequence[Image.Image], columns: dict[str, Sequence[dict]]) -> None:
+    """One row per image, one column per entry of `columns` (ground truth, methods).
+
+    An entry of a column is {"boxes": [K, 4] pixels, "names": K texts, "scores": [K] or absent,
+    "colours": K colours}.
+    """
+    size = 3.2
+    figure, grid = plt.subplots(
+        len(images), len(columns), figsize=(size * len(columns), size * len(images)), squeeze=False, layout="constrained"
+    )
+    for row, image in enumerate(images):
+        for axes, (title, drawings) in zip(grid[row], columns.items(), strict=True):
+            draw_boxes(axes, image, **drawings[row])
+            if row == 0:
+                axes.set_title(title, fontsize=11)
+    _save(figure, path)
+
+
+def draw_boxes(axes, image: Image.Image, boxes, names, colours, scores=None) -> None:
+    """An image with labelled boxes on one matplotlib axes."""
+    axes.imshow(image)
+    axes.axis("off")
+    for k, (x1, y1, x2, y2) in enumerate(np.asarray(boxes).reshape(-1, 4).tolist()):
+        axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colours[k], lw=1.4))
+        text = names[k] if scores is None else f"{names[k]} {100 * scores[k]:.0f}"
+        axes.text(x1, y1, text, fontsize=7, color="white", va="bottom",
+                  bbox={"facecolor": colours[k], "pad": 0.8, "lw": 0})  # fmt: skip
+
+
+def save_drawing(path: Path, image: Image.Image, boxes, names, colours, scores=None) -> None:
+    """One image with labelled boxes as a PNG of at least 640 pixels in width."""
+    scale = max(1.0, 640 / image.width)
+    figure = plt.figure(figsize=(image.width * scale / 100, image.height * scale / 100))
+    axes = figure.add_axes((0, 0, 1, 1))
+    draw_boxes(axes, image, boxes, names, colours, scores)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

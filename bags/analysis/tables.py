@@ -1,0 +1,53 @@
+"""Result files of runs -> the paper's tables: methods as rows, AP columns in percent."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+COLUMNS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf", "AP50", "AP_tail", "AP_head")
+TITLES = {"AP": "mAP", "AP_tail": "tail", "AP_head": "head"}
+
+
+def read_metrics(folder: Path) -> dict[str, float]:
+    """`metrics.json` of a run; null becomes NaN."""
+    values = json.loads((folder / "metrics.json").read_text())
+    return {key: math.nan if value is None else value for key, value in values.items()}
+
+
+def write_metrics(folder: Path, values: dict[str, float]) -> None:
+    """Writes `metrics.json`; NaN becomes null."""
+    plain = {key: None if math.isnan(value) else value for key, value in values.items()}
+    temporary = folder / "metrics.tmp"
+    temporary.write_text(json.dumps(plain, indent=1))
+    temporary.replace(folder / "metrics.json")
+
+
+def render_table(rows: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown. `rows` maps a method to its metrics, one dict per seed; several give mean +- deviation."""
+    columns = [c for c in COLUMNS if any(c in run for runs in rows.values() for run in runs)]
+    table = [["method", *(TITLES.get(c, c) for c in columns)]]
+    for name, runs in rows.items():
+        table.append([name, *(_cell([run.get(c, math.nan) for run in runs]) for c in columns)])
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = ["| " + " | ".join(_pad(row, widths)) + " |" for row in table]
+    lines.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    return spread([100 * v for v in values], ".1f")
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean, and with several values their standard deviation; NaN are left out, "-" if none is left."""
+    known = [v for v in values if not math.isnan(v)]
+    if not known:
+        return "-"
+    deviation = f" ±{statistics.stdev(known):{form}}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):{form}}{deviation}"
+
+
+def _pad(row: list[str], widths: list[int]) -> list[str]:
+    first, *rest = row
+    return [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]

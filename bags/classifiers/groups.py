@@ -1,0 +1,50 @@
+"""Which categories compete with which: groups of similar training frequency (Eq. 3)."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CategoryGroups:
+    """A partition of C categories into N groups by number of training instances.
+
+    num_categories  C
+    sizes           [N] categories per group, without `others`; a group may be empty
+    group_of        [C] 0-based group of category c + 1
+    boundaries      [N - 1] rising instance counts; a count equal to a boundary goes up
+    """
+
+    num_categories: int
+    sizes: tuple[int, ...]
+    group_of: tuple[int, ...]
+    boundaries: tuple[int, ...]
+
+    def members(self, group: int) -> list[int]:
+        """Labels (1..C) of a group's categories, ascending."""
+        return [label for label, g in enumerate(self.group_of, start=1) if g == group]
+
+
+def assign_groups(
+    instance_counts: Sequence[int] | Tensor, boundaries: Sequence[int] = (10, 100, 1000)
+) -> CategoryGroups:
+    """Category j goes to group n if boundaries[n-1] <= count_j < boundaries[n] (Eq. 3).
+
+    instance_counts: [C] training boxes per category, in the order of labels 1..C; each >= 0.
+    boundaries: strictly rising, above 0; N - 1 of them make N groups.
+    Raises ValueError for negative, fractional or missing counts and for boundaries that do not rise.
+    """
+    counts = torch.as_tensor(instance_counts)
+    edges = tuple(int(b) for b in boundaries)
+    if counts.ndim != 1 or len(counts) == 0:
+        raise ValueError(f"instance_counts: expected one count per category, got shape {tuple(counts.shape)}")
+    if not torch.equal(counts, counts.long().to(counts.dtype)) or (counts < 0).any():
+        raise ValueError("instance_counts: expected whole numbers >= 0, as many as categories")
+    if any(high <= low for low, high in itertools.pairwise((0, *edges))) or edges != tuple(boundaries):
+        raise ValueError(f"boundaries: expected whole numbers, rising and above 0, got {tuple(boundaries)}")
+    group_of = torch.bucketize(counts.long(), torch.tensor(edges, dtype=torch.long), right=True)
+    sizes = torch.bincount(group_of, minlength=len(edges) + 1)
+    return CategoryGroups(len(counts), tuple(sizes.tolist()), tuple(group_of.tolist()), edges)

@@ -1,0 +1,368 @@
+"""One YAML file -> one frozen, typed `Config`.
+
+A file may name a `base` file (path relative to itself) and then holds only what differs from it;
+`section.key=value` overrides any leaf. The classifier and the sampler are chosen by `name`, and a
+new name replaces the whole section, so that no key of one method leaks into another. Unknown keys,
+wrong types and impossible values raise `UserError` before any data is read.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from bags.errors import UserError
+
+# --------------------------------------------------------------------------- sections
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which files. Relative paths are relative to `root`; `root` to the working directory."""
+
+    name: str = "dataset"  # the dataset's folder below `output`
+    root: str = "."
+    train: str = "train.json"
+    val: str = "val.json"
+    train_images: str = "."  # folder that the file names of `train` are relative to
+    val_images: str = "."
+    glyphs: Literal["glyphs-100", "glyphs-1230"] | None = None  # embedded preset, made in `root` if absent
+    flip: float = 0.5  # probability of a horizontal flip; 0 where mirrored objects change their class
+    workers: int = 2  # loader processes per rank; 0 loads in the training process
+
+
+@dataclass(frozen=True)
+class RPNConfig:
+    """Region proposal network. Sizes in pixels of the resized image, one tuple per FPN level."""
+
+    anchor_sizes: tuple[tuple[int, ...], ...] = ((32,), (64,), (128,), (256,), (512,))
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    batch_size: int = 256  # anchors per image in the loss
+    train_proposals: int = 2000
+    test_proposals: int = 1000
+
+
+@dataclass(frozen=True)
+class RoIConfig:
+    """Second stage."""
+
+    batch_size: int = 512  # proposals per image in the loss
+    positive_fraction: float = 0.25
+    sampling_ratio: int = 2  # RoIAlign samples per bin side
+    fc: int = 1024  # width of the two box-head layers
+    class_agnostic: bool = False  # one box regression for all categories
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """Which network, and the weights it starts from."""
+
+    framework: Literal["faster_rcnn"] = "faster_rcnn"
+    backbone: Literal["small", "resnet18", "resnet50"] = "resnet50"
+    fpn_channels: int = 256
+    min_size: int = 800  # shorter side after resizing, unless that makes the longer exceed max_size
+    max_size: int = 1333
+    init_from: str | None = None  # a checkpoint, or `row:NAME`, the run NAME beside this one
+    reset_classifier: bool = False  # do not take the classifier from init_from even where it fits
+    rpn: RPNConfig = field(default_factory=RPNConfig)
+    roi: RoIConfig = field(default_factory=RoIConfig)
+
+
+@dataclass(frozen=True)
+class SoftmaxConfig:
+    """Plain softmax cross entropy (Eq. 1-2)."""
+
+    name: Literal["softmax"] = "softmax"
+
+
+@dataclass(frozen=True)
+class GroupSoftmaxConfig:
+    """Balanced Group Softmax (Eq. 3-5)."""
+
+    name: Literal["group_softmax"] = "group_softmax"
+    boundaries: tuple[int, ...] = (10, 100, 1000)  # training instances
+    others_ratio: float | Literal["n", "all"] = 8.0  # beta
+
+
+@dataclass(frozen=True)
+class UniformConfig:
+    """Every image once per epoch."""
+
+    name: Literal["uniform"] = "uniform"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trained part and schedule."""
+
+    part: Literal["all", "cls", "none"] = "all"
+    epochs: int = 12
+    batch_size: int = 16  # images, over all ranks
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    milestones: tuple[float, ...] = (8, 11)  # epochs after which lr is multiplied by gamma
+    gamma: float = 0.1
+    warmup_iterations: int = 500
+    warmup_factor: float = 1 / 3
+    clip_norm: float = 35.0  # gradient norm; 0 does not clip
+    log_every: int = 20  # iterations
+    checkpoint_every: int = 200  # iterations; and at the end
+
+
+@dataclass(frozen=True)
+class TestConfig:
+    """Inference and evaluation."""
+
+    __test__ = False  # not a test, whatever pytest thinks of the name
+
+    batch_size: int = 1  # images per rank
+    score_threshold: float = 0.0
+    nms_threshold: float = 0.5
+    max_detections: int = 300
+    bins: tuple[int, ...] = (10, 100, 1000)  # training instances, for AP1, AP2, ...
+
+
+ClassifierConfig = SoftmaxConfig | GroupSoftmaxConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on."""
+
+    name: str = "config"  # the run's folder below the dataset's; the file's stem
+    data: DataConfig = field(default_factory=DataConfig)
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    classifier: ClassifierConfig = field(default_factory=SoftmaxConfig)
+    sampler: UniformConfig = field(default_factory=UniformConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    test: TestConfig = field(default_factory=TestConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+    output: str = "runs"
+
+    @property
+    def run_folder(self) -> Path:
+        """`<output>/<dataset>/<config>`: where this run keeps its files."""
+        return Path(self.output, self.data.name, self.name)
+
+    @property
+    def init_row(self) -> str | None:
+        """The NAME of `init_from: row:NAME`, else None."""
+        source = self.detector.init_from or ""
+        return source.removeprefix("row:") if source.startswith("row:") else None
+
+    @property
+    def init_file(self) -> Path | None:
+        """The checkpoint that the weights come from, else None."""
+        if self.init_row is not None:
+            return self.run_folder.with_name(self.init_row) / "last.pth"
+        return Path(self.detector.init_from) if self.detector.init_from else None
+
+
+# --------------------------------------------------------------------------- public calls
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Reads a YAML file, its bases, then `section.key=value` overrides, left to right.
+
+    Raises UserError, naming the file and the key, for anything that cannot be used.
+    """
+    path = Path(path)
+    tree = _read(path, ())
+    tree.setdefault("name", path.stem)
+    return _resolve(tree, overrides, str(path))
+
+
+def override_config(config: Config, overrides: typing.Sequence[str]) -> Config:
+    """The configuration with some leaves changed, checked as `load_config` does."""
+    return _resolve(config_to_dict(config), overrides, config.name)
+
+
+def _resolve(tree: dict, overrides: typing.Sequence[str], source: str) -> Config:
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"override '{override}': expected section.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"override '{override}': the value is not YAML ({error})") from None
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        _merge(tree, value)
+    config = config_from_dict(tree, source)
+    _check(config, source)
+    return config
+
+
+def config_from_dict(tree: dict, source: str = "config") -> Config:
+    """Nested plain values -> Config, types checked. `source` names the origin in errors."""
+    return _convert(tree, Config, "", source)
+
+
+def config_to_dict(config: Config) -> dict:
+    """The resolved configuration as plain values: what YAML and a checkpoint hold."""
+
+    def plain(value):
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+    return plain(config)
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes the resolved file; `load_config` of it gives an equal Config."""
+    Path(path).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def _read(path: Path, children: tuple[Path, ...]) -> dict:
+    if path.resolve() in children:
+        raise UserError(f"{path}: its `base` leads back to itself")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        raise UserError(f"{path}: no such configuration file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected `section: {{key: value}}`, found {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base: expected the path of one YAML file, got {base!r}")
+    return _merge(_read(path.parent / base, (*children, path.resolve())), tree)
+
+
+def _merge(tree: dict, changes: dict) -> dict:
+    """Lays `changes` over `tree` in place; a section whose `name` changes is replaced."""
+    for key, value in changes.items():
+        old = tree.get(key)
+        renamed = isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) != old.get("name")
+        if isinstance(old, dict) and isinstance(value, dict) and not (renamed and key in ("classifier", "sampler")):
+            _merge(old, value)
+        else:
+            tree[key] = value
+    return tree
+
+
+# --------------------------------------------------------------------------- types
+
+
+def _convert(value: Any, kind: Any, key: str, source: str) -> Any:
+    """`value` as `kind` (dataclass, union, tuple, Literal or scalar), or UserError."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _convert_section(value, kind, key, source)
+    if origin in (typing.Union, types.UnionType):
+        sections = {k.name: k for k in arguments if dataclasses.is_dataclass(k)}
+        if sections:
+            return _convert_section(value, _chosen(value, sections, key, source), key, source)
+        for option in arguments:
+            try:
+                return _convert(value, option, key, source)
+            except UserError:
+                continue
+    elif origin is Literal:
+        if value in arguments and type(value) in map(type, arguments):
+            return value
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_convert(v, arguments[0], key, source) for v in value)
+    elif kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as a string
+        except ValueError:
+            pass
+    elif kind is type(None):
+        if value is None:
+            return None
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise UserError(f"{source}: {key}: expected {_describe(kind)}, got {value!r}")
+
+
+def _convert_section(value: Any, kind: type, key: str, source: str) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: {key}: expected a section of keys, got {value!r}")
+    hints, prefix = typing.get_type_hints(kind), f"{key}." if key else ""
+    for name in value:
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints, 1, 0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(hints)}"
+            raise UserError(f"{source}: {prefix}{name}: unknown key; {hint}")
+    return kind(**{n: _convert(v, hints[n], prefix + n, source) for n, v in value.items()})
+
+
+def _chosen(value: Any, sections: dict, key: str, source: str) -> type:
+    name = value.get("name") if isinstance(value, dict) else None
+    if name not in sections:
+        near = difflib.get_close_matches(str(name), sections, 1)
+        hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(sections)}"
+        raise UserError(f"{source}: {key}.name: unknown name {name!r}; {hint}")
+    return sections[name]
+
+
+def _describe(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_describe, arguments))
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin is tuple:
+        return f"a list of ({_describe(arguments[0])})"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return names.get(kind, str(kind))
+
+
+# --------------------------------------------------------------------------- values
+
+
+def _check(config: Config, source: str) -> None:
+    """Values that have the right type and still cannot work."""
+    classifier, train, data, test = config.classifier, config.train, config.data, config.test
+
+    def need(holds: bool, key: str, expected: str) -> None:
+        if not holds:
+            raise UserError(f"{source}: {key}: expected {expected}")
+
+    for key in ("name", "data.name"):
+        value = config.name if key == "name" else data.name
+        need(value not in ("", ".", "..") and not set(value) & set("/\\"), key, f"a folder name, got {value!r}")
+    need(0 <= config.seed < 2**31, "seed", f"0 <= seed < 2**31, got {config.seed}")
+    need(0 <= data.flip <= 1, "data.flip", f"a probability, got {data.flip}")
+    need(data.workers >= 0, "data.workers", f"0 or more, got {data.workers}")
+    for key in ("epochs", "batch_size", "log_every", "checkpoint_every"):
+        need(getattr(train, key) >= 1, f"train.{key}", f"1 or more, got {getattr(train, key)}")
+    need(train.lr > 0, "train.lr", f"a number above 0, got {train.lr}")
+    need(train.warmup_iterations >= 0, "train.warmup_iterations", f"0 or more, got {train.warmup_iterations}")
+    need(test.batch_size >= 1, "test.batch_size", f"1 or more, got {test.batch_size}")
+    need(test.max_detections >= 1, "test.max_detections", f"1 or more, got {test.max_detections}")
+    need(0 <= test.score_threshold < 1, "test.score_threshold", f"0 <= threshold < 1, got {test.score_threshold}")
+    rising = [("test.bins", test.bins)]
+    if isinstance(classifier, GroupSoftmaxConfig):
+        rising.append(("classifier.boundaries", classifier.boundaries))
+        beta = classifier.others_ratio
+        need(isinstance(beta, str) or beta >= 0, "classifier.others_ratio", f"0 or more, got {beta}")
+    for key, values in rising:
+        ascending = all(a < b for a, b in zip((0, *values), values, strict=False))
+        need(ascending, key, f"rising numbers above 0, got {list(values)}")
+    need(train.part == "all" or config.detector.init_from is not None, "detector.init_from",
+         f"a checkpoint: with train.part={train.part} the rest of the detector would stay random")  # fmt: skip
+    need(config.init_row != config.name, "detector.init_from", "another row than this one")

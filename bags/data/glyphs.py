@@ -1,0 +1,456 @@
+"""The embedded dataset: a procedural long-tail detection dataset in LVIS v1 JSON format.
+
+A category is one letter of DejaVu Sans (the font that matplotlib carries). An object is a glyph
+drawn with its own size, rotation, stretch, colour, contrast and blur, among other objects and
+strokes, on a background of textured regions. Instance masks come from the glyph's own coverage,
+less what later objects hide; the texture of each background region is the image's semantic map.
+
+Two choices make it the paper's problem in small:
+
+* Instances per category fall as a shifted power law, from thousands to a few.
+* Categories come in families of look-alikes (accents, Latin, Greek and Cyrillic kin), and each
+  family has members in the head and in the tail. With only distinct glyphs, retraining a plain
+  softmax does as well as Balanced Group Softmax.
+
+The same seed gives the same annotations on every machine: outlines are read in integer font units,
+filled by the scan converter below, and random numbers come from `numpy.random.RandomState`, whose
+streams are frozen. (JPEG pixels may differ in the last bits between versions of Pillow.)
+
+Command:  python scripts/prepare_data.py glyphs-100 --root data/glyphs-100
+"""
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+from matplotlib import get_data_path
+from matplotlib.ft2font import FT2Font, LoadFlags
+from PIL import Image, ImageDraw, ImageFilter
+from pycocotools import mask as coco_mask
+from tqdm import tqdm
+
+from bags.errors import UserError
+
+DUPLICATE_SIMILARITY = 0.985  # cosine of two 24 x 24 renderings; more alike is the same category
+TEXTURES = ("plain", "noise", "grain", "stripes", "checks", "dots", "waves", "rings")
+CHUNK = 100  # images per unit of work: what a killed run may lose
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Size and difficulty of one dataset. Lengths are in pixels, counts in instances."""
+
+    categories: int
+    image_size: int
+    most_instances: int  # training instances of the first category in rank ...
+    fewest_instances: int  # ... and of the last
+    shift: float  # q of the law  n(rank) ~ (rank + q) ** -alpha
+    objects: tuple[int, int]  # objects per image, both ends included
+    size: tuple[float, float]  # longer side of an object
+    family: int  # members of a family of look-alikes
+    family_similarity: float  # least cosine similarity within a family
+    val_instances: int  # validation instances of every category
+    negatives: int  # absent categories that an image vouches for (`neg_category_ids`)
+
+
+PRESETS = {
+    "glyphs-100": Preset(100, 192, 1500, 8, 70, (10, 17), (28, 56), 3, 0.60, 20, 40),
+    "glyphs-1230": Preset(1230, 256, 2000, 2, 640, (8, 24), (18, 56), 5, 0.70, 20, 100),
+}
+
+
+# --------------------------------------------------------------------------- outlines
+
+
+def load_outlines(characters: list[str] | None = None) -> dict[str, list[np.ndarray]]:
+    """Closed contours of glyphs, each [K, 2], y downwards, the longer side of the glyph = 1.
+
+    `characters=None` reads every letter of the font.
+    """
+    font = FT2Font(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")))
+    outlines = {}
+    for character in characters or map(chr, sorted(font.get_charmap())):
+        if unicodedata.category(character)[0] != "L":
+            continue
+        font.load_char(ord(character), flags=LoadFlags.NO_SCALE)  # integer font units
+        contours = _flatten(*font.get_path())
+        if contours:
+            points = np.concatenate(contours)
+            low, high = points.min(0), points.max(0)
+            extent = (high - low).max()
+            outlines[character] = [(c - (low + high) / 2) / extent * (1, -1) for c in contours]
+    return outlines
+
+
+def _flatten(vertices: np.ndarray, codes: np.ndarray) -> list[np.ndarray]:
+    """Matplotlib path -> contours; a quadratic curve becomes four chords."""
+    contours, points, i = [], [], 0
+    while i < len(codes):
+        if codes[i] == 1:  # move to
+            points = [vertices[i]]
+            contours.append(points)
+        elif codes[i] == 2:  # line to
+            points.append(vertices[i])
+        elif codes[i] == 3:  # control point, then end point
+            start, control, end = points[-1], vertices[i], vertices[i + 1]
+            for t in (0.25, 0.5, 0.75, 1.0):
+                points.append((1 - t) ** 2 * start + 2 * t * (1 - t) * control + t * t * end)
+            i += 1
+        i += 1
+    return [np.asarray(c) for c in contours if len(c) > 2]
+
+
+def coverage(contours: list[np.ndarray], height: int, width: int, samples: int = 3) -> np.ndarray:
+    """Scan conversion by the non-zero winding rule.
+
+    Contours are in pixels; returns int [height, width], the number of the samples x samples points
+    of each pixel that lie inside (0..samples**2). Integer-valued, so equal on every machine.
+    """
+    start = np.concatenate(contours) * samples
+    end = np.concatenate([np.roll(c, -1, axis=0) for c in contours]) * samples
+    rows = np.arange(height * samples) + 0.5
+    below_start, below_end = start[:, 1:] <= rows, end[:, 1:] <= rows
+    segment, row = np.nonzero(below_start != below_end)
+    (x0, y0), (x1, y1) = start[segment].T, end[segment].T
+    x = x0 + (rows[row] - y0) * (x1 - x0) / (y1 - y0)
+    column = np.clip(np.ceil(x - 0.5), 0, width * samples).astype(np.int64)
+    direction = np.where(below_start[segment, row], 1.0, -1.0)
+    stride = width * samples + 1
+    winding = np.bincount(row * stride + column, direction, len(rows) * stride)
+    inside = winding.reshape(len(rows), stride).cumsum(1)[:, :-1] != 0
+    return inside.reshape(height, samples, width, samples).sum((1, 3))
+
+
+# --------------------------------------------------------------------------- categories
+
+
+def choose_categories(preset: Preset, seed: int) -> list[str]:
+    """The characters of a preset, by rank: the first has the most training instances.
+
+    True duplicates are left out. Families are grown around random glyphs; each family is spread
+    evenly over the ranks, so that tail categories have look-alikes in the head.
+    """
+    outlines = load_outlines()
+    characters = list(outlines)
+    drawings = [coverage([c * 24 + 12 for c in outlines[ch]], 24, 24) for ch in characters]
+    pixels = np.stack(drawings).reshape(len(characters), -1).astype(np.float64)
+    seen = pixels.any(1)
+    pixels, characters = pixels[seen], [c for c, s in zip(characters, seen, strict=True) if s]
+    dots = pixels @ pixels.T  # exact: integers far below 2 ** 53
+    norms = np.sqrt(np.diag(dots))
+    similarity = dots / norms[:, None] / norms
+    distinct = np.zeros(len(characters), bool)
+    for i in range(len(characters)):
+        distinct[i] = not (similarity[i, :i][distinct[:i]] >= DUPLICATE_SIMILARITY).any()
+
+    rng = np.random.RandomState([seed, 1])
+    free, ranked, chosen = distinct.copy(), [], 0
+    for centre in rng.permutation(np.flatnonzero(distinct)):
+        if chosen == preset.categories:
+            break
+        kin = np.flatnonzero(free & (similarity[centre] >= preset.family_similarity))
+        kin = kin[np.argsort(-similarity[centre, kin], kind="stable")]
+        kin = kin[: min(preset.family, preset.categories - chosen)]  # the centre comes first
+        if not free[centre] or (len(kin) < preset.family and chosen + len(kin) < preset.categories):
+            continue
+        free[kin] = False
+        chosen += len(kin)
+        places = (rng.permutation(len(kin)) + rng.random_sample(len(kin))) / len(kin)
+        ranked += [(place, characters[k]) for place, k in zip(places, kin, strict=True)]
+    return [character for _, character in sorted(ranked)]
+
+
+def instance_counts(preset: Preset) -> np.ndarray:
+    """Training instances by rank, int [C]: a shifted power law through both given ends."""
+    rank = np.arange(1, preset.categories + 1)
+    fall = math.log(preset.most_instances / preset.fewest_instances)
+    alpha = fall / math.log((preset.categories + preset.shift) / (1 + preset.shift))
+    law = preset.most_instances * ((1 + preset.shift) / (rank + preset.shift)) ** alpha
+    return np.maximum(1, np.round(law)).astype(np.int64)
+
+
+# --------------------------------------------------------------------------- images
+
+
+def _background(size: int, rng: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
+    """Textured regions: colours float32 [size, size, 3] in 0..255 and the semantic map uint8."""
+    y, x = np.mgrid[:size, :size].astype(np.float32)
+    centres = rng.uniform(0, size, (rng.randint(2, 5), 2))
+    region = np.argmin([(y - a) ** 2 + (x - b) ** 2 for a, b in centres], axis=0)
+    canvas = np.empty((size, size, 3), np.float32)
+    semantic = np.empty((size, size), np.uint8)
+    for index in range(len(centres)):
+        kind = rng.randint(len(TEXTURES))
+        where = region == index
+        pattern = _texture(TEXTURES[kind], x, y, rng)[where, None]
+        first = rng.uniform(40, 215, 3)
+        second = np.clip(first + rng.uniform(-25, 25, 3), 0, 255)
+        canvas[where] = first + (second - first) * pattern
+        semantic[where] = kind + 1
+    shade = Image.fromarray(rng.uniform(-15, 15, (4, 4)).astype(np.float32))
+    canvas += np.asarray(shade.resize((size, size), Image.Resampling.BICUBIC))[..., None]
+    return canvas, semantic
+
+
+def _texture(kind: str, x: np.ndarray, y: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
+    """One of TEXTURES as float [size, size] in about 0..1."""
+    angle, period = rng.uniform(0, math.pi), rng.uniform(6, 20)
+    u = (x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period)
+    v = (y * math.cos(angle) - x * math.sin(angle)) * (2 * math.pi / period)
+    size = len(x)
+    if kind in ("noise", "grain"):
+        cells = size // 8 if kind == "noise" else size
+        field = Image.fromarray(rng.uniform(0, 1, (cells, cells)).astype(np.float32))
+        return np.asarray(field.resize((size, size), Image.Resampling.BILINEAR))
+    return {
+        "plain": lambda: np.full_like(x, 0.5),
+        "stripes": lambda: (np.sin(u) > 0).astype(np.float32),
+        "checks": lambda: ((np.sin(u) > 0) != (np.sin(v) > 0)).astype(np.float32),
+        "dots": lambda: (np.sin(u) * np.sin(v) > 0.5).astype(np.float32),
+        "waves": lambda: 0.5 + 0.5 * np.sin(u + 2 * np.sin(v / 2)),
+        "rings": lambda: 0.5 + 0.5 * np.sin(np.hypot(u, v)),
+    }[kind]()
+
+
+def _draw_clutter(canvas: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
+    """Strokes and arcs that belong to no category."""
+    size = len(canvas)
+    image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for _ in range(rng.randint(1, 5)):
+        x, y = rng.uniform(0, size, 2)
+        dx, dy = rng.uniform(-size / 4, size / 4, 2)
+        colour = tuple(int(v) for v in rng.uniform(0, 255, 3))
+        width = int(rng.randint(1, 4))
+        if rng.random_sample() < 0.5:
+            draw.line((x, y, x + dx, y + dy), fill=colour, width=width)
+        else:
+            box = (x, y, x + abs(dx) + 4, y + abs(dy) + 4)
+            first = rng.uniform(0, 360)
+            draw.arc(box, first, first + rng.uniform(60, 200), fill=colour, width=width)
+    return np.asarray(image).astype(np.float32)
+
+
+def _place(outline, size_range, owner, areas, rng) -> tuple[int, int, np.ndarray]:
+    """A random pose that hides no earlier object by more than 25 % -> (top, left, coverage)."""
+    extent, shrink = len(owner), 1.0
+    for attempt in range(1000):
+        size = rng.uniform(*size_range) * shrink
+        angle, stretch = rng.uniform(-0.15, 0.15), math.exp(rng.uniform(-0.1, 0.1))
+        cos, sin = math.cos(angle) * size, math.sin(angle) * size
+        pose = np.array([[cos * stretch, sin / stretch], [-sin * stretch, cos / stretch]])
+        contours = [contour @ pose for contour in outline]
+        points = np.concatenate(contours)
+        low, high = points.min(0), points.max(0)
+        left, top = rng.uniform(1, np.maximum(extent - 1 - (high - low), 1.5))
+        x0, y0 = int(left), int(top)
+        width = min(math.ceil(high[0] - low[0]) + 2, extent - x0)
+        height = min(math.ceil(high[1] - low[1]) + 2, extent - y0)
+        shift = np.array([left - x0, top - y0]) - low
+        ink = coverage([contour + shift for contour in contours], height, width)
+        covered = owner[y0 : y0 + height, x0 : x0 + width][ink >= 5]
+        hidden = np.bincount(covered, minlength=len(areas) + 1)[1:]
+        visible = np.bincount(owner.ravel(), minlength=len(areas) + 1)[1:] - hidden
+        if len(covered) >= 12 and (visible >= 0.75 * np.asarray(areas)).all():
+            return y0, x0, ink
+        if attempt % 20 == 19:
+            shrink *= 0.85 if len(covered) >= 24 else 1.1
+    raise RuntimeError("no room for an object: the preset asks for too many objects per image")
+
+
+def draw_image(preset: Preset, outlines: list, rng: np.random.RandomState):
+    """One image: (pixels uint8 [S, S, 3], semantic uint8 [S, S], masks bool, one per outline)."""
+    canvas, semantic = _background(preset.image_size, rng)
+    canvas = _draw_clutter(canvas, rng)
+    owner = np.zeros(canvas.shape[:2], np.int64)  # 0, or 1 + the object seen at this pixel
+    areas: list[int] = []
+    for outline in outlines:
+        top, left, ink = _place(outline, preset.size, owner, areas, rng)
+        solid = ink >= 5
+        height, width = ink.shape
+        owner[top : top + height, left : left + width][solid] = len(areas) + 1
+        areas.append(int(solid.sum()))
+        patch = canvas[top : top + height, left : left + width]
+        colour = _visible_colour(patch[solid].mean(0), rng)
+        alpha = Image.fromarray((ink * (255 / 9)).astype(np.uint8))
+        alpha = alpha.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8)))
+        alpha = np.asarray(alpha, np.float32)[..., None] / 255 * rng.uniform(0.85, 1.0)
+        patch += alpha * (colour - patch)
+    canvas += rng.normal(0, rng.uniform(1, 5), (*owner.shape, 1))
+    masks = [owner == k + 1 for k in range(len(outlines))]
+    return np.clip(canvas, 0, 255).astype(np.uint8), semantic, masks
+
+
+def _visible_colour(behind: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
+    """A random colour at least 140 grey levels (Euclidean) from what is behind."""
+    for _ in range(50):
+        colour = rng.uniform(0, 255, 3)
+        if np.linalg.norm(colour - behind) >= 140:
+            break
+    return colour
+
+
+# --------------------------------------------------------------------------- files
+
+
+def _make_chunk(job: tuple) -> None:
+    """Draws one chunk of images and writes its part of the annotations, last and atomically."""
+    preset, seed, split, folder, first_id, image_categories, characters = job
+    part = folder / "parts" / f"{split}-{first_id:08d}.json"
+    if part.exists():
+        return
+    outlines = load_outlines(sorted({characters[c] for ids in image_categories for c in ids}))
+    images, annotations = [], []
+    for offset, category_ids in enumerate(image_categories):
+        image_id = first_id + offset
+        rng = np.random.RandomState([seed, 2 + (split == "val"), image_id])
+        shapes = [outlines[characters[c]] for c in category_ids]
+        pixels, semantic, masks = draw_image(preset, shapes, rng)
+        name = f"{split}/{image_id:08d}.jpg"
+        Image.fromarray(pixels).save(folder / name, quality=92)
+        Image.fromarray(semantic).save(folder / f"semantic_{split}" / f"{image_id:08d}.png")
+
+        # As in LVIS: of a category seen several times, some images annotate only a part.
+        repeated = sorted({c for c in category_ids if category_ids.count(c) > 1})
+        partial = [repeated[0]] if repeated and rng.random_sample() < 0.1 else []
+        skipped = category_ids.index(partial[0]) if partial else None
+        absent = sorted(set(characters) - set(category_ids))
+        negatives = rng.permutation(absent)[: preset.negatives].tolist()
+        images.append(
+            {
+                "id": image_id,
+                "file_name": name,
+                "coco_url": f"glyphs/{name}",
+                "height": preset.image_size,
+                "width": preset.image_size,
+                "neg_category_ids": sorted(negatives),
+                "not_exhaustive_category_ids": partial,
+            }
+        )
+        for k, (category_id, mask) in enumerate(zip(category_ids, masks, strict=True)):
+            if k != skipped:
+                annotations.append({"image_id": image_id, "category_id": category_id, **_describe(mask)})
+    temporary = part.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"images": images, "annotations": annotations}))
+    os.replace(temporary, part)
+
+
+def _describe(mask: np.ndarray) -> dict:
+    """Box (x, y, width, height), area and compressed RLE of one visible mask."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    left, top = int(columns[0]), int(rows[0])
+    box = [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
+    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    segmentation = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+    return {"bbox": box, "area": int(mask.sum()), "segmentation": segmentation}
+
+
+def _deal(counts: np.ndarray, preset: Preset, rng: np.random.RandomState) -> list[list[int]]:
+    """Instances dealt to images at random: a list of category ids per image."""
+    deck = rng.permutation(np.repeat(np.arange(1, len(counts) + 1), counts)).tolist()
+    images, low, high = [], *preset.objects
+    while deck:
+        take = rng.randint(low, high + 1)
+        images.append(deck[:take])
+        deck = deck[take:]
+    return images
+
+
+def make_glyphs(root: str | Path, preset: Preset, seed: int = 0, workers: int | None = None) -> Path:
+    """Makes a dataset folder, unless it is there: train.json, val.json, train/, val/ and
+    semantic_train/, semantic_val/ (index 1.. of TEXTURES). Returns the folder.
+
+    The folder appears under its name when complete. A killed run goes on from its last chunk.
+    Raises UserError where the folder holds a dataset made with other settings.
+    """
+    root = Path(root)
+    settings = {"preset": dataclasses.asdict(preset), "seed": seed, "format": 1}
+    settings = json.loads(json.dumps(settings))
+    if root.exists():
+        _check_settings(root / "settings.json", settings)
+        return root
+    folder = root.with_name(root.name + ".partial")
+    if (folder / "settings.json").exists():
+        _check_settings(folder / "settings.json", settings)
+    for name in ("parts", "train", "val", "semantic_train", "semantic_val"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(settings, indent=1))
+
+    ranked = choose_categories(preset, seed)
+    if len(ranked) < preset.categories:
+        raise UserError(
+            f"the font has families of {preset.family} look-alikes for {len(ranked)} categories, "
+            f"not {preset.categories}: lower family_similarity or family in the preset"
+        )
+    characters = dict(enumerate(sorted(ranked), start=1))  # ids follow code points, not counts
+    train_counts = dict(zip(ranked, instance_counts(preset), strict=True))
+    counts = np.array([train_counts[characters[c]] for c in characters])
+    rng = np.random.RandomState([seed, 0])
+    jobs = []
+    for split, wanted in (("train", counts), ("val", np.full_like(counts, preset.val_instances))):
+        dealt = _deal(wanted, preset, rng)
+        for first in range(0, len(dealt), CHUNK):
+            jobs.append((preset, seed, split, folder, first + 1, dealt[first : first + CHUNK], characters))
+    _run(jobs, workers or os.cpu_count(), root.name)
+    _merge(folder, characters, settings)
+    os.replace(folder, root)
+    return root
+
+
+def _run(jobs: list, workers: int, title: str) -> None:
+    progress = tqdm(total=sum(len(job[5]) for job in jobs), desc=f"making {title}", unit="image")
+    # The workers run NumPy and Pillow only, so that forking is safe even after torch was imported.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    with multiprocessing.get_context(method).Pool(workers) as pool:
+        for job, _ in zip(jobs, pool.imap(_make_chunk, jobs), strict=True):
+            progress.update(len(job[5]))
+    progress.close()
+
+
+def _merge(folder: Path, characters: dict[int, str], settings: dict) -> None:
+    """Parts -> train.json and val.json. Category counts are those of the training annotations."""
+    splits = {}
+    for split in ("train", "val"):
+        parts = [json.loads(p.read_text()) for p in sorted((folder / "parts").glob(f"{split}-*.json"))]
+        images = [image for part in parts for image in part["images"]]
+        annotations = [annotation for part in parts for annotation in part["annotations"]]
+        splits[split] = images, [{"id": i, **a} for i, a in enumerate(annotations, start=1)]
+    train = splits["train"][1]
+    instances = np.bincount([a["category_id"] for a in train], minlength=len(characters) + 1)
+    seen = {(a["image_id"], a["category_id"]) for a in train}
+    in_images = np.bincount([c for _, c in seen], minlength=len(characters) + 1)
+    categories = []
+    for category_id, character in characters.items():
+        image_count = int(in_images[category_id])
+        categories.append(
+            {
+                "id": category_id,
+                "name": character,
+                "synset": f"u{ord(character):04x}.n.01",
+                "synonyms": [character],
+                "def": unicodedata.name(character, f"U+{ord(character):04X}").lower(),
+                "instance_count": int(instances[category_id]),
+                "image_count": image_count,
+                "frequency": "r" if image_count <= 10 else "c" if image_count <= 100 else "f",
+            }
+        )
+    info = {"description": "glyphs: a procedural long-tail detection dataset", **settings}
+    for split, (images, annotations) in splits.items():
+        content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
+        (folder / f"{split}.json").write_text(json.dumps(content))
+    shutil.rmtree(folder / "parts")
+
+
+def _check_settings(file: Path, wanted: dict) -> None:
+    found = json.loads(file.read_text()) if file.exists() else None
+    if found != wanted:
+        raise UserError(
+            f"{file.parent} exists, but {file.name} there is not of this preset and seed: "
+            "remove the folder to have it made anew, or choose another data.root"
+        )

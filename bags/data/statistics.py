@@ -1,0 +1,59 @@
+"""How often each category occurs in training: what makes a tail a tail."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from bags.data.index import AnnotationIndex
+
+
+@dataclass(frozen=True)
+class CategoryStats:
+    """C categories in label order (label c + 1 is entry c), counted over the training annotations.
+
+    instance_counts: boxes; image_counts: images with at least one box; crowd regions do not count.
+    """
+
+    category_ids: tuple[int, ...]
+    names: tuple[str, ...]
+    instance_counts: tuple[int, ...]
+    image_counts: tuple[int, ...]
+
+    @classmethod
+    def from_index(cls, index: AnnotationIndex) -> "CategoryStats":
+        """Counts an index."""
+        size = len(index.category_ids) + 1
+        labels = index.labels[~index.crowd]
+        owners = np.repeat(np.arange(len(index)), np.diff(index.starts))[~index.crowd]
+        pairs = np.unique(owners * size + labels)
+        return cls(
+            tuple(index.category_ids.tolist()),
+            tuple(index.category_names),
+            tuple(np.bincount(labels, minlength=size)[1:].tolist()),
+            tuple(np.bincount(pairs % size, minlength=size)[1:].tolist()),
+        )
+
+    def to_dict(self) -> dict:
+        """Plain lists: what a checkpoint holds. `CategoryStats(**d)` reads it back."""
+        return {key: list(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, content: dict) -> "CategoryStats":
+        """The inverse of `to_dict`."""
+        return cls(**{key: tuple(value) for key, value in content.items()})
+
+    @property
+    def num_categories(self) -> int:
+        """C."""
+        return len(self.category_ids)
+
+
+def frequency(image_counts: Sequence[int]) -> np.ndarray:
+    """LVIS's letters [C]: 'r' for at most 10 training images, 'c' for at most 100, else 'f'."""
+    return np.array(["r", "c", "f"])[np.searchsorted([10, 100], np.asarray(image_counts), side="left")]
+
+
+def instance_bin(instance_counts: Sequence[int], boundaries: Sequence[int]) -> np.ndarray:
+    """0-based bin [C]: a category is in bin n if boundaries[n-1] <= count < boundaries[n]."""
+    return np.searchsorted(np.asarray(boundaries), np.asarray(instance_counts), side="right")

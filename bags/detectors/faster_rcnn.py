@@ -1,0 +1,82 @@
+"""Faster R-CNN from torchvision's parts around any `ProposalClassifier`."""
+
+from collections.abc import Callable
+
+from torch import nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign
+
+from bags.classifiers.base import ProposalClassifier
+from bags.detectors.roi_heads import RoIHeads
+
+POOLED = 7  # RoIAlign output side
+
+
+def faster_rcnn(
+    backbone: nn.Module,
+    make_classifier: Callable[[int], ProposalClassifier],
+    *,
+    anchor_sizes: tuple[tuple[int, ...], ...],
+    aspect_ratios: tuple[float, ...],
+    rpn_batch_size: int,
+    train_proposals: int,
+    test_proposals: int,
+    roi_batch_size: int,
+    positive_fraction: float,
+    sampling_ratio: int,
+    fc: int,
+    class_agnostic: bool,
+    min_size: int,
+    max_size: int,
+    score_threshold: float,
+    nms_threshold: float,
+    max_detections: int,
+) -> GeneralizedRCNN:
+    """A detector with torchvision's calling convention.
+
+    `detector(images, targets)` gives a dict of losses in training mode and a list of
+    {boxes, scores, labels} in evaluation mode; images are [3, H, W] float RGB in 0..1.
+    make_classifier(in_features) builds the classifier; the last pyramid level that torchvision's
+    ResNets add ("pool") serves the RPN only. Raises ValueError where anchors and levels differ.
+    """
+    anchors = AnchorGenerator(anchor_sizes, (aspect_ratios,) * len(anchor_sizes))
+    per_cell = anchors.num_anchors_per_location()
+    if len(set(per_cell)) > 1:
+        raise ValueError(f"anchor_sizes: expected equally many sizes per level, got {anchor_sizes}")
+    rpn = RegionProposalNetwork(
+        anchors,
+        RPNHead(backbone.out_channels, per_cell[0]),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=rpn_batch_size,
+        positive_fraction=0.5,
+        pre_nms_top_n={"training": train_proposals, "testing": test_proposals},
+        post_nms_top_n={"training": train_proposals, "testing": test_proposals},
+        nms_thresh=0.7,
+    )
+    classifier = make_classifier(fc)
+    regressed = 1 if class_agnostic else classifier.num_categories + 1
+    box_head = TwoMLPHead(backbone.out_channels * POOLED**2, fc)
+    for layer in (box_head.fc6, box_head.fc7):  # torchvision's default shrinks features from scratch
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.zeros_(layer.bias)
+    roi_heads = RoIHeads(
+        MultiScaleRoIAlign(["0", "1", "2", "3"][: len(anchor_sizes)], POOLED, sampling_ratio),
+        box_head,
+        classifier,
+        nn.Linear(fc, 4 * regressed),
+        fg_iou_thresh=0.5,
+        bg_iou_thresh=0.5,
+        batch_size_per_image=roi_batch_size,
+        positive_fraction=positive_fraction,
+        bbox_reg_weights=None,
+        score_thresh=score_threshold,
+        nms_thresh=nms_threshold,
+        detections_per_img=max_detections,
+    )
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    return GeneralizedRCNN(backbone, rpn, roi_heads, GeneralizedRCNNTransform(min_size, max_size, mean, std))

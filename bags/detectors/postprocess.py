@@ -1,0 +1,55 @@
+"""Scores and boxes of R proposals -> detections of one image, exact at any number of categories.
+
+Greedy survivors among the best M candidates do not depend on lower ones. So the best M are taken,
+only their boxes are decoded and suppressed, and M doubles until enough survive or all were seen.
+"""
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
+
+
+def select_detections(
+    scores: Tensor,
+    regression: Tensor,
+    proposals: Tensor,
+    image_size: tuple[int, int],
+    box_coder: BoxCoder,
+    score_threshold: float,
+    nms_threshold: float,
+    max_detections: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `max_detections` best after per-category suppression: boxes [K, 4], scores [K], labels [K].
+
+    scores      [R, C+1] in 0..1, column 0 the background; candidates score above the threshold
+    regression  [R, 4 * (C+1)] box deltas per label, or [R, 4] shared by all
+    proposals   [R, 4] x1, y1, x2, y2 in pixels of an image of `image_size` (height, width)
+    Equal to suppressing all R * C candidates at once; sorted by falling score.
+    """
+    num_categories = scores.shape[1] - 1
+    flat = scores[:, 1:].reshape(-1)
+    eligible = int((flat > score_threshold).sum())
+    budget = 4 * max_detections
+    while True:
+        chosen = _best(flat, score_threshold, budget, eligible)
+        rows, labels = chosen // num_categories, chosen % num_categories + 1
+        deltas = regression.view(len(proposals), -1, 4)
+        deltas = deltas[rows, labels if deltas.shape[1] > 1 else 0]
+        boxes = box_coder.decode_single(deltas, proposals[rows])
+        boxes = clip_boxes_to_image(boxes, image_size)
+        solid = remove_small_boxes(boxes, min_size=1e-2)
+        boxes, labels, best = boxes[solid], labels[solid], flat[chosen[solid]]
+        keep = batched_nms(boxes, best, labels, nms_threshold)
+        if len(keep) >= max_detections or len(chosen) == eligible:
+            keep = keep[:max_detections]
+            return boxes[keep], best[keep], labels[keep]
+        budget *= 2
+
+
+def _best(flat: Tensor, threshold: float, budget: int, eligible: int) -> Tensor:
+    """Indices of all candidates that score as high as the budget-th one (ties included)."""
+    if eligible <= budget:
+        return torch.nonzero(flat > threshold).squeeze(1)
+    least = flat.topk(budget).values[-1]
+    return torch.nonzero(flat >= least).squeeze(1)

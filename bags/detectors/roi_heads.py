@@ -1,0 +1,70 @@
+"""The second stage around a `ProposalClassifier`.
+
+torchvision fixes softmax in the training loss and in the postprocessing of its RoIHeads. This
+subclass keeps its matcher, sampler, RoIAlign and box coder, and leaves loss and scores to the
+classifier. Shape shorthand: R proposals of the batch, C categories; label 0 is the background.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection import roi_heads as torchvision_roi_heads
+
+from bags.classifiers.base import BoxFeatures, ProposalClassifier
+from bags.detectors.postprocess import select_detections
+
+
+class RoIHeads(torchvision_roi_heads.RoIHeads):
+    """Box branch: proposals -> losses (training) or detections."""
+
+    def __init__(self, box_roi_pool, box_head, classifier: ProposalClassifier, box_regressor: nn.Linear, **settings):
+        """`settings` are torchvision's; box_regressor has 4 outputs, or 4 * (C + 1)."""
+        super().__init__(box_roi_pool, box_head, box_predictor=None, **settings)
+        self.classifier = classifier
+        self.box_regressor = box_regressor
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Returns (detections, losses); one of them is empty.
+
+        proposals: per image [R_i, 4] in pixels of the resized image, whose sizes (height, width)
+        are `image_shapes`. A detection holds boxes [K, 4], scores [K] and labels [K] in 1..C.
+        """
+        labels = regression_targets = None
+        if self.training:
+            self.check_targets(targets)
+            proposals, _, labels, regression_targets = self.select_training_samples(proposals, targets)
+        pooled = self.box_roi_pool(features, proposals, image_shapes)
+        box_features = BoxFeatures(pooled, self.box_head(pooled))
+        logits = self.classifier(box_features)
+        regression = self.box_regressor(box_features.fc)
+        if self.training:
+            labels = torch.cat(labels)
+            losses = self.classifier.loss(logits, labels)
+            losses["loss_box_reg"] = box_loss(regression, labels, torch.cat(regression_targets))
+            return [], losses
+        return self._detect(self.classifier.probs(logits), regression, proposals, image_shapes), {}
+
+    def _detect(self, scores, regression, proposals, image_shapes) -> list[dict[str, Tensor]]:
+        counts = [len(p) for p in proposals]
+        detections = []
+        for image in zip(scores.split(counts), regression.split(counts), proposals, image_shapes, strict=True):
+            boxes, best, labels = select_detections(
+                *image, self.box_coder, self.score_thresh, self.nms_thresh, self.detections_per_img
+            )
+            detections.append({"boxes": boxes, "scores": best, "labels": labels})
+        return detections
+
+
+def box_loss(regression: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """Smooth L1 (beta 1, as in the paper's code) over the foreground's deltas [R, 4 or 4 * (C+1)], divided by R."""
+    positive = torch.where(labels > 0)[0]
+    deltas = regression.view(len(labels), -1, 4)
+    deltas = deltas[positive, labels[positive] if deltas.shape[1] > 1 else 0]
+    loss = F.smooth_l1_loss(deltas.float(), targets[positive], beta=1.0, reduction="sum")
+    return loss / max(len(labels), 1)

@@ -1,0 +1,68 @@
+"""One process or many: rank, process group and device. Everything else asks here.
+
+Started by torchrun, `distributed()` joins the group that the environment describes (nccl on GPUs,
+gloo on CPU); started plainly it is one process and every helper below is a no-op.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+
+@contextlib.contextmanager
+def distributed(device: str = "auto") -> Iterator[torch.device]:
+    """Joins and leaves the process group; gives this rank's device."""
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(chosen)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield chosen
+        return
+    dist.init_process_group("nccl" if use_cuda else "gloo", device_id=chosen if use_cuda else None)
+    try:
+        yield chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, 0..world_size() - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True in the one process that writes files and prints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Waits until all ranks are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def seed_rank(seed: int, device: torch.device) -> None:
+    """Seeds torch's generators of this rank; each rank gets numbers of its own."""
+    seed = seed * 1009 + rank()
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would format a traceback each time
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def average(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Means of named scalars over all ranks, as floats (one synchronisation)."""
+    stacked = torch.stack([v.detach().float() for v in values.values()])
+    if dist.is_initialized():
+        dist.all_reduce(stacked)
+        stacked /= world_size()
+    return dict(zip(values, stacked.tolist(), strict=True))

@@ -1,0 +1,68 @@
+"""Checkpoints: self-contained, written atomically, read without unpickling code.
+
+A checkpoint is a dict: `format`, `config` (resolved, plain), `stats` (category ids, names and
+training counts), `model` (state dict), and in a run's own file `optimizer` and `iteration`.
+"""
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bags.errors import UserError
+
+FORMAT = 1
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Writes to a temporary file, then renames; the former `last.pth` is kept as `previous.pth`."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save({"format": FORMAT, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        os.replace(path, path.with_name("previous.pth"))
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Reads a checkpoint to CPU memory. Raises UserError that says what the file is not."""
+    path = Path(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; train the model it belongs to first") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a checkpoint, or damaged ({reason})") from None
+    if not isinstance(content, dict) or not {"config", "stats", "model"} <= content.keys():
+        raise UserError(f"{path}: not a checkpoint of this project (no config, stats and model in it)")
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path}: checkpoint format {content.get('format')}, expected {FORMAT}")
+    return content
+
+
+def load_latest(folder: Path) -> dict | None:
+    """The run's `last.pth`; if a kill left none, `previous.pth`; None for a new run."""
+    for name in ("last.pth", "previous.pth"):
+        if (folder / name).exists():
+            return load_checkpoint(folder / name)
+    return None
+
+
+def load_weights(model: nn.Module, checkpoint: dict, skip: str | None = None) -> list[str]:
+    """Copies the parameters that fit by name and shape; returns the names of those that stay new.
+
+    `skip` leaves out names that contain it.
+    """
+    state, saved = model.state_dict(), checkpoint["model"]
+    fitting = {
+        key: saved[key]
+        for key, value in state.items()
+        if key in saved and saved[key].shape == value.shape and not (skip and skip in key)
+    }
+    model.load_state_dict(fitting, strict=False)
+    return [key for key in state if key not in fitting]

@@ -1,0 +1,134 @@
+"""The training loop: one optimisation step, one epoch, one run.
+
+Every iteration seeds torch's generator from (seed, iteration, rank), and every image's augmentation
+from its place in the epoch's order. So a run that was killed goes on from its last checkpoint
+exactly as it would have gone on, and no random state needs to be saved.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from bags import distributed
+from bags.config import TrainConfig
+from bags.engine.checkpoint import load_latest, save_checkpoint
+from bags.engine.metrics import JsonLog, Smoothed
+from bags.engine.optim import build_optimizer, learning_rate, set_trained_part, train_mode
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    device: torch.device,
+    first_iteration: int,
+    iterations_per_epoch: int,
+    seed: int,
+    after_step: Callable[[int, dict[str, torch.Tensor], float], None],
+) -> None:
+    """Optimises over what is left of an epoch; `after_step(iteration, losses, lr)` logs and saves."""
+    train_mode(model)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for iteration, (images, targets) in enumerate(loader, start=first_iteration):
+        distributed.seed_rank(seed * 1_000_003 + iteration, device)
+        lr = learning_rate(config, iteration, iterations_per_epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        images = [image.to(device, non_blocking=True) for image in images]
+        targets = [
+            {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in t.items()}
+            for t in targets
+        ]
+        losses = model(images, targets)
+        loss = sum(losses.values())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if config.clip_norm > 0:
+            nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        optimizer.step()
+        after_step(iteration, losses, lr)
+
+
+def train(
+    model: nn.Module,
+    loader: DataLoader,
+    config: TrainConfig,
+    device: torch.device,
+    folder: Path,
+    seed: int,
+    title: str,
+    about: dict,
+) -> None:
+    """Trains to the last epoch, from the folder's checkpoint if there is one.
+
+    `loader.batch_sampler` has `start(epoch, first_batch)`. `about` (config and statistics) goes into
+    every checkpoint. Writes `last.pth`, `previous.pth` and `log.jsonl`. Raises UserError for a loss
+    that is not finite.
+    """
+    set_trained_part(model, config.part)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    optimizer = build_optimizer(model, config) if trainable else None
+    sampler = loader.batch_sampler
+    sampler.start(0)
+    per_epoch = len(sampler)
+    total = per_epoch * config.epochs if trainable else 0
+    done = 0
+    saved = load_latest(folder)
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        done = saved["iteration"]
+        if trainable:
+            optimizer.load_state_dict(saved["optimizer"])
+    parallel = model
+    if trainable and distributed.world_size() > 1:
+        parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+
+    def save(iteration: int) -> None:
+        if distributed.is_main():
+            state = {"model": model.state_dict(), "iteration": iteration}
+            if trainable:
+                state["optimizer"] = optimizer.state_dict()
+            save_checkpoint(folder / "last.pth", {**about, **state})
+
+    main = distributed.is_main()
+    log = JsonLog(folder / "log.jsonl", done) if main else None
+    bar = tqdm(total=total * config.batch_size, initial=done * config.batch_size, desc=title,
+               unit="image", disable=not main, smoothing=0.05)  # fmt: skip
+    smoothed, clock = Smoothed(), [time.perf_counter(), done]
+
+    def after_step(iteration: int, losses: dict[str, torch.Tensor], lr: float) -> None:
+        steps = iteration + 1
+        if steps % config.log_every == 0 or steps == total:
+            values = distributed.average({"loss": sum(losses.values()), **losses})
+            if not math.isfinite(values["loss"]):
+                bad = ", ".join(k for k, v in values.items() if k != "loss" and not math.isfinite(v))
+                raise UserError(f"{title}: iteration {steps}: {bad} is not finite; lower train.lr (now {config.lr:g})")
+            if main:
+                now = time.perf_counter()
+                rate = (steps - clock[1]) * config.batch_size / (now - clock[0])
+                clock[:] = now, steps
+                log.write(iteration=iteration, epoch=steps / per_epoch, lr=lr, images_per_s=rate, **values)
+                bar.set_postfix_str(f"loss {smoothed.update(values)['loss']:.3f} lr {lr:.2g}", refresh=False)
+        bar.update(config.batch_size)
+        if steps % config.checkpoint_every == 0 and steps < total:
+            save(steps)
+
+    while done < total:
+        epoch, first_batch = divmod(done, per_epoch)
+        sampler.start(epoch, first_batch)
+        train_one_epoch(parallel, loader, optimizer, config, device, done, per_epoch, seed, after_step)
+        done = (epoch + 1) * per_epoch
+    if saved is None or saved["iteration"] < total or not (folder / "last.pth").exists():
+        save(total)
+    bar.close()
+    if main:
+        log.close()
+    distributed.barrier()

@@ -1,0 +1,22 @@
+"""What a user can mend."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line that names the file, the key or id, and the remedy.
+
+    Scripts print it to stderr and exit with code 2; a library user catches it as a ValueError.
+    """
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main`; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        # An error from a loader process arrives wrapped in that process's traceback.
+        line = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UserError: ")
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,132 @@
+"""Results file + ground truth -> average precision, overall and by training frequency.
+
+The protocol follows from the annotation file: LVIS (federated, Gupta et al. 2019) where images carry
+`neg_category_ids`, COCO otherwise. Matching and accumulation are hotcoco's, whose precision arrays
+equal those of the official `lvis` and `pycocotools`.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import hotcoco
+import numpy as np
+
+from bags.data.index import read_json
+from bags.data.statistics import frequency, instance_bin
+from bags.errors import UserError
+
+
+def evaluate(
+    annotations: str | Path,
+    predictions: str | Path,
+    iou_type: str = "bbox",
+    instance_counts: Sequence[int] | None = None,
+    image_counts: Sequence[int] | None = None,
+    boundaries: Sequence[int] = (10, 100, 1000),
+    max_detections: int | None = None,
+) -> dict[str, float]:
+    """AP AP50 AP75 APs APm APl AR, APr APc APf, AP1 AP2 ..., AP_tail AP_head: floats in 0..1.
+
+    annotations       a COCO or LVIS JSON file
+    predictions       a results file: list of {image_id, category_id, bbox, score}
+    instance_counts   [C] training boxes per category by ascending id; default: the file's
+                      `instance_count`. Bin n holds boundaries[n-2] <= count < boundaries[n-1].
+    image_counts      [C] training images per category, for APr APc APf; default: the file's
+                      `frequency`, else `image_count`
+    max_detections    per image; default 300 (LVIS) or 100 (COCO)
+
+    AP_tail is the mean over the categories of the lower half of the bins (the paper: fewer than 100
+    instances), AP_head over the others. A number that no category of the ground truth enters is
+    NaN. Raises UserError for a file that cannot be used.
+    """
+    annotations, predictions = Path(annotations), Path(predictions)
+    content = read_json(annotations)
+    if not isinstance(content, dict) or not all(content.get(k) for k in ("images", "annotations", "categories")):
+        raise UserError(f"{annotations}: no images, annotations or categories: nothing to evaluate against")
+    entries = _checked_entries(read_json(predictions), predictions, content)
+    lvis = "neg_category_ids" in content["images"][0]
+    limit = max_detections or (300 if lvis else 100)
+    precision, recall = _match(annotations, entries, iou_type, lvis, limit)
+
+    categories = sorted(content["categories"], key=lambda c: c["id"])
+    letters, bins = _strata(categories, instance_counts, image_counts, boundaries)
+    results = _summary(precision, recall, letters, bins, len(boundaries) + 1)
+    return results
+
+
+def per_category_ap(precision: np.ndarray) -> np.ndarray:
+    """AP of each category, [C], from precision [thresholds, recalls, C]; NaN without ground truth."""
+    valid = precision > -1
+    total = np.where(valid, precision, 0).sum((0, 1))
+    return np.where(valid.any((0, 1)), total / np.maximum(valid.sum((0, 1)), 1), np.nan)
+
+
+def _match(path: Path, entries: list[dict], iou_type: str, lvis: bool, limit: int):
+    """(precision [10, 101, C, areas], recall [10, C, areas]) at `limit` detections per image."""
+    truth = hotcoco.COCO(str(path))
+    engine = hotcoco.COCOeval(truth, truth.load_res(entries), iou_type, lvis_style=lvis)
+    engine.params.max_dets = [limit] if lvis else [1, 10, limit]
+    engine.evaluate()
+    engine.accumulate()
+    return engine.eval["precision"][..., -1], engine.eval["recall"][..., -1]
+
+
+def _strata(categories, instance_counts, image_counts, boundaries):
+    """(letters r/c/f [C], bins [C]); None where the counts are not known."""
+    for name, counts in (("instance_counts", instance_counts), ("image_counts", image_counts)):
+        if counts is not None and len(counts) != len(categories):
+            raise UserError(f"{name}: {len(counts)} numbers for {len(categories)} categories of the ground truth")
+    if instance_counts is None and all("instance_count" in c for c in categories):
+        instance_counts = [c["instance_count"] for c in categories]
+    letters = None
+    if all("frequency" in c for c in categories):
+        letters = np.array([c["frequency"] for c in categories])
+    elif image_counts is not None or all("image_count" in c for c in categories):
+        letters = frequency(image_counts if image_counts is not None else [c["image_count"] for c in categories])
+    return letters, None if instance_counts is None else instance_bin(instance_counts, boundaries)
+
+
+def _summary(precision, recall, letters, bins, num_bins: int) -> dict[str, float]:
+    ap = per_category_ap(precision[..., 0])
+
+    def mean(values: np.ndarray) -> float:
+        values = values[~np.isnan(values)]
+        return float(values.mean()) if len(values) else math.nan
+
+    results = {
+        "AP": mean(ap),
+        "AP50": mean(per_category_ap(precision[:1, ..., 0])),
+        "AP75": mean(per_category_ap(precision[5:6, ..., 0])),
+    }
+    for area, name in enumerate("sml", start=1):
+        results[f"AP{name}"] = mean(per_category_ap(precision[..., area]))
+    results["AR"] = mean(np.where((recall[..., 0] > -1).all(0), recall[..., 0].mean(0), np.nan))
+    if letters is not None:
+        results |= {f"AP{letter}": mean(ap[letters == letter]) for letter in "rcf"}
+    if bins is not None:
+        results |= {f"AP{n + 1}": mean(ap[bins == n]) for n in range(num_bins)}
+        results["AP_tail"] = mean(ap[bins < num_bins // 2])
+        results["AP_head"] = mean(ap[bins >= num_bins // 2])
+    return results
+
+
+def _checked_entries(entries: object, path: Path, content: dict) -> list[dict]:
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: expected a list of detections, found a {type(entries).__name__}")
+    images = {image["id"] for image in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
+    for k, entry in enumerate(entries):
+        where = f"{path}: detection {k}"
+        try:
+            image, category, score = entry["image_id"], entry["category_id"], entry["score"]
+            finite = math.isfinite(score) and all(math.isfinite(v) for v in entry.get("bbox", ()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{where}: a field is missing or of a wrong type ({error!r})") from None
+        if image not in images:
+            raise UserError(f"{where}: image_id {image} is not in the ground truth; is this its results file?")
+        if category not in categories:
+            raise UserError(f"{where}: category_id {category} is not in the ground truth")
+        if not finite:
+            raise UserError(f"{where}: a score or box coordinate is not a finite number")
+    return entries

@@ -1,0 +1,84 @@
+"""Detects objects in any image, or in all images of a folder.
+
+    python scripts/predict.py runs/glyphs-100/bags/last.pth photo.jpg folder/ --output out
+
+Writes one drawn PNG per image and predictions.json: a list of {file_name, category_id, category,
+bbox (x, y, width, height in pixels), score}.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bags.errors import UserError, run_script
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+def main() -> None:
+    """Parses the command line; loads, detects, draws."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("images", nargs="+", type=Path, help="image files or folders")
+    parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder (default: predictions)")
+    parser.add_argument("--score", type=float, default=0.3, help="least score (default 0.3)")
+    parser.add_argument("--min-size", type=int, help="shorter side in pixels (default: as trained)")
+    parser.add_argument("--max-size", type=int, help="longer side in pixels (default: as trained)")
+    arguments = parser.parse_args()
+    files = _image_files(arguments.images)
+    detect(arguments.checkpoint, files, arguments.output, arguments.score, arguments.min_size, arguments.max_size)
+
+
+def _image_files(paths: list[Path]) -> list[Path]:
+    files = []
+    for path in paths:
+        if path.is_dir():
+            files += sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        else:
+            files.append(path)
+    if not files:
+        raise UserError(f"{', '.join(map(str, paths))}: no image in there ({' '.join(sorted(SUFFIXES))})")
+    return files
+
+
+def detect(checkpoint: Path, files: list[Path], output: Path, least_score: float, min_size, max_size) -> None:
+    """Writes drawings and predictions.json to `output`."""
+    import matplotlib
+    import torch
+    from torchvision.transforms.functional import to_tensor
+    from tqdm import tqdm
+
+    from bags.analysis.plots import save_drawing
+    from bags.build import load_detector
+    from bags.data.dataset import read_image
+    from bags.engine.predict import results_entries
+
+    detector, meta = load_detector(checkpoint, min_size, max_size)
+    stats = meta["stats"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    detector.to(device)
+    name_of = dict(zip(stats.category_ids, stats.names, strict=True))
+    output.mkdir(parents=True, exist_ok=True)
+    palette = [matplotlib.colors.to_hex(colour) for colour in matplotlib.colormaps["tab10"].colors]
+    results = []
+    for number, file in enumerate(tqdm(files, unit="image")):
+        image = read_image(file)
+        with torch.inference_mode():
+            detection = detector([to_tensor(image).to(device)])[0]
+        detection = {key: value[detection["scores"] >= least_score] for key, value in detection.items()}
+        names = [stats.names[label - 1] for label in detection["labels"].tolist()]
+        colours = [palette[label % len(palette)] for label in detection["labels"].tolist()]
+        drawing = output / f"{number:06d}_{file.stem}.png"
+        save_drawing(drawing, image, detection["boxes"].cpu(), names, colours, detection["scores"].tolist())
+        for entry in results_entries(number, detection, stats.category_ids):
+            del entry["image_id"]
+            results.append({"file_name": str(file), "category": name_of[entry["category_id"]], **entry})
+    (output / "predictions.json").write_text(json.dumps(results, indent=1))
+    print(f"{len(files)} images, {len(results)} objects with a score of {least_score} or more: {output}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,121 @@
+"""Shows what changed between finished runs: the paper's table, weight norms, example predictions.
+
+    python scripts/tables.py runs/glyphs-100                       # all runs of a dataset
+    python scripts/tables.py runs/seed*/glyphs-100                 # mean and deviation over seeds
+    python scripts/tables.py runs/glyphs-100/softmax runs/glyphs-100/bags
+
+Figures are written to `figures` beside the first seed's run folders: weight_norms.png (the paper's
+Figures 1 and 3 for these runs) and predictions.png (validation images, every run's boxes).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bags.errors import UserError, run_script
+
+TRUTH, CORRECT, WRONG = "#1b6ca8", "#2e933c", "#d1495b"
+
+
+def main() -> None:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders of run folders")
+    parser.add_argument("--no-figures", action="store_true", help="print the table only")
+    arguments = parser.parse_args()
+    rows: dict[str, list[Path]] = {}
+    for path in arguments.runs:
+        for folder in [path] if (path / "config.yaml").exists() else sorted(path.glob("*/")):
+            if (folder / "metrics.json").exists():
+                rows.setdefault(folder.name, []).append(folder)
+    if not rows:
+        raise UserError(f"{', '.join(map(str, arguments.runs))}: no finished run (with a metrics.json) in there")
+    compare(rows, figures=not arguments.no_figures)
+
+
+def compare(rows: dict[str, list[Path]], figures: bool = True) -> None:
+    """Prints the table of `rows` (method -> run folders, one per seed) and draws both figures."""
+    from bags.analysis.tables import read_metrics, render_table
+
+    print(f"\n{render_table({name: [read_metrics(f) for f in folders] for name, folders in rows.items()})}\n")
+    norms, stats, config = _weight_norms(rows)
+    if figures:
+        from bags.analysis.plots import plot_weight_norms
+
+        folder = next(iter(rows.values()))[0].parent / "figures"
+        first = {name: values[0] for name, values in norms.items()}
+        plot_weight_norms(folder / "weight_norms.png", first, stats.instance_counts, config.test.bins)
+        _draw_predictions(folder / "predictions.png", {name: f[0] for name, f in rows.items()}, config, stats)
+        print(f"figures: {folder / 'weight_norms.png'} {folder / 'predictions.png'}")
+
+
+def _weight_norms(rows: dict[str, list[Path]]):
+    """Norms of every run's classifier; prints their rank correlation with the training counts."""
+    from bags.analysis.tables import spread
+    from bags.analysis.weight_norms import rank_correlation, weight_norms
+    from bags.build import load_detector
+
+    norms = {}
+    print("rank correlation of classifier weight norm and training instances:")
+    for name, folders in rows.items():
+        norms[name], correlations = [], []
+        for folder in folders:
+            detector, meta = load_detector(folder / "last.pth")
+            norms[name].append(weight_norms(detector.roi_heads.classifier.label_weights().numpy()))
+            correlations.append(rank_correlation(norms[name][-1][1:], meta["stats"].instance_counts))
+        print(f"  {name}: {spread(correlations, '.2f')}")
+    return norms, meta["stats"], meta["config"]
+
+
+def _draw_predictions(path: Path, runs: dict[str, Path], config, stats, num_images: int = 5) -> None:
+    """The validation images with most instances of tail categories, as each run sees them."""
+    import numpy as np
+
+    from bags.analysis.plots import plot_predictions
+    from bags.build import build_dataset
+
+    dataset = build_dataset(config, "val")
+    index = dataset.index
+    tail = np.array([0, *(count < config.test.bins[len(config.test.bins) // 2] for count in stats.instance_counts)])
+    in_tail = np.bincount(np.repeat(np.arange(len(index)), np.diff(index.starts)), tail[index.labels], len(index))
+    chosen = np.argsort(-in_tail, kind="stable")[:num_images]
+    images, truths = [], []
+    for position in chosen:
+        image, target = dataset.read(position)
+        names = [stats.names[label - 1] for label in target["labels"].tolist()]
+        truths.append({"boxes": target["boxes"].numpy(), "names": names, "colours": [TRUTH] * len(names)})
+        images.append(image)
+    columns = {"ground truth": truths}
+    name_of = dict(zip(stats.category_ids, stats.names, strict=True))
+    for run, folder in runs.items():
+        by_image: dict[int, list[dict]] = {int(index.image_ids[p]): [] for p in chosen}
+        for entry in json.loads((folder / "predictions.json").read_text()):
+            if entry["image_id"] in by_image:
+                by_image[entry["image_id"]].append(entry)
+        columns[run] = [_judged(e, t, name_of) for e, t in zip(by_image.values(), truths, strict=True)]
+    plot_predictions(path, images, columns)
+
+
+def _judged(entries: list[dict], truth: dict, name_of: dict[int, str], least_score: float = 0.3) -> dict:
+    """Detections as drawings: green where the object and its category are right, red where not."""
+    import torch
+    from torchvision.ops import box_iou
+
+    kept = [entry for entry in entries if entry["score"] >= least_score]
+    boxes = torch.tensor([e["bbox"] for e in kept], dtype=torch.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    overlaps = box_iou(boxes, torch.as_tensor(truth["boxes"]))
+    names = [name_of[e["category_id"]] for e in kept]
+    right = [
+        any(o >= 0.5 and name == true for o, true in zip(row.tolist(), truth["names"], strict=True))
+        for row, name in zip(overlaps, names, strict=True)
+    ]
+    colours = [CORRECT if r else WRONG for r in right]
+    return {"boxes": boxes.numpy(), "names": names, "colours": colours, "scores": [e["score"] for e in kept]}
+
+
+if __name__ == "__main__":
+    run_script(main)

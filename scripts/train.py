@@ -1,0 +1,179 @@
+"""Trains the runs of one or more configurations and shows what changed between them.
+
+    python scripts/train.py configs/glyphs-100                        # every row of a folder
+    python scripts/train.py configs/glyphs-100/bags.yaml train.lr=0.01
+    python scripts/train.py configs/glyphs-100 --seeds 0,1,2          # mean and deviation
+    torchrun --nproc_per_node 8 scripts/train.py configs/lvis_v0.5    # 8 GPUs
+
+A row that starts from another one (`init_from: row:NAME`) runs after it. Finished rows are not run
+again, and a killed one goes on from its last checkpoint: run the same command again.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bags.config import Config, config_to_dict, load_config, save_config
+from bags.errors import UserError, run_script
+
+
+def main() -> None:
+    """Parses the command line; rows, seeds, then the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="+", help="YAML files, folders of them, and section.key=value overrides")
+    parser.add_argument("--seeds", help="comma-separated; run folders go below <output>/seed<N>")
+    arguments = parser.parse_args()
+    overrides = [a for a in arguments.config if "=" in a]
+    paths = [Path(a) for a in arguments.config if "=" not in a]
+    seeds = _seeds(arguments.seeds)
+    jobs = [in_order(paths, overrides, seed) for seed in seeds]
+
+    import torch
+
+    from bags import distributed
+    from bags.data import glyphs
+
+    if jobs[0][0].device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no GPU here; use device=auto or device=cpu")
+    with distributed.distributed(jobs[0][0].device) as device:
+        for configs in jobs:
+            for config in configs:
+                if config.data.glyphs and distributed.is_main():
+                    glyphs.make_glyphs(config.data.root, glyphs.PRESETS[config.data.glyphs])
+                distributed.barrier()
+                run(config, device)
+        if distributed.is_main():
+            rows: dict[str, list[Path]] = {}
+            for config in (config for configs in jobs for config in configs):
+                rows.setdefault(config.name, []).append(config.run_folder)
+            from scripts.tables import compare
+
+            compare(rows)
+
+
+def _seeds(text: str | None) -> list[int | None]:
+    try:
+        return [int(s) for s in text.split(",")] if text else [None]
+    except ValueError:
+        raise UserError(f"--seeds {text}: expected whole numbers separated by commas, as in 0,1,2") from None
+
+
+def in_order(paths: list[Path], overrides: list[str], seed: int | None = None) -> list[Config]:
+    """The configurations of files and folders; a row comes after the row that it starts from."""
+    files = [f for p in paths for f in (sorted(p.glob("[!_]*.yaml")) if p.is_dir() else [p])]
+    if not files:
+        raise UserError(f"{', '.join(map(str, paths)) or 'no configuration'}: expected a YAML file or a folder of them")
+    waiting = [load_config(file, overrides) for file in files]
+    if seed is not None:
+        seeded = [f"seed={seed}", f"output={waiting[0].output}/seed{seed}"]
+        waiting = [load_config(file, [*overrides, *seeded]) for file in files]
+    ordered: list[Config] = []
+    while waiting:
+        names = {config.name for config in waiting}
+        ready = [config for config in waiting if config.init_row not in names]
+        if not ready:
+            raise UserError(f"rows start from each other in a circle: {', '.join(sorted(names))}")
+        ordered.append(ready[0])
+        waiting.remove(ready[0])
+    return ordered
+
+
+def run(config: Config, device) -> None:
+    """One row: data, detector, training, prediction, evaluation. Skipped where it is complete."""
+    import torch
+
+    from bags import build, distributed
+    from bags.analysis.tables import write_metrics
+    from bags.data.statistics import CategoryStats
+    from bags.engine.predict import predict
+    from bags.engine.train import train
+
+    folder = config.run_folder
+    if _claim(folder, config):
+        if distributed.is_main():
+            print(f"{folder}: complete, not run again", flush=True)
+        return
+    dataset = build.build_dataset(config, "train")
+    stats = CategoryStats.from_index(dataset.index)
+    if not sum(stats.instance_counts):
+        raise UserError(f"{dataset.index.path}: `annotations` is empty: there is nothing to train on")
+    validation = build.build_dataset(config, "val")
+    build.check_categories(stats, validation.index, dataset.index.path)
+    torch.manual_seed(config.seed)
+    detector = build.build_detector(config, stats)
+    build.initialise(detector, config, dataset.index)
+    detector.to(device, memory_format=torch.channels_last)
+    if distributed.is_main():
+        _write_environment(folder)
+
+    loader = build.build_train_loader(config, dataset)
+    about = {"config": config_to_dict(config), "stats": stats.to_dict()}
+    train(detector, loader, config.train, device, folder, config.seed, config.name, about)
+
+    predictions = folder / "predictions.json"
+    val_loader = build.build_val_loader(config, validation)
+    predict(detector, val_loader, device, stats.category_ids, predictions, config.name)
+    if distributed.is_main():
+        write_metrics(folder, build.evaluate_predictions(config, stats, predictions))
+    distributed.barrier()
+
+
+def _claim(folder: Path, config: Config) -> bool:
+    """Makes the run folder; True if the run is complete, UserError if it was of other settings."""
+    from bags import distributed
+
+    saved = folder / "config.yaml"
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        if not saved.exists():
+            save_config(config, saved)
+    distributed.barrier()
+    other = config_to_dict(load_config(saved))
+    change = _first_difference(other, config_to_dict(config))
+    if change:
+        raise UserError(
+            f"{folder}: this run folder was made with {change[0]}={change[1]}, now it is {change[2]}: "
+            "remove the folder, or set output= to keep both"
+        )
+    return (folder / "metrics.json").exists()
+
+
+def _first_difference(old: dict, new: dict, prefix: str = "") -> tuple | None:
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            inner = _first_difference(a, b, f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif a != b:
+            return f"{prefix}{key}", a, b
+    return None
+
+
+def _write_environment(folder: Path) -> None:
+    """`environment.json`: what the numbers of this run were made with."""
+    import torch
+
+    from bags import distributed
+
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    content = {
+        "command": sys.argv,
+        "revision": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "packages": {n: version(n) for n in ("torch", "torchvision", "numpy", "pillow", "hotcoco")},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "ranks": distributed.world_size(),
+    }
+    (folder / "environment.json").write_text(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,68 @@
+"""Shared helpers: tiny data made in the test, scripts run as a user runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bags.data.glyphs import Preset, make_glyphs
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = Preset(8, 64, 30, 2, 2, (2, 4), (16, 30), 2, 0.7, 3, 3)
+
+
+def run_script(name: str, *arguments, timeout: int = 240, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Runs scripts/NAME.py in a process of its own."""
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd)
+
+
+@pytest.fixture(scope="session")
+def glyphs(tmp_path_factory) -> Path:
+    """A dataset of 8 categories in 64 x 64 pixels."""
+    return make_glyphs(tmp_path_factory.mktemp("data") / "tiny", TINY, workers=1)
+
+
+def write_configs(folder: Path, data: Path) -> Path:
+    """The three rows of the embedded job, for a dataset of a few images and seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {
+        "_base": {
+            "data": {"name": "tiny", "root": str(data), "flip": 0, "workers": 0},
+            "detector": {
+                "backbone": "small",
+                "fpn_channels": 16,
+                "min_size": 64,
+                "max_size": 64,
+                "rpn": {"anchor_sizes": [[16], [32]], "batch_size": 32, "train_proposals": 40, "test_proposals": 30},
+                "roi": {"batch_size": 16, "sampling_ratio": 1, "fc": 32, "class_agnostic": True},
+            },
+            "train": {"epochs": 2, "batch_size": 4, "lr": 0.01, "warmup_iterations": 3, "milestones": [1.5],
+                      "log_every": 2, "checkpoint_every": 4},  # fmt: skip
+            "test": {"batch_size": 4, "max_detections": 30},
+            "device": "cpu",
+        },
+        "softmax": {"base": "_base.yaml"},
+        "bags": {
+            "base": "_base.yaml",
+            "detector": {"init_from": "row:softmax"},
+            "classifier": {"name": "group_softmax", "boundaries": [5, 15]},
+            "train": {"part": "cls"},
+        },
+        "softmax_retrained": {
+            "base": "bags.yaml",
+            "detector": {"reset_classifier": True},
+            "classifier": {"name": "softmax"},
+        },
+    }
+    for name, content in rows.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Objects of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,88 @@
+"""The rules of the house: imports point down, files stay short."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A package may import from the rooms listed for it, and from its own.
+ALLOWED = {
+    "analysis": {"evaluation", "config", "errors"},
+    "build": {"engine", "evaluation", "detectors", "data", "classifiers", "config", "distributed", "errors"},
+    "engine": {"config", "distributed", "data", "classifiers.base", "errors"},
+    "evaluation": {"data.index", "data.statistics", "errors"},
+    "detectors": {"classifiers.base", "errors"},
+    "data": {"distributed", "errors"},
+    "classifiers": {"errors"},
+    "config": {"errors"},
+    "distributed": set(),
+    "errors": set(),
+    "__init__": set(),
+}
+
+
+def module_imports(path: Path) -> set[str]:
+    """What a file imports from this project, as dotted names below `bags`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module} if node.module != "bags" else {f"bags.{alias.name}" for alias in node.names}
+    return {name.removeprefix("bags.") for name in found if name.startswith("bags.")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bags").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    """DESIGN's rule: each room knows only those below it."""
+    room = path.relative_to(ROOT / "bags").parts[0].removesuffix(".py")
+    for name in module_imports(path):
+        own = name.split(".")[0] == room
+        allowed = any(name == target or name.startswith(f"{target}.") for target in ALLOWED[room])
+        assert own or allowed, f"{path.name} imports bags.{name}, which is not below {room}"
+
+
+def test_no_import_circle_between_files():
+    """Files import each other in one direction."""
+    files = {str(p.relative_to(ROOT / "bags").with_suffix("")).replace("/", "."): p for p in (ROOT / "bags").rglob("*.py")}
+    graph = {name: module_imports(path) & files.keys() for name, path in files.items()}
+    while graph:
+        free = [name for name, targets in graph.items() if not targets & graph.keys()]
+        assert free, f"import circle among {sorted(graph)}"
+        graph = {name: targets for name, targets in graph.items() if name not in free}
+
+
+def test_only_build_names_a_classifier():
+    """The seam: no other file of the package refers to a particular classifier's module."""
+    for path in (ROOT / "bags").rglob("*.py"):
+        inside = path.parent.name == "classifiers" or path.name in ("build.py", "__init__.py")
+        particular = [n for n in module_imports(path) if n.startswith("classifiers.") and n != "classifiers.base"]
+        assert inside or not particular, f"{path}: {particular}"
+
+
+def test_files_stay_short():
+    """No file of the package has 400 lines."""
+    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "bags").rglob("*.py")}
+    longest = max(lengths, key=lengths.get)
+    assert lengths[longest] < 400, f"{longest}: {lengths[longest]} lines"
+
+
+def test_scoring_needs_no_torch():
+    """`import bags` and `bags.evaluate` leave torch alone."""
+    code = "import bags, sys; bags.evaluate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_public_calls_exist():
+    """Every public name can be loaded."""
+    import bags
+
+    for name in bags.__all__:
+        assert callable(getattr(bags, name))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = bags.nonsense
