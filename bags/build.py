@@ -148,9 +148,7 @@ def evaluate_predictions(config: Config, stats: CategoryStats, predictions: Path
     )
 
 
-def load_detector(
-    path: str | Path, min_size: int | None = None, max_size: int | None = None
-) -> tuple[nn.Module, dict]:
+def load_detector(path: str | Path, min_size: int | None = None, max_size: int | None = None) -> tuple[nn.Module, dict]:
     """A trained detector from its checkpoint alone, in evaluation mode, on the CPU.
 
     min_size, max_size: other resizing limits than in training, in pixels.

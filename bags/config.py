@@ -254,7 +254,9 @@ def _merge(tree: dict, changes: dict) -> dict:
     """Lays `changes` over `tree` in place; a section whose `name` changes is replaced."""
     for key, value in changes.items():
         old = tree.get(key)
-        renamed = isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) != old.get("name")
+        renamed = (
+            isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) != old.get("name")
+        )
         if isinstance(old, dict) and isinstance(value, dict) and not (renamed and key in ("classifier", "sampler")):
             _merge(old, value)
         else:

@@ -1,7 +1,7 @@
 """Makes the datasets that are made rather than downloaded.
 
-    python scripts/prepare_data.py glyphs-100                      # to data/glyphs-100
-    python scripts/prepare_data.py glyphs-1230 --root /data/glyphs-1230 --workers 8
+python scripts/prepare_data.py glyphs-100                      # to data/glyphs-100
+python scripts/prepare_data.py glyphs-1230 --root /data/glyphs-1230 --workers 8
 """
 
 import argparse

@@ -40,8 +40,15 @@ def write_configs(folder: Path, data: Path) -> Path:
                 "rpn": {"anchor_sizes": [[16], [32]], "batch_size": 32, "train_proposals": 40, "test_proposals": 30},
                 "roi": {"batch_size": 16, "sampling_ratio": 1, "fc": 32, "class_agnostic": True},
             },
-            "train": {"epochs": 2, "batch_size": 4, "lr": 0.01, "warmup_iterations": 3, "milestones": [1.5],
-                      "log_every": 2, "checkpoint_every": 4},  # fmt: skip
+            "train": {
+                "epochs": 2,
+                "batch_size": 4,
+                "lr": 0.01,
+                "warmup_iterations": 3,
+                "milestones": [1.5],
+                "log_every": 2,
+                "checkpoint_every": 4,
+            },  # fmt: skip
             "test": {"batch_size": 4, "max_detections": 30},
             "device": "cpu",
         },

@@ -12,8 +12,11 @@ import torch.nn.functional as F
 import bags
 from bags.classifiers.base import BoxFeatures
 
-REFERENCE = Path(os.environ.get("BAGS_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "reference" / "vectors"
+REFERENCE = (
+    Path(os.environ.get("BAGS_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "reference" / "vectors"
+)
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="no reference vectors here")
+FOUR = (10, 100, 1000)
 EIGHT = (5, 10, 50, 100, 500, 1000, 5000)
 
 
@@ -60,7 +63,10 @@ def test_bad_boundaries(boundaries):
 def slow_loss(classifier, logits, labels):
     """Eq. 5 proposal by proposal, all `others` of activated groups."""
     groups, start, losses = classifier.groups, 2, []
-    rows = [(torch.log_softmax(row[:2], 0)[0 if label == 0 else 1]) for row, label in zip(logits, labels.tolist())]
+    rows = [
+        (torch.log_softmax(row[:2], 0)[0 if label == 0 else 1])
+        for row, label in zip(logits, labels.tolist(), strict=True)
+    ]
     losses.append(-sum(rows) / len(rows))
     for n, size in enumerate(groups.sizes):
         members = [c for c in range(1, groups.num_categories + 1) if groups.group_of[c - 1] == n]
@@ -118,7 +124,8 @@ def test_others_sampler_is_uniform():
     others = total[1:] / 2000
     assert (others - 4 / 16).abs().max() < 0.05  # five standard deviations
     assert not torch.equal(
-        classifier.sample_weights(classifier.targets[:, labels]), classifier.sample_weights(classifier.targets[:, labels])
+        classifier.sample_weights(classifier.targets[:, labels]),
+        classifier.sample_weights(classifier.targets[:, labels]),
     )
 
 
@@ -219,8 +226,10 @@ def test_loss_equals_the_released_code(name):
 
 
 @needs_reference
-@pytest.mark.parametrize("case, boundaries", [("c40", (10, 100, 1000)), ("c17", (10, 100, 1000)),
-                                              ("c40_2bins", (100,)), ("c40_8bins", EIGHT), ("c1230", (10, 100, 1000))])  # fmt: skip
+@pytest.mark.parametrize(
+    "case, boundaries",
+    [("c40", FOUR), ("c17", FOUR), ("c40_2bins", (100,)), ("c40_8bins", EIGHT), ("c1230", FOUR)],
+)
 def test_scores_equal_the_released_merge(case, boundaries):
     data = np.load(REFERENCE / "gs_merge_score.npz")
     classifier = group_softmax(data[f"{case}_counts"].tolist(), boundaries)

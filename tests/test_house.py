@@ -49,7 +49,9 @@ def test_imports_point_down(path):
 
 def test_no_import_circle_between_files():
     """Files import each other in one direction."""
-    files = {str(p.relative_to(ROOT / "bags").with_suffix("")).replace("/", "."): p for p in (ROOT / "bags").rglob("*.py")}
+    files = {
+        str(p.relative_to(ROOT / "bags").with_suffix("")).replace("/", "."): p for p in (ROOT / "bags").rglob("*.py")
+    }
     graph = {name: module_imports(path) & files.keys() for name, path in files.items()}
     while graph:
         free = [name for name, targets in graph.items() if not targets & graph.keys()]

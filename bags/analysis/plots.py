@@ -63,7 +63,11 @@ def plot_predictions(path: Path, images: Sequence[Image.Image], columns: dict[st
     """
     size = 3.2
     figure, grid = plt.subplots(
-        len(images), len(columns), figsize=(size * len(columns), size * len(images)), squeeze=False, layout="constrained"
+        len(images),
+        len(columns),
+        figsize=(size * len(columns), size * len(images)),
+        squeeze=False,
+        layout="constrained",
     )
     for row, image in enumerate(images):
         for axes, (title, drawings) in zip(grid[row], columns.items(), strict=True):

@@ -12,9 +12,8 @@ Two choices make it the paper's problem in small:
   family has members in the head and in the tail. With only distinct glyphs, retraining a plain
   softmax does as well as Balanced Group Softmax.
 
-The same seed gives the same annotations on every machine: outlines are read in integer font units,
-filled by the scan converter below, and random numbers come from `numpy.random.RandomState`, whose
-streams are frozen. (JPEG pixels may differ in the last bits between versions of Pillow.)
+The same seed gives the same annotations on every machine (see glyph_images.py); JPEG pixels may differ
+in the last bits between versions of Pillow.
 
 Command:  python scripts/prepare_data.py glyphs-100 --root data/glyphs-100
 """
@@ -29,16 +28,14 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
-from matplotlib import get_data_path
-from matplotlib.ft2font import FT2Font, LoadFlags
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from bags.data.glyph_images import coverage, draw_image, load_outlines
 from bags.errors import UserError
 
 DUPLICATE_SIMILARITY = 0.985  # cosine of two 24 x 24 renderings; more alike is the same category
-TEXTURES = ("plain", "noise", "grain", "stripes", "checks", "dots", "waves", "rings")
 CHUNK = 100  # images per unit of work: what a killed run may lose
 
 
@@ -60,71 +57,9 @@ class Preset:
 
 
 PRESETS = {
-    "glyphs-100": Preset(100, 192, 1500, 8, 70, (10, 17), (28, 56), 3, 0.60, 20, 40),
+    "glyphs-100": Preset(100, 192, 1200, 8, 150, (10, 17), (30, 58), 3, 0.55, 20, 40),
     "glyphs-1230": Preset(1230, 256, 2000, 2, 640, (8, 24), (18, 56), 5, 0.70, 20, 100),
 }
-
-
-# --------------------------------------------------------------------------- outlines
-
-
-def load_outlines(characters: list[str] | None = None) -> dict[str, list[np.ndarray]]:
-    """Closed contours of glyphs, each [K, 2], y downwards, the longer side of the glyph = 1.
-
-    `characters=None` reads every letter of the font.
-    """
-    font = FT2Font(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")))
-    outlines = {}
-    for character in characters or map(chr, sorted(font.get_charmap())):
-        if unicodedata.category(character)[0] != "L":
-            continue
-        font.load_char(ord(character), flags=LoadFlags.NO_SCALE)  # integer font units
-        contours = _flatten(*font.get_path())
-        if contours:
-            points = np.concatenate(contours)
-            low, high = points.min(0), points.max(0)
-            extent = (high - low).max()
-            outlines[character] = [(c - (low + high) / 2) / extent * (1, -1) for c in contours]
-    return outlines
-
-
-def _flatten(vertices: np.ndarray, codes: np.ndarray) -> list[np.ndarray]:
-    """Matplotlib path -> contours; a quadratic curve becomes four chords."""
-    contours, points, i = [], [], 0
-    while i < len(codes):
-        if codes[i] == 1:  # move to
-            points = [vertices[i]]
-            contours.append(points)
-        elif codes[i] == 2:  # line to
-            points.append(vertices[i])
-        elif codes[i] == 3:  # control point, then end point
-            start, control, end = points[-1], vertices[i], vertices[i + 1]
-            for t in (0.25, 0.5, 0.75, 1.0):
-                points.append((1 - t) ** 2 * start + 2 * t * (1 - t) * control + t * t * end)
-            i += 1
-        i += 1
-    return [np.asarray(c) for c in contours if len(c) > 2]
-
-
-def coverage(contours: list[np.ndarray], height: int, width: int, samples: int = 3) -> np.ndarray:
-    """Scan conversion by the non-zero winding rule.
-
-    Contours are in pixels; returns int [height, width], the number of the samples x samples points
-    of each pixel that lie inside (0..samples**2). Integer-valued, so equal on every machine.
-    """
-    start = np.concatenate(contours) * samples
-    end = np.concatenate([np.roll(c, -1, axis=0) for c in contours]) * samples
-    rows = np.arange(height * samples) + 0.5
-    below_start, below_end = start[:, 1:] <= rows, end[:, 1:] <= rows
-    segment, row = np.nonzero(below_start != below_end)
-    (x0, y0), (x1, y1) = start[segment].T, end[segment].T
-    x = x0 + (rows[row] - y0) * (x1 - x0) / (y1 - y0)
-    column = np.clip(np.ceil(x - 0.5), 0, width * samples).astype(np.int64)
-    direction = np.where(below_start[segment, row], 1.0, -1.0)
-    stride = width * samples + 1
-    winding = np.bincount(row * stride + column, direction, len(rows) * stride)
-    inside = winding.reshape(len(rows), stride).cumsum(1)[:, :-1] != 0
-    return inside.reshape(height, samples, width, samples).sum((1, 3))
 
 
 # --------------------------------------------------------------------------- categories
@@ -175,127 +110,6 @@ def instance_counts(preset: Preset) -> np.ndarray:
     return np.maximum(1, np.round(law)).astype(np.int64)
 
 
-# --------------------------------------------------------------------------- images
-
-
-def _background(size: int, rng: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
-    """Textured regions: colours float32 [size, size, 3] in 0..255 and the semantic map uint8."""
-    y, x = np.mgrid[:size, :size].astype(np.float32)
-    centres = rng.uniform(0, size, (rng.randint(2, 5), 2))
-    region = np.argmin([(y - a) ** 2 + (x - b) ** 2 for a, b in centres], axis=0)
-    canvas = np.empty((size, size, 3), np.float32)
-    semantic = np.empty((size, size), np.uint8)
-    for index in range(len(centres)):
-        kind = rng.randint(len(TEXTURES))
-        where = region == index
-        pattern = _texture(TEXTURES[kind], x, y, rng)[where, None]
-        first = rng.uniform(40, 215, 3)
-        second = np.clip(first + rng.uniform(-25, 25, 3), 0, 255)
-        canvas[where] = first + (second - first) * pattern
-        semantic[where] = kind + 1
-    shade = Image.fromarray(rng.uniform(-15, 15, (4, 4)).astype(np.float32))
-    canvas += np.asarray(shade.resize((size, size), Image.Resampling.BICUBIC))[..., None]
-    return canvas, semantic
-
-
-def _texture(kind: str, x: np.ndarray, y: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
-    """One of TEXTURES as float [size, size] in about 0..1."""
-    angle, period = rng.uniform(0, math.pi), rng.uniform(6, 20)
-    u = (x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period)
-    v = (y * math.cos(angle) - x * math.sin(angle)) * (2 * math.pi / period)
-    size = len(x)
-    if kind in ("noise", "grain"):
-        cells = size // 8 if kind == "noise" else size
-        field = Image.fromarray(rng.uniform(0, 1, (cells, cells)).astype(np.float32))
-        return np.asarray(field.resize((size, size), Image.Resampling.BILINEAR))
-    return {
-        "plain": lambda: np.full_like(x, 0.5),
-        "stripes": lambda: (np.sin(u) > 0).astype(np.float32),
-        "checks": lambda: ((np.sin(u) > 0) != (np.sin(v) > 0)).astype(np.float32),
-        "dots": lambda: (np.sin(u) * np.sin(v) > 0.5).astype(np.float32),
-        "waves": lambda: 0.5 + 0.5 * np.sin(u + 2 * np.sin(v / 2)),
-        "rings": lambda: 0.5 + 0.5 * np.sin(np.hypot(u, v)),
-    }[kind]()
-
-
-def _draw_clutter(canvas: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
-    """Strokes and arcs that belong to no category."""
-    size = len(canvas)
-    image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(image)
-    for _ in range(rng.randint(1, 5)):
-        x, y = rng.uniform(0, size, 2)
-        dx, dy = rng.uniform(-size / 4, size / 4, 2)
-        colour = tuple(int(v) for v in rng.uniform(0, 255, 3))
-        width = int(rng.randint(1, 4))
-        if rng.random_sample() < 0.5:
-            draw.line((x, y, x + dx, y + dy), fill=colour, width=width)
-        else:
-            box = (x, y, x + abs(dx) + 4, y + abs(dy) + 4)
-            first = rng.uniform(0, 360)
-            draw.arc(box, first, first + rng.uniform(60, 200), fill=colour, width=width)
-    return np.asarray(image).astype(np.float32)
-
-
-def _place(outline, size_range, owner, areas, rng) -> tuple[int, int, np.ndarray]:
-    """A random pose that hides no earlier object by more than 25 % -> (top, left, coverage)."""
-    extent, shrink = len(owner), 1.0
-    for attempt in range(1000):
-        size = rng.uniform(*size_range) * shrink
-        angle, stretch = rng.uniform(-0.15, 0.15), math.exp(rng.uniform(-0.1, 0.1))
-        cos, sin = math.cos(angle) * size, math.sin(angle) * size
-        pose = np.array([[cos * stretch, sin / stretch], [-sin * stretch, cos / stretch]])
-        contours = [contour @ pose for contour in outline]
-        points = np.concatenate(contours)
-        low, high = points.min(0), points.max(0)
-        left, top = rng.uniform(1, np.maximum(extent - 1 - (high - low), 1.5))
-        x0, y0 = int(left), int(top)
-        width = min(math.ceil(high[0] - low[0]) + 2, extent - x0)
-        height = min(math.ceil(high[1] - low[1]) + 2, extent - y0)
-        shift = np.array([left - x0, top - y0]) - low
-        ink = coverage([contour + shift for contour in contours], height, width)
-        covered = owner[y0 : y0 + height, x0 : x0 + width][ink >= 5]
-        hidden = np.bincount(covered, minlength=len(areas) + 1)[1:]
-        visible = np.bincount(owner.ravel(), minlength=len(areas) + 1)[1:] - hidden
-        if len(covered) >= 12 and (visible >= 0.75 * np.asarray(areas)).all():
-            return y0, x0, ink
-        if attempt % 20 == 19:
-            shrink *= 0.85 if len(covered) >= 24 else 1.1
-    raise RuntimeError("no room for an object: the preset asks for too many objects per image")
-
-
-def draw_image(preset: Preset, outlines: list, rng: np.random.RandomState):
-    """One image: (pixels uint8 [S, S, 3], semantic uint8 [S, S], masks bool, one per outline)."""
-    canvas, semantic = _background(preset.image_size, rng)
-    canvas = _draw_clutter(canvas, rng)
-    owner = np.zeros(canvas.shape[:2], np.int64)  # 0, or 1 + the object seen at this pixel
-    areas: list[int] = []
-    for outline in outlines:
-        top, left, ink = _place(outline, preset.size, owner, areas, rng)
-        solid = ink >= 5
-        height, width = ink.shape
-        owner[top : top + height, left : left + width][solid] = len(areas) + 1
-        areas.append(int(solid.sum()))
-        patch = canvas[top : top + height, left : left + width]
-        colour = _visible_colour(patch[solid].mean(0), rng)
-        alpha = Image.fromarray((ink * (255 / 9)).astype(np.uint8))
-        alpha = alpha.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8)))
-        alpha = np.asarray(alpha, np.float32)[..., None] / 255 * rng.uniform(0.85, 1.0)
-        patch += alpha * (colour - patch)
-    canvas += rng.normal(0, rng.uniform(1, 5), (*owner.shape, 1))
-    masks = [owner == k + 1 for k in range(len(outlines))]
-    return np.clip(canvas, 0, 255).astype(np.uint8), semantic, masks
-
-
-def _visible_colour(behind: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
-    """A random colour at least 140 grey levels (Euclidean) from what is behind."""
-    for _ in range(50):
-        colour = rng.uniform(0, 255, 3)
-        if np.linalg.norm(colour - behind) >= 140:
-            break
-    return colour
-
-
 # --------------------------------------------------------------------------- files
 
 
@@ -311,7 +125,7 @@ def _make_chunk(job: tuple) -> None:
         image_id = first_id + offset
         rng = np.random.RandomState([seed, 2 + (split == "val"), image_id])
         shapes = [outlines[characters[c]] for c in category_ids]
-        pixels, semantic, masks = draw_image(preset, shapes, rng)
+        pixels, semantic, masks = draw_image(preset.image_size, preset.size, shapes, rng)
         name = f"{split}/{image_id:08d}.jpg"
         Image.fromarray(pixels).save(folder / name, quality=92)
         Image.fromarray(semantic).save(folder / f"semantic_{split}" / f"{image_id:08d}.png")
@@ -364,7 +178,7 @@ def _deal(counts: np.ndarray, preset: Preset, rng: np.random.RandomState) -> lis
 
 def make_glyphs(root: str | Path, preset: Preset, seed: int = 0, workers: int | None = None) -> Path:
     """Makes a dataset folder, unless it is there: train.json, val.json, train/, val/ and
-    semantic_train/, semantic_val/ (index 1.. of TEXTURES). Returns the folder.
+    semantic_train/, semantic_val/ (1 + index in glyph_images.TEXTURES). Returns the folder.
 
     The folder appears under its name when complete. A killed run goes on from its last chunk.
     Raises UserError where the folder holds a dataset made with other settings.

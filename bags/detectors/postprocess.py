@@ -34,7 +34,7 @@ def select_detections(
     while True:
         chosen = _best(flat, score_threshold, budget, eligible)
         rows, labels = chosen // num_categories, chosen % num_categories + 1
-        deltas = regression.view(len(proposals), -1, 4)
+        deltas = regression.unflatten(1, (-1, 4))
         deltas = deltas[rows, labels if deltas.shape[1] > 1 else 0]
         boxes = box_coder.decode_single(deltas, proposals[rows])
         boxes = clip_boxes_to_image(boxes, image_size)

@@ -64,7 +64,7 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
 def box_loss(regression: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     """Smooth L1 (beta 1, as in the paper's code) over the foreground's deltas [R, 4 or 4 * (C+1)], divided by R."""
     positive = torch.where(labels > 0)[0]
-    deltas = regression.view(len(labels), -1, 4)
+    deltas = regression.unflatten(1, (-1, 4))
     deltas = deltas[positive, labels[positive] if deltas.shape[1] > 1 else 0]
     loss = F.smooth_l1_loss(deltas.float(), targets[positive], beta=1.0, reduction="sum")
     return loss / max(len(labels), 1)

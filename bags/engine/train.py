@@ -21,6 +21,7 @@ from bags.config import TrainConfig
 from bags.engine.checkpoint import load_latest, save_checkpoint
 from bags.engine.metrics import JsonLog, Smoothed
 from bags.engine.optim import build_optimizer, learning_rate, set_trained_part, train_mode
+from bags.errors import UserError
 
 
 def train_one_epoch(

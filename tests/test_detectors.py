@@ -1,0 +1,158 @@
+"""RoI heads and postprocessing against torchvision's own."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision.models.detection import _utils, roi_heads
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, fasterrcnn_mobilenet_v3_large_fpn
+
+import bags
+from bags.build import build_detector, load_detector
+from bags.classifiers.base import BoxFeatures
+from bags.data.statistics import CategoryStats
+from bags.detectors.postprocess import select_detections
+from bags.detectors.roi_heads import RoIHeads, box_loss
+from bags.engine.optim import learning_rate, set_trained_part, train_mode
+
+STATS = CategoryStats((1, 2, 3), ("a", "b", "c"), (500, 50, 5), (300, 40, 5))
+
+
+def random_proposals(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(count, 2, generator=generator) * 80
+    return torch.cat([corners, corners + 2 + torch.rand(count, 2, generator=generator) * 40], 1)
+
+
+@pytest.mark.parametrize("agnostic", [False, True])
+@pytest.mark.parametrize("threshold, keep", [(0.0, 300), (0.0, 20), (0.05, 300), (0.9, 300)])
+def test_select_detections_equals_torchvision(agnostic, threshold, keep):
+    """Distinct scores: the same boxes, scores and labels, bit for bit, as suppressing everything at once."""
+    torch.manual_seed(3)
+    proposals, logits = random_proposals(60, 0), torch.randn(60, 41) * 2
+    deltas = torch.randn(60, 4) if agnostic else torch.randn(60, 4 * 41)
+    full = deltas.repeat(1, 41) if agnostic else deltas
+    peer = roi_heads.RoIHeads(None, None, None, 0.5, 0.5, 8, 0.5, None, threshold, 0.5, keep)
+    boxes, scores, labels = (x[0] for x in peer.postprocess_detections(logits, full, [proposals], [(100, 120)]))
+    ours = select_detections(
+        logits.softmax(1), deltas, proposals, (100, 120), _utils.BoxCoder((10, 10, 5, 5)), threshold, 0.5, keep
+    )
+    assert torch.equal(ours[1], scores) and torch.equal(ours[2], labels) and torch.equal(ours[0], boxes)
+
+
+def test_no_proposals_give_no_detections():
+    empty = select_detections(
+        torch.zeros(0, 5), torch.zeros(0, 20), torch.zeros(0, 4), (10, 10), _utils.BoxCoder((10, 10, 5, 5)), 0.0, 0.5, 9
+    )
+    assert [len(x) for x in empty] == [0, 0, 0]
+
+
+def test_box_loss_by_hand():
+    """|error| 0.5 on one coordinate of one positive: 0.125 / 2 proposals; the background does not count."""
+    targets = torch.zeros(2, 4)
+    shared = torch.tensor([[0.5, 0, 0, 0], [9.0, 9, 9, 9]])
+    assert box_loss(shared, torch.tensor([3, 0]), targets).item() == pytest.approx(0.0625)
+    own = torch.full((2, 16), 7.0)
+    own[0, 12:] = shared[0]
+    assert box_loss(own, torch.tensor([3, 0]), targets).item() == pytest.approx(0.0625)
+    assert box_loss(shared[:0], torch.zeros(0, dtype=torch.long), targets[:0]) == 0
+
+
+def test_softmax_detector_predicts_as_torchvisions():
+    """The same weights in torchvision's RoIHeads and in ours, around our Softmax, give equal detections."""
+    torch.manual_seed(0)
+    peer = fasterrcnn_mobilenet_v3_large_fpn(
+        weights=None, weights_backbone=None, min_size=64, max_size=96, num_classes=4
+    )
+    peer.roi_heads.box_predictor = FastRCNNPredictor(1024, 4)
+    theirs, classifier = peer.roi_heads, bags.Softmax(1024, 3)
+    classifier.linear.load_state_dict(theirs.box_predictor.cls_score.state_dict())
+    ours = RoIHeads(
+        theirs.box_roi_pool, theirs.box_head, classifier, theirs.box_predictor.bbox_pred,
+        fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=512, positive_fraction=0.25, bbox_reg_weights=None,
+        score_thresh=0.05, nms_thresh=0.5, detections_per_img=100,
+    )  # fmt: skip
+    peer.eval()
+    image = [torch.rand(3, 64, 80)]
+    expected = peer(image)[0]
+    peer.roi_heads = ours.eval()
+    found = peer(image)[0]
+    assert len(expected["boxes"]) > 0
+    for key in expected:
+        assert torch.equal(found[key], expected[key]), key
+
+
+def tiny_config(folder, *overrides):
+    path = folder / "c.yaml"
+    path.write_text("detector: {backbone: small, fpn_channels: 16, min_size: 64, max_size: 64}\ndevice: cpu")
+    sizes = ["detector.rpn.anchor_sizes=[[16],[32]]", "detector.rpn.train_proposals=20", "detector.roi.fc=16"]
+    return bags.load_config(path, [*sizes, "detector.roi.batch_size=8", "data.flip=0", *overrides])
+
+
+@pytest.mark.parametrize("classifier", ["softmax", "group_softmax"])
+@pytest.mark.parametrize("backbone", ["small", "resnet18"])
+def test_only_the_classifier_gets_gradients_with_part_cls(tmp_path, classifier, backbone):
+    levels = {"small": "[[16],[32]]", "resnet18": "[[8],[16],[32],[64],[128]]"}[backbone]
+    config = tiny_config(
+        tmp_path,
+        f"classifier.name={classifier}",
+        f"detector.backbone={backbone}",
+        f"detector.rpn.anchor_sizes={levels}",
+    )
+    detector = build_detector(config, STATS)
+    set_trained_part(detector, "cls")
+    train_mode(detector)
+    before = {k: v.clone() for k, v in detector.state_dict().items()}
+    target = {"boxes": torch.tensor([[4.0, 4, 30, 40], [20, 10, 60, 60]]), "labels": torch.tensor([1, 3])}
+    losses = detector([torch.rand(3, 64, 64)], [target])
+    assert {"loss_box_reg", "loss_objectness", "loss_rpn_box_reg"} < losses.keys()
+    sum(losses.values()).backward()
+    trained = {name for name, p in detector.named_parameters() if p.grad is not None}
+    assert trained == {"roi_heads.classifier.linear.weight", "roi_heads.classifier.linear.bias"}
+    assert all(torch.equal(v, before[k]) for k, v in detector.state_dict().items()), "frozen statistics moved"
+
+
+def test_images_without_objects_train(tmp_path):
+    detector = build_detector(tiny_config(tmp_path, "classifier.name=group_softmax"), STATS).train()
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+    losses = detector([torch.rand(3, 64, 64)], [empty])
+    total = sum(losses.values())
+    total.backward()
+    assert total.isfinite() and losses["loss_box_reg"] == 0
+
+
+def test_anchor_levels_must_fit_the_backbone(tmp_path):
+    with pytest.raises(bags.UserError, match="anchor_sizes: expected 5 lists"):
+        build_detector(tiny_config(tmp_path, "detector.backbone=resnet18"), STATS)
+
+
+def test_learning_rate_by_hand(tmp_path):
+    config = tiny_config(
+        tmp_path, "train.lr=1", "train.warmup_iterations=4", "train.warmup_factor=0.5", "train.milestones=[2, 3]"
+    ).train
+    rates = [learning_rate(config, i, 10) for i in (0, 2, 4, 19, 20, 30)]
+    assert rates == pytest.approx([0.5, 0.75, 1, 1, 0.1, 0.01])
+
+
+def test_classifiers_see_both_features(tmp_path):
+    detector = build_detector(tiny_config(tmp_path), STATS)
+    seen = []
+    detector.roi_heads.classifier.forward = lambda f: seen.append(f) or torch.zeros(len(f.fc), 4)
+    detector.eval()([torch.rand(3, 64, 64)])
+    assert isinstance(seen[0], BoxFeatures)
+    assert seen[0].pooled.shape[1:] == (16, 7, 7) and seen[0].fc.shape[1:] == (16,)
+
+
+def test_load_detector_refuses_foreign_files(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("code ran",)
+
+    for name, content in {"evil.pth": Evil(), "plain.pth": {"model": {}}, "list.pth": [1]}.items():
+        torch.save(content, tmp_path / name)
+        with pytest.raises(bags.UserError, match=name):
+            load_detector(tmp_path / name)
+    (tmp_path / "text.pth").write_text("hello")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for name in ("text.pth", "array.npy", "absent.pth"):
+        with pytest.raises(bags.UserError, match=name):
+            load_detector(tmp_path / name)

@@ -1,0 +1,149 @@
+"""AP against hand-worked numbers and pycocotools."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import bags
+from bags.analysis.tables import render_table, spread
+from bags.analysis.weight_norms import rank_correlation, weight_norms
+
+
+def write_truth(folder, lvis=False, **extra):
+    images = [{"id": i, "width": 100, "height": 100} for i in (1, 2, 3)]
+    if lvis:
+        for image in images:
+            image |= {"neg_category_ids": [1] if image["id"] == 3 else [], "not_exhaustive_category_ids": []}
+    boxes = [(1, 1), (1, 2), (2, 1)]  # (image, category)
+    annotations = [
+        {"id": k, "image_id": i, "category_id": c, "bbox": [10, 10, 20, 20], "area": 400, "iscrowd": 0}
+        for k, (i, c) in enumerate(boxes, start=1)
+    ]
+    categories = [{"id": 1, "name": "a", **extra.get("a", {})}, {"id": 2, "name": "b", **extra.get("b", {})}]
+    path = folder / "truth.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return path
+
+
+def write_results(folder, *detections):
+    entries = [
+        {"image_id": i, "category_id": c, "bbox": [10 + shift, 10, 20, 20], "score": score}
+        for i, c, score, shift in detections
+    ]
+    path = folder / "results.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def test_ap_by_hand(tmp_path):
+    """Category 1: both found, behind one false alarm: precision 2/3 everywhere. Category 2: missed."""
+    truth = write_truth(tmp_path)
+    results = write_results(tmp_path, (3, 1, 0.9, 0), (1, 1, 0.8, 0), (2, 1, 0.7, 0))
+    found = bags.evaluate(truth, results, instance_counts=[1000, 3], image_counts=[50, 3])
+    assert found["AP"] == pytest.approx(1 / 3) and found["AP50"] == pytest.approx(1 / 3)
+    assert found["AP4"] == pytest.approx(2 / 3) and found["AP1"] == 0
+    assert math.isnan(found["AP2"]) and math.isnan(found["APf"])
+    assert found["APc"] == pytest.approx(2 / 3) and found["APr"] == 0
+    assert found["AP_head"] == pytest.approx(2 / 3) and found["AP_tail"] == 0
+    assert found["AR"] == pytest.approx(0.5)
+
+
+def test_federated_false_alarms(tmp_path):
+    """LVIS: an image that does not vouch for a category's absence does not punish its detection."""
+    truth = write_truth(tmp_path, lvis=True)
+    lenient = write_results(tmp_path, (3, 2, 0.9, 0), (1, 2, 0.8, 0), (1, 1, 0.9, 0), (2, 1, 0.9, 0))
+    assert bags.evaluate(truth, lenient)["AP"] == pytest.approx(1)
+    strict = write_results(tmp_path, (3, 1, 0.95, 0), (1, 2, 0.8, 0), (1, 1, 0.9, 0), (2, 1, 0.9, 0))
+    assert bags.evaluate(truth, strict)["AP"] == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_counts_in_the_file_make_bins(tmp_path):
+    extra = {"a": {"instance_count": 12, "frequency": "c"}, "b": {"instance_count": 9, "frequency": "r"}}
+    found = bags.evaluate(write_truth(tmp_path, **extra), write_results(tmp_path, (1, 2, 0.9, 0)))
+    assert (found["AP1"], found["AP2"], found["APr"], found["APc"]) == pytest.approx((1, 0, 1, 0))
+
+
+def test_equal_to_pycocotools_on_random_boxes(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [{"id": i, "width": 200, "height": 200} for i in range(1, 21)]
+    boxes = rng.uniform([0, 0, 5, 5], [90, 90, 110, 110], (150, 4)).round(1).tolist()
+    annotations = [
+        {"id": k, "image_id": int(rng.integers(1, 21)), "category_id": int(rng.integers(1, 6)), "bbox": box,
+         "area": box[2] * box[3], "iscrowd": int(rng.random() < 0.05)}
+        for k, box in enumerate(boxes, start=1)
+    ]  # fmt: skip
+    truth = tmp_path / "t.json"
+    categories = [{"id": i, "name": str(i)} for i in range(1, 6)]
+    truth.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    jitter = [(a, rng.normal(0, 4, 4)) for a in annotations for _ in range(4)]
+    entries = [
+        {"image_id": a["image_id"], "category_id": a["category_id"] if rng.random() < 0.8 else 1,
+         "bbox": np.maximum(np.array(a["bbox"]) + j, 1).tolist(), "score": float(rng.random().__round__(2))}
+        for a, j in jitter
+    ]  # fmt: skip
+    results = tmp_path / "r.json"
+    results.write_text(json.dumps(entries))
+    peer = COCOeval(COCO(str(truth)), COCO(str(truth)).loadRes(str(results)), "bbox")
+    peer.evaluate()
+    peer.accumulate()
+    peer.summarize()
+    ours = bags.evaluate(truth, results)
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    assert [ours[n] for n in names] == pytest.approx([v if v > -1 else math.nan for v in peer.stats[:6]], nan_ok=True)
+    assert ours["AR"] == pytest.approx(peer.stats[8])
+
+
+def test_empty_predictions_score_zero(tmp_path):
+    assert bags.evaluate(write_truth(tmp_path), write_results(tmp_path))["AP"] == 0
+    assert bags.evaluate(write_truth(tmp_path, lvis=True), write_results(tmp_path))["AP"] == 0
+
+
+@pytest.mark.parametrize(
+    "entry, words",
+    [
+        ((9, 1, 0.5, 0), "detection 1: image_id 9 is not in the ground truth"),
+        ((1, 9, 0.5, 0), "detection 1: category_id 9 is not in the ground truth"),
+        ((1, 1, math.nan, 0), "detection 1: a score or box coordinate is not a finite number"),
+        ((1, 1, 0.5, math.inf), "detection 1: a score or box coordinate is not a finite number"),
+        ((1, 1, "high", 0), "detection 1: a field is missing or of a wrong type"),
+    ],
+)
+def test_bad_predictions_are_named(tmp_path, entry, words):
+    with pytest.raises(bags.UserError, match=words):
+        bags.evaluate(write_truth(tmp_path), write_results(tmp_path, (1, 1, 0.5, 0), entry))
+
+
+def test_other_bad_files(tmp_path):
+    truth = write_truth(tmp_path)
+    (tmp_path / "object.json").write_text("{}")
+    with pytest.raises(bags.UserError, match="expected a list of detections"):
+        bags.evaluate(truth, tmp_path / "object.json")
+    with pytest.raises(bags.UserError, match="nothing to evaluate against"):
+        bags.evaluate(tmp_path / "object.json", write_results(tmp_path))
+    with pytest.raises(bags.UserError, match="3 numbers for 2 categories"):
+        bags.evaluate(truth, write_results(tmp_path), instance_counts=[1, 2, 3])
+
+
+def test_tables():
+    text = render_table(
+        {"softmax": [{"AP": 0.2, "AP1": math.nan}, {"AP": 0.3, "AP1": math.nan}], "bags": [{"AP": 0.5}]}
+    )
+    assert text.splitlines() == [
+        "| method  |       mAP | AP1 |",
+        "|---------|----------:|----:|",
+        "| softmax | 25.0 ±7.1 |   - |",
+        "| bags    |      50.0 |   - |",
+    ]
+    assert spread([0.5, math.nan], ".2f") == "0.50"
+
+
+def test_rank_correlation_and_norms():
+    assert rank_correlation([1, 2, 3], [10, 100, 1000]) == pytest.approx(1)
+    assert rank_correlation([3, 2, 1], [10, 100, 1000]) == pytest.approx(-1)
+    assert rank_correlation([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    assert math.isnan(rank_correlation([1, 1], [1, 2]))
+    assert weight_norms(np.array([[3, 4], [0, 1]])).tolist() == [5, 1]
