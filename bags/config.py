@@ -220,7 +220,10 @@ def config_to_dict(config: Config) -> dict:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the resolved file; `load_config` of it gives an equal Config."""
-    Path(path).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+    path = Path(path)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+    temporary.replace(path)
 
 
 # --------------------------------------------------------------------------- reading

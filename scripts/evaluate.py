@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--annotations", type=Path, help="ground truth of a results file")
     parser.add_argument("--output", type=Path, help="folder for predictions.json; default: beside the checkpoint")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.source.suffix == ".json":
         if arguments.annotations is None:
             raise UserError(f"{arguments.source}: a results file needs --annotations, its ground truth")

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--score", type=float, default=0.3, help="least score (default 0.3)")
     parser.add_argument("--min-size", type=int, help="shorter side in pixels (default: as trained)")
     parser.add_argument("--max-size", type=int, help="longer side in pixels (default: as trained)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     files = _image_files(arguments.images)
     detect(arguments.checkpoint, files, arguments.output, arguments.score, arguments.min_size, arguments.max_size)
 

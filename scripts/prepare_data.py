@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="folder (default: data/<dataset>)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     root = arguments.root or Path("data", arguments.dataset)
     print(make_glyphs(root, PRESETS[arguments.dataset], arguments.seed, arguments.workers))
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bags.errors import UserError, run_script
 
 TRUTH, CORRECT, WRONG = "#1b6ca8", "#2e933c", "#d1495b"
+LEAST_SCORE = 0.4  # of a drawn detection
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders of run folders")
     parser.add_argument("--no-figures", action="store_true", help="print the table only")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     rows: dict[str, list[Path]] = {}
     for path in arguments.runs:
         for folder in [path] if (path / "config.yaml").exists() else sorted(path.glob("*/")):
@@ -70,7 +71,7 @@ def _weight_norms(rows: dict[str, list[Path]]):
     return norms, meta["stats"], meta["config"]
 
 
-def _draw_predictions(path: Path, runs: dict[str, Path], config, stats, num_images: int = 5) -> None:
+def _draw_predictions(path: Path, runs: dict[str, Path], config, stats, num_images: int = 4) -> None:
     """The validation images with most instances of tail categories, as each run sees them."""
     import numpy as np
 
@@ -96,15 +97,16 @@ def _draw_predictions(path: Path, runs: dict[str, Path], config, stats, num_imag
             if entry["image_id"] in by_image:
                 by_image[entry["image_id"]].append(entry)
         columns[run] = [_judged(e, t, name_of) for e, t in zip(by_image.values(), truths, strict=True)]
-    plot_predictions(path, images, columns)
+    caption = f"scores of {LEAST_SCORE:.0%} or more; green: object and category are right, red: one of them is wrong"
+    plot_predictions(path, images, columns, caption)
 
 
-def _judged(entries: list[dict], truth: dict, name_of: dict[int, str], least_score: float = 0.3) -> dict:
+def _judged(entries: list[dict], truth: dict, name_of: dict[int, str]) -> dict:
     """Detections as drawings: green where the object and its category are right, red where not."""
     import torch
     from torchvision.ops import box_iou
 
-    kept = [entry for entry in entries if entry["score"] >= least_score]
+    kept = [entry for entry in entries if entry["score"] >= LEAST_SCORE]
     boxes = torch.tensor([e["bbox"] for e in kept], dtype=torch.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     overlaps = box_iou(boxes, torch.as_tensor(truth["boxes"]))

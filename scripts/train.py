@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="+", help="YAML files, folders of them, and section.key=value overrides")
     parser.add_argument("--seeds", help="comma-separated; run folders go below <output>/seed<N>")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     overrides = [a for a in arguments.config if "=" in a]
     paths = [Path(a) for a in arguments.config if "=" not in a]
     seeds = _seeds(arguments.seeds)
@@ -95,7 +95,7 @@ def run(config: Config, device) -> None:
     from bags.engine.train import train
 
     folder = config.run_folder
-    if _claim(folder, config):
+    if _is_complete(folder, config):
         if distributed.is_main():
             print(f"{folder}: complete, not run again", flush=True)
         return
@@ -110,7 +110,10 @@ def run(config: Config, device) -> None:
     build.initialise(detector, config, dataset.index)
     detector.to(device, memory_format=torch.channels_last)
     if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
         _write_environment(folder)
+    distributed.barrier()
 
     loader = build.build_train_loader(config, dataset)
     about = {"config": config_to_dict(config), "stats": stats.to_dict()}
@@ -124,21 +127,15 @@ def run(config: Config, device) -> None:
     distributed.barrier()
 
 
-def _claim(folder: Path, config: Config) -> bool:
-    """Makes the run folder; True if the run is complete, UserError if it was of other settings."""
-    from bags import distributed
-
-    saved = folder / "config.yaml"
-    if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        if not saved.exists():
-            save_config(config, saved)
-    distributed.barrier()
-    other = config_to_dict(load_config(saved))
+def _is_complete(folder: Path, config: Config) -> bool:
+    """True if the run is finished. Raises UserError if what was trained there had other settings."""
+    if not any((folder / name).exists() for name in ("last.pth", "previous.pth")):
+        return False
+    other = config_to_dict(load_config(folder / "config.yaml"))
     change = _first_difference(other, config_to_dict(config))
     if change:
         raise UserError(
-            f"{folder}: this run folder was made with {change[0]}={change[1]}, now it is {change[2]}: "
+            f"{folder}: this run was trained with {change[0]}={change[1]}, now it is {change[2]}: "
             "remove the folder, or set output= to keep both"
         )
     return (folder / "metrics.json").exists()

@@ -77,7 +77,7 @@ def test_finished_rows_are_not_run_again(job):
 def test_other_settings_in_the_same_run_folder_are_refused(job):
     configs, runs, _ = job
     done = run_script("train", configs, f"output={runs}", "train.lr=0.5")
-    assert done.returncode == 2 and "train.lr=0.01, now it is 0.5" in done.stderr
+    assert done.returncode == 2 and "trained with train.lr=0.01, now it is 0.5" in done.stderr
 
 
 @pytest.mark.parametrize("after", ["softmax/log.jsonl", "softmax/last.pth", "bags/last.pth"])
@@ -185,11 +185,11 @@ def test_bad_input_is_one_line_and_exit_code_2(job, glyphs, tmp_path):
         (["train", tmp_path / "nothing"], "no such configuration file"),
         (["train", softmax, out, "data.root=/nowhere"], "/nowhere/train.json: no such file"),
         (["train", softmax, out, f"data.root={corrupt}"], "not a readable image"),
-        (["train", softmax, out + "2", f"data.root={corrupt}", "data.workers=1"], "not a readable image"),
-        (["train", softmax, out + "3", f"data.root={empty}"], "train.json: the file is empty"),
-        (["train", softmax, out + "4", f"data.root={partial}"], "`annotations` is empty"),
+        (["train", softmax, out, f"data.root={corrupt}", "data.workers=1"], "not a readable image"),
+        (["train", softmax, out, f"data.root={empty}"], "train.json: the file is empty"),
+        (["train", softmax, out, f"data.root={partial}"], "`annotations` is empty"),
         (["train", bags_row, out, f"data.root={other}", f"detector.init_from={last}"], "'renamed'"),
-        (["train", bags_row, out + "5"], "softmax/last.pth: no such checkpoint"),
+        (["train", bags_row, out], "softmax/last.pth: no such checkpoint"),
         (["train", softmax, "--seeds", "a"], "--seeds a"),
         (["evaluate", last, f"data.root={other}"], "'renamed'"),
         (["evaluate", tmp_path / "x.pth"], "no such checkpoint"),

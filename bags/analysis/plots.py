@@ -55,13 +55,15 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return np.convolve(padded, np.ones(2 * half + 1) / (2 * half + 1), mode="valid")
 
 
-def plot_predictions(path: Path, images: Sequence[Image.Image], columns: dict[str, Sequence[dict]]) -> None:
+def plot_predictions(
+    path: Path, images: Sequence[Image.Image], columns: dict[str, Sequence[dict]], caption: str = ""
+) -> None:
     """One row per image, one column per entry of `columns` (ground truth, methods).
 
     An entry of a column is {"boxes": [K, 4] pixels, "names": K texts, "scores": [K] or absent,
     "colours": K colours}.
     """
-    size = 3.2
+    size = 4.2
     figure, grid = plt.subplots(
         len(images),
         len(columns),
@@ -73,7 +75,8 @@ def plot_predictions(path: Path, images: Sequence[Image.Image], columns: dict[st
         for axes, (title, drawings) in zip(grid[row], columns.items(), strict=True):
             draw_boxes(axes, image, **drawings[row])
             if row == 0:
-                axes.set_title(title, fontsize=11)
+                axes.set_title(title, fontsize=14)
+    figure.supxlabel(caption, fontsize=13)
     _save(figure, path)
 
 
@@ -82,9 +85,9 @@ def draw_boxes(axes, image: Image.Image, boxes, names, colours, scores=None) -> 
     axes.imshow(image)
     axes.axis("off")
     for k, (x1, y1, x2, y2) in enumerate(np.asarray(boxes).reshape(-1, 4).tolist()):
-        axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colours[k], lw=1.4))
+        axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colours[k], lw=1.8))
         text = names[k] if scores is None else f"{names[k]} {100 * scores[k]:.0f}"
-        axes.text(x1, y1, text, fontsize=7, color="white", va="bottom",
+        axes.text(x1, y1, text, fontsize=9, color="white", va="bottom",
                   bbox={"facecolor": colours[k], "pad": 0.8, "lw": 0})  # fmt: skip
 
 

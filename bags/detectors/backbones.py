@@ -27,6 +27,8 @@ class SmallFPN(nn.Module):
             ]
         )
         self.fpn = FeaturePyramidNetwork(list(widths[1:]), channels)
+        for unused in range(levels, len(self.stages)):  # these levels only feed the ones below them
+            self.fpn.layer_blocks[unused] = nn.Identity()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """See the class."""

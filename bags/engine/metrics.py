@@ -1,7 +1,16 @@
 """Numbers of a run: JSON lines on disk, a progress bar on screen."""
 
 import json
+import math
+import time
 from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bags import distributed
+from bags.config import TrainConfig
+from bags.errors import UserError
 
 
 class JsonLog:
@@ -29,15 +38,50 @@ class JsonLog:
         self.file.close()
 
 
-class Smoothed:
-    """Exponential moving average of a named set of numbers."""
+class Monitor:
+    """Follows one run: averages losses over ranks, logs them, moves the bar, stops at a loss that is not finite."""
 
-    def __init__(self, decay: float = 0.7):
-        self.decay, self.values = decay, {}
+    def __init__(self, folder: Path, title: str, config: TrainConfig, done: int, per_epoch: int, total: int):
+        """`done`, `per_epoch` and `total` count iterations."""
+        self.title, self.config, self.per_epoch, self.total = title, config, per_epoch, total
+        main, images = distributed.is_main(), config.batch_size
+        self.log = JsonLog(folder / "log.jsonl", done) if main else None
+        self.bar = tqdm(
+            total=total * images, initial=done * images, desc=title, unit="image", disable=not main, smoothing=0.05
+        )
+        self.smoothed_loss = None
+        self.last_time, self.last_steps = time.perf_counter(), done
 
-    def update(self, values: dict[str, float]) -> dict[str, float]:
-        """Takes in new values, gives the averages."""
-        for key, value in values.items():
-            old = self.values.get(key, value)
-            self.values[key] = self.decay * old + (1 - self.decay) * value
-        return self.values
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+        if self.log:
+            self.log.close()
+
+    def step(self, iteration: int, losses: dict[str, torch.Tensor], lr: float, check: bool = False) -> None:
+        """Takes in one iteration; every `log_every`-th is logged. `check` looks at the losses in any case.
+
+        Raises UserError, on all ranks, for a loss that is not finite.
+        """
+        steps = iteration + 1
+        self.bar.update(self.config.batch_size)
+        logs = steps % self.config.log_every == 0 or steps == self.total
+        if not (logs or check):
+            return
+        values = distributed.average({"loss": sum(losses.values()), **losses})
+        bad = [name for name, value in values.items() if name != "loss" and not math.isfinite(value)]
+        if bad:
+            raise UserError(
+                f"{self.title}: iteration {steps}: {', '.join(bad)} is not finite: lower train.lr (now {lr:g}) "
+                "or train.clip_norm"
+            )
+        if logs and self.log:
+            now = time.perf_counter()
+            rate = (steps - self.last_steps) * self.config.batch_size / (now - self.last_time)
+            self.last_time, self.last_steps = now, steps
+            self.log.write(iteration=iteration, epoch=steps / self.per_epoch, lr=lr, images_per_s=rate, **values)
+            old = values["loss"] if self.smoothed_loss is None else self.smoothed_loss
+            self.smoothed_loss = 0.7 * old + 0.3 * values["loss"]
+            self.bar.set_postfix_str(f"loss {self.smoothed_loss:.3f} lr {lr:.2g}", refresh=False)

@@ -5,8 +5,6 @@ from its place in the epoch's order. So a run that was killed goes on from its l
 exactly as it would have gone on, and no random state needs to be saved.
 """
 
-import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,14 +12,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from bags import distributed
 from bags.config import TrainConfig
 from bags.engine.checkpoint import load_latest, save_checkpoint
-from bags.engine.metrics import JsonLog, Smoothed
+from bags.engine.metrics import Monitor
 from bags.engine.optim import build_optimizer, learning_rate, set_trained_part, train_mode
-from bags.errors import UserError
 
 
 def train_one_epoch(
@@ -99,37 +95,20 @@ def train(
                 state["optimizer"] = optimizer.state_dict()
             save_checkpoint(folder / "last.pth", {**about, **state})
 
-    main = distributed.is_main()
-    log = JsonLog(folder / "log.jsonl", done) if main else None
-    bar = tqdm(total=total * config.batch_size, initial=done * config.batch_size, desc=title,
-               unit="image", disable=not main, smoothing=0.05)  # fmt: skip
-    smoothed, clock = Smoothed(), [time.perf_counter(), done]
+    with Monitor(folder, title, config, done, per_epoch, total) as monitor:
 
-    def after_step(iteration: int, losses: dict[str, torch.Tensor], lr: float) -> None:
-        steps = iteration + 1
-        if steps % config.log_every == 0 or steps == total:
-            values = distributed.average({"loss": sum(losses.values()), **losses})
-            if not math.isfinite(values["loss"]):
-                bad = ", ".join(k for k, v in values.items() if k != "loss" and not math.isfinite(v))
-                raise UserError(f"{title}: iteration {steps}: {bad} is not finite; lower train.lr (now {config.lr:g})")
-            if main:
-                now = time.perf_counter()
-                rate = (steps - clock[1]) * config.batch_size / (now - clock[0])
-                clock[:] = now, steps
-                log.write(iteration=iteration, epoch=steps / per_epoch, lr=lr, images_per_s=rate, **values)
-                bar.set_postfix_str(f"loss {smoothed.update(values)['loss']:.3f} lr {lr:.2g}", refresh=False)
-        bar.update(config.batch_size)
-        if steps % config.checkpoint_every == 0 and steps < total:
-            save(steps)
+        def after_step(iteration: int, losses: dict[str, torch.Tensor], lr: float) -> None:
+            steps = iteration + 1
+            saves = steps % config.checkpoint_every == 0 and steps < total
+            monitor.step(iteration, losses, lr, check=saves)
+            if saves:
+                save(steps)
 
-    while done < total:
-        epoch, first_batch = divmod(done, per_epoch)
-        sampler.start(epoch, first_batch)
-        train_one_epoch(parallel, loader, optimizer, config, device, done, per_epoch, seed, after_step)
-        done = (epoch + 1) * per_epoch
+        while done < total:
+            epoch, first_batch = divmod(done, per_epoch)
+            sampler.start(epoch, first_batch)
+            train_one_epoch(parallel, loader, optimizer, config, device, done, per_epoch, seed, after_step)
+            done = (epoch + 1) * per_epoch
     if saved is None or saved["iteration"] < total or not (folder / "last.pth").exists():
         save(total)
-    bar.close()
-    if main:
-        log.close()
     distributed.barrier()
