@@ -8,6 +8,7 @@ wrong types and impossible values raise `UserError` before any data is read.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -342,6 +343,7 @@ def _describe(kind: Any) -> str:
 def _check(config: Config, source: str) -> None:
     """Values that have the right type and still cannot work."""
     classifier, train, data, test = config.classifier, config.train, config.data, config.test
+    detector, rpn, roi = config.detector, config.detector.rpn, config.detector.roi
 
     def need(holds: bool, key: str, expected: str) -> None:
         if not holds:
@@ -352,19 +354,39 @@ def _check(config: Config, source: str) -> None:
         need(value not in ("", ".", "..") and not set(value) & set("/\\"), key, f"a folder name, got {value!r}")
     need(0 <= config.seed < 2**31, "seed", f"0 <= seed < 2**31, got {config.seed}")
     need(0 <= data.flip <= 1, "data.flip", f"a probability, got {data.flip}")
-    need(data.workers >= 0, "data.workers", f"0 or more, got {data.workers}")
+    need(0 <= data.workers <= 64, "data.workers", f"0 to 64, got {data.workers}")
     for key in ("epochs", "batch_size", "log_every", "checkpoint_every"):
-        need(getattr(train, key) >= 1, f"train.{key}", f"1 or more, got {getattr(train, key)}")
-    need(train.lr > 0, "train.lr", f"a number above 0, got {train.lr}")
+        need(1 <= getattr(train, key) < 10**6, f"train.{key}", f"1 to 999999, got {getattr(train, key)}")
+    need(0 < train.lr < math.inf, "train.lr", f"a number above 0, got {train.lr}")
+    for key in ("momentum", "weight_decay", "gamma", "warmup_factor"):
+        need(0 <= getattr(train, key) <= 1, f"train.{key}", f"0 to 1, got {getattr(train, key)}")
+    need(0 <= train.clip_norm < math.inf, "train.clip_norm", f"0 (no clipping) or more, got {train.clip_norm}")
     need(train.warmup_iterations >= 0, "train.warmup_iterations", f"0 or more, got {train.warmup_iterations}")
+    for key in ("fpn_channels", "min_size"):
+        need(getattr(detector, key) >= 1, f"detector.{key}", f"1 or more, got {getattr(detector, key)}")
+    need(detector.max_size >= detector.min_size, "detector.max_size", f"min_size or more, got {detector.max_size}")
+    for key in ("batch_size", "train_proposals", "test_proposals"):
+        need(getattr(rpn, key) >= 1, f"detector.rpn.{key}", f"1 or more, got {getattr(rpn, key)}")
+    sizes = [size for level in rpn.anchor_sizes for size in level]
+    equal = len({len(level) for level in rpn.anchor_sizes}) == 1
+    need(bool(sizes) and min(sizes) > 0 and equal, "detector.rpn.anchor_sizes",
+         f"a list per pyramid level, each of equally many sizes above 0, got {rpn.anchor_sizes}")  # fmt: skip
+    ratios = rpn.aspect_ratios
+    need(bool(ratios) and min(ratios) > 0, "detector.rpn.aspect_ratios", f"numbers above 0, got {ratios}")
+    need(roi.batch_size >= 1, "detector.roi.batch_size", f"1 or more, got {roi.batch_size}")
+    need(roi.fc >= 1, "detector.roi.fc", f"1 or more, got {roi.fc}")
+    need(
+        0 < roi.positive_fraction <= 1, "detector.roi.positive_fraction", f"above 0, to 1, got {roi.positive_fraction}"
+    )
     need(test.batch_size >= 1, "test.batch_size", f"1 or more, got {test.batch_size}")
     need(test.max_detections >= 1, "test.max_detections", f"1 or more, got {test.max_detections}")
     need(0 <= test.score_threshold < 1, "test.score_threshold", f"0 <= threshold < 1, got {test.score_threshold}")
+    need(0 < test.nms_threshold <= 1, "test.nms_threshold", f"above 0, to 1, got {test.nms_threshold}")
     rising = [("test.bins", test.bins)]
     if isinstance(classifier, GroupSoftmaxConfig):
         rising.append(("classifier.boundaries", classifier.boundaries))
         beta = classifier.others_ratio
-        need(isinstance(beta, str) or beta >= 0, "classifier.others_ratio", f"0 or more, got {beta}")
+        need(isinstance(beta, str) or 0 <= beta < math.inf, "classifier.others_ratio", f"0 or more, got {beta}")
     for key, values in rising:
         ascending = all(a < b for a, b in zip((0, *values), values, strict=False))
         need(ascending, key, f"rising numbers above 0, got {list(values)}")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from bags import distributed
+from bags.errors import UserError
 
 
 class UniformSampler:
@@ -17,7 +18,10 @@ class UniformSampler:
 
     def __init__(self, size: int, batch_size: int, seed: int):
         if batch_size % distributed.world_size():
-            raise ValueError(f"batch_size {batch_size} does not divide by {distributed.world_size()} ranks")
+            ranks = distributed.world_size()
+            raise UserError(
+                f"train.batch_size={batch_size} does not divide by {ranks} ranks: choose a multiple of {ranks}"
+            )
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.epoch = self.first_batch = 0
 

@@ -43,20 +43,8 @@ def faster_rcnn(
     make_classifier(in_features) builds the classifier; the last pyramid level that torchvision's
     ResNets add ("pool") serves the RPN only. Raises ValueError where anchors and levels differ.
     """
-    anchors = AnchorGenerator(anchor_sizes, (aspect_ratios,) * len(anchor_sizes))
-    per_cell = anchors.num_anchors_per_location()
-    if len(set(per_cell)) > 1:
-        raise ValueError(f"anchor_sizes: expected equally many sizes per level, got {anchor_sizes}")
-    rpn = RegionProposalNetwork(
-        anchors,
-        RPNHead(backbone.out_channels, per_cell[0]),
-        fg_iou_thresh=0.7,
-        bg_iou_thresh=0.3,
-        batch_size_per_image=rpn_batch_size,
-        positive_fraction=0.5,
-        pre_nms_top_n={"training": train_proposals, "testing": test_proposals},
-        post_nms_top_n={"training": train_proposals, "testing": test_proposals},
-        nms_thresh=0.7,
+    rpn = _region_proposal_network(
+        backbone.out_channels, anchor_sizes, aspect_ratios, rpn_batch_size, train_proposals, test_proposals
     )
     classifier = make_classifier(fc)
     regressed = 1 if class_agnostic else classifier.num_categories + 1
@@ -80,3 +68,24 @@ def faster_rcnn(
     )
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     return GeneralizedRCNN(backbone, rpn, roi_heads, GeneralizedRCNNTransform(min_size, max_size, mean, std))
+
+
+def _region_proposal_network(
+    channels, anchor_sizes, aspect_ratios, batch_size, train_proposals, test_proposals
+) -> RegionProposalNetwork:
+    anchors = AnchorGenerator(anchor_sizes, (aspect_ratios,) * len(anchor_sizes))
+    per_cell = anchors.num_anchors_per_location()
+    if len(set(per_cell)) > 1:
+        raise ValueError(f"anchor_sizes: expected equally many sizes per level, got {anchor_sizes}")
+    kept = {"training": train_proposals, "testing": test_proposals}
+    return RegionProposalNetwork(
+        anchors,
+        RPNHead(channels, per_cell[0]),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=batch_size,
+        positive_fraction=0.5,
+        pre_nms_top_n=kept,
+        post_nms_top_n=kept,
+        nms_thresh=0.7,
+    )
