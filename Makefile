@@ -19,7 +19,7 @@ READY = $(VENV)/.bags-ready
 ifeq ($(GPUS),1)
 LAUNCH = $(BIN)/python
 else
-LAUNCH = $(BIN)/torchrun --standalone --nproc_per_node $(GPUS)
+LAUNCH = $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node $(GPUS)
 endif
 
 .PHONY: help train eval predict test lint table clean
@@ -43,8 +43,8 @@ test: $(READY)  ## Run the tests
 	$(BIN)/python -m pytest -q $(ARGS)
 
 lint: $(READY)  ## Check style and formatting
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 clean:  ## Remove the environment and caches; data/ and runs/ stay
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -1,6 +1,7 @@
 """Configuration -> objects. The only place that maps a name to a class."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from bags.classifiers.base import ProposalClassifier
 from bags.classifiers.group_softmax import GroupSoftmax
 from bags.classifiers.groups import assign_groups
 from bags.classifiers.softmax import Softmax
-from bags.config import ClassifierConfig, Config, GroupSoftmaxConfig, SoftmaxConfig, config_from_dict
+from bags.config import ClassifierConfig, Config, GroupSoftmaxConfig, SoftmaxConfig, config_from_dict, override_config
 from bags.data.dataset import DetectionDataset, collate
 from bags.data.index import AnnotationIndex
 from bags.data.samplers import ShardSampler, UniformSampler
@@ -112,7 +113,12 @@ def initialise(detector: nn.Module, config: Config, index: AnnotationIndex) -> l
         return list(detector.state_dict())
     checkpoint = load_checkpoint(path)
     check_categories(CategoryStats.from_dict(checkpoint["stats"]), index, path)
-    skip = "classifier." if config.detector.reset_classifier else None
+    saved = config_from_dict(checkpoint["config"], f"{path}: config").classifier
+    same = type(saved) is SoftmaxConfig or (
+        saved == config.classifier
+        and checkpoint["stats"]["instance_counts"] == CategoryStats.from_index(index).to_dict()["instance_counts"]
+    )  # the columns of grouped logits depend on boundaries and counts
+    skip = "classifier." if config.detector.reset_classifier or not same else None
     new = load_weights(detector, checkpoint, skip)
     foreign = [name for name in new if "classifier." not in name]
     if foreign:
@@ -148,16 +154,22 @@ def evaluate_predictions(config: Config, stats: CategoryStats, predictions: Path
     )
 
 
-def load_detector(path: str | Path, min_size: int | None = None, max_size: int | None = None) -> tuple[nn.Module, dict]:
+def load_detector(
+    path: str | Path, min_size: int | None = None, max_size: int | None = None, overrides: Sequence[str] = ()
+) -> tuple[nn.Module, dict]:
     """A trained detector from its checkpoint alone, in evaluation mode, on the CPU.
 
     min_size, max_size: other resizing limits than in training, in pixels.
+    overrides: `section.key=value` for the sections data and test, and device.
     Returns (detector, meta): meta["config"] is a Config, meta["stats"] the CategoryStats of the
     training set; a label l of a detection is category meta["stats"].category_ids[l - 1].
     Raises UserError for a file that is no checkpoint.
     """
     checkpoint = load_checkpoint(path)
-    config = config_from_dict(checkpoint["config"], f"{path}: config")
+    for override in overrides:
+        if not override.startswith(("data.", "test.", "device=")):
+            raise UserError(f"override '{override}': a trained detector takes data.*, test.* and device only")
+    config = override_config(config_from_dict(checkpoint["config"], f"{path}: config"), overrides)
     stats = CategoryStats.from_dict(checkpoint["stats"])
     detector = build_detector(config, stats)
     try:

@@ -194,7 +194,7 @@ def _resolve(tree: dict, overrides: typing.Sequence[str], source: str) -> Config
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UserError(f"override '{override}': the value is not YAML ({error})") from None
+            raise UserError(f"override '{override}': the value is not YAML ({' '.join(str(error).split())})") from None
         for part in reversed(key.split(".")):
             value = {part: value}
         _merge(tree, value)
@@ -294,7 +294,7 @@ def _convert(value: Any, kind: Any, key: str, source: str) -> Any:
     elif kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-4 as a string
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif kind is type(None):
         if value is None:
@@ -392,4 +392,6 @@ def _check(config: Config, source: str) -> None:
         need(ascending, key, f"rising numbers above 0, got {list(values)}")
     need(train.part == "all" or config.detector.init_from is not None, "detector.init_from",
          f"a checkpoint: with train.part={train.part} the rest of the detector would stay random")  # fmt: skip
-    need(config.init_row != config.name, "detector.init_from", "another row than this one")
+    row = config.init_row
+    need(row != config.name, "detector.init_from", "another row than this one")
+    need(row is None or (row and not set(row) & set("/\\")), "detector.init_from", f"row:NAME, got row:{row}")

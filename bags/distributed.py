@@ -51,6 +51,13 @@ def barrier() -> None:
         dist.barrier()
 
 
+def share_buffers(model: torch.nn.Module) -> None:
+    """Gives all ranks the main process's buffers (batch normalisation statistics)."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def seed_rank(seed: int, device: torch.device) -> None:
     """Seeds torch's generators of this rank; each rank gets numbers of its own."""
     seed = seed * 1009 + rank()

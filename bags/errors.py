@@ -17,6 +17,6 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         # An error from a loader process arrives wrapped in that process's traceback.
-        line = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UserError: ")
-        print(f"error: {line}", file=sys.stderr)
+        message = str(error).rpartition(f"{__name__}.UserError: ")[2]
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)

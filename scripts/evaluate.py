@@ -24,7 +24,9 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="checkpoint (.pth) or results file (.json)")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for a checkpoint's configuration")
     parser.add_argument("--annotations", type=Path, help="ground truth of a results file")
-    parser.add_argument("--output", type=Path, help="folder for predictions.json; default: beside the checkpoint")
+    parser.add_argument(
+        "--output", type=Path, help="folder for predictions.json; default: `evaluation` beside the checkpoint"
+    )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
     arguments = parser.parse_intermixed_args()
     if arguments.source.suffix == ".json":
@@ -50,16 +52,15 @@ def evaluate_checkpoint(path: Path, overrides: list[str], output: Path | None) -
     import torch
 
     from bags import build, distributed
-    from bags.config import override_config
     from bags.engine.predict import predict
 
-    detector, meta = build.load_detector(path)
-    config, stats = override_config(meta["config"], overrides), meta["stats"]
+    detector, meta = build.load_detector(path, overrides=overrides)
+    config, stats = meta["config"], meta["stats"]
     with distributed.distributed(config.device) as device:
         dataset = build.build_dataset(config, "val")
         build.check_categories(stats, dataset.index, path)
         detector.to(device, memory_format=torch.channels_last)
-        folder = output or path.parent
+        folder = output or path.parent / "evaluation"
         folder.mkdir(parents=True, exist_ok=True)
         predictions = folder / "predictions.json"
         loader = build.build_val_loader(config, dataset)

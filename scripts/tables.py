@@ -30,7 +30,8 @@ def main() -> None:
     rows: dict[str, list[Path]] = {}
     for path in arguments.runs:
         for folder in [path] if (path / "config.yaml").exists() else sorted(path.glob("*/")):
-            if (folder / "metrics.json").exists():
+            known = [other.resolve() for other in rows.get(folder.name, [])]
+            if (folder / "metrics.json").exists() and folder.resolve() not in known:
                 rows.setdefault(folder.name, []).append(folder)
     if not rows:
         raise UserError(f"{', '.join(map(str, arguments.runs))}: no finished run (with a metrics.json) in there")

@@ -105,6 +105,8 @@ def run(config: Config, device) -> None:
         raise UserError(f"{dataset.index.path}: `annotations` is empty: there is nothing to train on")
     validation = build.build_dataset(config, "val")
     build.check_categories(stats, validation.index, dataset.index.path)
+    if not len(validation.index.labels):
+        raise UserError(f"{validation.index.path}: `annotations` is empty: there is nothing to evaluate on")
     torch.manual_seed(config.seed)
     detector = build.build_detector(config, stats)
     build.initialise(detector, config, dataset.index)
@@ -132,7 +134,11 @@ def _is_complete(folder: Path, config: Config) -> bool:
     if not any((folder / name).exists() for name in ("last.pth", "previous.pth")):
         return False
     other = config_to_dict(load_config(folder / "config.yaml"))
-    change = _first_difference(other, config_to_dict(config))
+    ours = config_to_dict(config)
+    for tree in (other, ours):  # these do not change a result
+        del tree["output"], tree["device"], tree["data"]["workers"], tree["train"]["log_every"]
+        del tree["train"]["checkpoint_every"], tree["test"]["batch_size"]
+    change = _first_difference(other, ours)
     if change:
         raise UserError(
             f"{folder}: this run was trained with {change[0]}={change[1]}, now it is {change[2]}: "

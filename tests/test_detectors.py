@@ -5,6 +5,7 @@ import pytest
 import torch
 from torchvision.models.detection import _utils, roi_heads
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, fasterrcnn_mobilenet_v3_large_fpn
+from torchvision.ops import clip_boxes_to_image, nms
 
 import bags
 from bags.build import build_detector, load_detector
@@ -37,6 +38,20 @@ def test_select_detections_equals_torchvision(agnostic, threshold, keep):
         logits.softmax(1), deltas, proposals, (100, 120), _utils.BoxCoder((10, 10, 5, 5)), threshold, 0.5, keep
     )
     assert torch.equal(ours[1], scores) and torch.equal(ours[2], labels) and torch.equal(ours[0], boxes)
+
+
+def test_exact_at_a_large_vocabulary():
+    """1230 categories: equal to a loop of per-category suppression over every candidate."""
+    torch.manual_seed(0)
+    proposals, scores, deltas = random_proposals(40, 1) * 8, torch.rand(40, 1231), torch.randn(40, 4)
+    coder = _utils.BoxCoder((10, 10, 5, 5))
+    boxes = clip_boxes_to_image(coder.decode_single(deltas, proposals), (1000, 1000))
+    kept = [(scores[i, c].item(), i, c) for c in range(1, 1231) for i in nms(boxes, scores[:, c], 0.5).tolist()]
+    best = sorted(kept, reverse=True)[:100]
+    found = select_detections(scores, deltas, proposals, (1000, 1000), coder, 0.0, 0.5, 100)
+    assert found[1].tolist() == [score for score, _, _ in best]
+    assert found[2].tolist() == [label for _, _, label in best]
+    assert torch.equal(found[0], boxes[[row for _, row, _ in best]])
 
 
 def test_no_proposals_give_no_detections():

@@ -119,6 +119,8 @@ def test_two_ranks(job, tmp_path):
     expected = {e["image_id"] for e in json.loads((runs / "tiny/softmax/predictions.json").read_text())}
     assert found == expected
     assert not list((tmp_path / "tiny").glob("*/predictions.json.rank*"))
+    done = run_script("evaluate", tmp_path / "tiny/softmax/last.pth", "--json")  # both ranks had the saved weights
+    assert json.loads(done.stdout) == pytest.approx(metrics(tmp_path, "softmax"))
 
 
 def test_seeds_give_mean_and_deviation(job, tmp_path):
@@ -193,6 +195,7 @@ def test_bad_input_is_one_line_and_exit_code_2(job, glyphs, tmp_path):
         (["train", softmax, "--seeds", "a"], "--seeds a"),
         (["evaluate", last, f"data.root={other}"], "'renamed'"),
         (["evaluate", tmp_path / "x.pth"], "no such checkpoint"),
+        (["evaluate", last, "train.lr=1"], "data.*, test.* and device only"),
         (["evaluate", glyphs / "val.json"], "needs --annotations"),
         (["predict", last, tmp_path / "none.png"], "none.png: no such image"),
         (["predict", last, configs], "no image in there"),

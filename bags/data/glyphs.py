@@ -194,7 +194,9 @@ def make_glyphs(root: str | Path, preset: Preset, seed: int = 0, workers: int | 
         _check_settings(folder / "settings.json", settings)
     for name in ("parts", "train", "val", "semantic_train", "semantic_val"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps(settings, indent=1))
+    temporary = folder / "settings.tmp"
+    temporary.write_text(json.dumps(settings, indent=1))
+    os.replace(temporary, folder / "settings.json")
 
     ranked = choose_categories(preset, seed)
     if len(ranked) < preset.categories:

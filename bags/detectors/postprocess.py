@@ -7,7 +7,7 @@ only their boxes are decoded and suppressed, and M doubles until enough survive 
 import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
-from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import clip_boxes_to_image, nms, remove_small_boxes
 
 
 def select_detections(
@@ -40,7 +40,7 @@ def select_detections(
         boxes = clip_boxes_to_image(boxes, image_size)
         solid = remove_small_boxes(boxes, min_size=1e-2)
         boxes, labels, best = boxes[solid], labels[solid], flat[chosen[solid]]
-        keep = batched_nms(boxes, best, labels, nms_threshold)
+        keep = _suppress(boxes, best, labels, nms_threshold)
         if len(keep) >= max_detections or len(chosen) == eligible:
             keep = keep[:max_detections]
             return boxes[keep], best[keep], labels[keep]
@@ -53,3 +53,18 @@ def _best(flat: Tensor, threshold: float, budget: int, eligible: int) -> Tensor:
         return torch.nonzero(flat > threshold).squeeze(1)
     least = flat.topk(budget).values[-1]
     return torch.nonzero(flat >= least).squeeze(1)
+
+
+def _suppress(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:
+    """Indices that survive suppression within their own label, by falling score, ties by index.
+
+    torchvision's `batched_nms` shifts each label's boxes far apart instead, which rounds them.
+    """
+    order = labels.argsort(stable=True)
+    sizes = torch.unique_consecutive(labels[order], return_counts=True)[1].tolist()
+    kept = [
+        members[nms(boxes[members], scores[members], threshold)] if len(members) > 1 else members
+        for members in order.split(sizes)
+    ]
+    survivors = torch.cat(kept).sort().values if kept else order
+    return survivors[scores[survivors].argsort(descending=True, stable=True)]

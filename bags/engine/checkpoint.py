@@ -6,6 +6,7 @@ training counts), `model` (state dict), and in a run's own file `optimizer` and 
 
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import torch
@@ -46,10 +47,15 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def load_latest(folder: Path) -> dict | None:
-    """The run's `last.pth`; if a kill left none, `previous.pth`; None for a new run."""
-    for name in ("last.pth", "previous.pth"):
-        if (folder / name).exists():
-            return load_checkpoint(folder / name)
+    """The run's `last.pth`; where that is missing or damaged, `previous.pth`; None for a new run."""
+    files = [folder / name for name in ("last.pth", "previous.pth") if (folder / name).exists()]
+    for file in files:
+        try:
+            return load_checkpoint(file)
+        except UserError as error:
+            if file == files[-1]:
+                raise
+            print(f"warning: {error}; going on from {files[-1].name}", file=sys.stderr)
     return None
 
 

@@ -18,6 +18,7 @@ from bags.config import TrainConfig
 from bags.engine.checkpoint import load_latest, save_checkpoint
 from bags.engine.metrics import Monitor
 from bags.engine.optim import build_optimizer, learning_rate, set_trained_part, train_mode
+from bags.errors import UserError
 
 
 def train_one_epoch(
@@ -80,6 +81,8 @@ def train(
     done = 0
     saved = load_latest(folder)
     if saved is not None:
+        if saved["stats"] != about["stats"]:
+            raise UserError(f"{folder}: the training annotations have changed since this run began: remove the folder")
         model.load_state_dict(saved["model"])
         done = saved["iteration"]
         if trainable:
@@ -109,6 +112,7 @@ def train(
             sampler.start(epoch, first_batch)
             train_one_epoch(parallel, loader, optimizer, config, device, done, per_epoch, seed, after_step)
             done = (epoch + 1) * per_epoch
+    distributed.share_buffers(model)
     if saved is None or saved["iteration"] < total or not (folder / "last.pth").exists():
         save(total)
     distributed.barrier()

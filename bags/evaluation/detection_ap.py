@@ -80,10 +80,12 @@ def _strata(categories, instance_counts, image_counts, boundaries):
     if instance_counts is None and all("instance_count" in c for c in categories):
         instance_counts = [c["instance_count"] for c in categories]
     letters = None
-    if all("frequency" in c for c in categories):
+    if image_counts is not None:
+        letters = frequency(image_counts)
+    elif all("frequency" in c for c in categories):
         letters = np.array([c["frequency"] for c in categories])
-    elif image_counts is not None or all("image_count" in c for c in categories):
-        letters = frequency(image_counts if image_counts is not None else [c["image_count"] for c in categories])
+    elif all("image_count" in c for c in categories):
+        letters = frequency([c["image_count"] for c in categories])
     return letters, None if instance_counts is None else instance_bin(instance_counts, boundaries)
 
 
