@@ -239,7 +239,7 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
         raise UserError(f"{path}: no such configuration file{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
@@ -389,7 +389,7 @@ def _check(config: Config, source: str) -> None:
         need(isinstance(beta, str) or 0 <= beta < math.inf, "classifier.others_ratio", f"0 or more, got {beta}")
     for key, values in rising:
         ascending = all(a < b for a, b in zip((0, *values), values, strict=False))
-        need(ascending, key, f"rising numbers above 0, got {list(values)}")
+        need(bool(values) and ascending, key, f"rising numbers above 0, got {list(values)}")
     need(train.part == "all" or config.detector.init_from is not None, "detector.init_from",
          f"a checkpoint: with train.part={train.part} the rest of the detector would stay random")  # fmt: skip
     row = config.init_row

@@ -12,11 +12,14 @@ class UserError(ValueError):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; a UserError becomes one line on stderr and exit code 2."""
+    """Runs a script's `main`; a UserError or OSError becomes one line on stderr and exit code 2."""
     try:
         main()
     except UserError as error:
         # An error from a loader process arrives wrapped in that process's traceback.
         message = str(error).rpartition(f"{__name__}.UserError: ")[2]
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a folder where a file should be, no permission, a full disk
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -28,6 +28,10 @@ def main() -> None:
     parser.add_argument("--min-size", type=int, help="shorter side in pixels (default: as trained)")
     parser.add_argument("--max-size", type=int, help="longer side in pixels (default: as trained)")
     arguments = parser.parse_intermixed_args()
+    for name in ("min_size", "max_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected pixels, 1 or more")
     files = _image_files(arguments.images)
     detect(arguments.checkpoint, files, arguments.output, arguments.score, arguments.min_size, arguments.max_size)
 

@@ -59,7 +59,7 @@ def main() -> None:
 
 def _seeds(text: str | None) -> list[int | None]:
     try:
-        return [int(s) for s in text.split(",")] if text else [None]
+        return list(dict.fromkeys(int(s) for s in text.split(","))) if text else [None]
     except ValueError:
         raise UserError(f"--seeds {text}: expected whole numbers separated by commas, as in 0,1,2") from None
 

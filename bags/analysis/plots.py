@@ -87,7 +87,7 @@ def draw_boxes(axes, image: Image.Image, boxes, names, colours, scores=None) -> 
     for k, (x1, y1, x2, y2) in enumerate(np.asarray(boxes).reshape(-1, 4).tolist()):
         axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colours[k], lw=1.8))
         text = names[k] if scores is None else f"{names[k]} {100 * scores[k]:.0f}"
-        axes.text(x1, y1, text, fontsize=9, color="white", va="bottom",
+        axes.text(x1, y1, text, fontsize=9, color="white", va="bottom", parse_math=False,
                   bbox={"facecolor": colours[k], "pad": 0.8, "lw": 0})  # fmt: skip
 
 

@@ -184,6 +184,8 @@ def make_glyphs(root: str | Path, preset: Preset, seed: int = 0, workers: int | 
     Raises UserError where the folder holds a dataset made with other settings.
     """
     root = Path(root)
+    if not 0 <= seed < 2**31:
+        raise UserError(f"seed: expected 0 <= seed < 2**31, got {seed}")
     settings = {"preset": dataclasses.asdict(preset), "seed": seed, "format": 1}
     settings = json.loads(json.dumps(settings))
     if root.exists():
