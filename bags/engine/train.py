@@ -78,8 +78,7 @@ def train(
     sampler.start(0)
     per_epoch = len(sampler)
     total = per_epoch * config.epochs if trainable else 0
-    done = 0
-    saved = load_latest(folder)
+    done, saved = 0, load_latest(folder)
     if saved is not None:
         if saved["stats"] != about["stats"]:
             raise UserError(f"{folder}: the training annotations have changed since this run began: remove the folder")
