@@ -16,7 +16,7 @@ VENV ?= .venv
 
 BIN = $(VENV)/bin
 READY = $(VENV)/.bags-ready
-ifeq ($(GPUS),1)
+ifeq ($(filter-out 1,$(GPUS)),)
 LAUNCH = $(BIN)/python
 else
 LAUNCH = $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node $(GPUS)
@@ -51,8 +51,8 @@ clean:  ## Remove the environment and caches; data/ and runs/ stay
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.txt
-	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=... names one")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make clean, then make PYTHON=... names one")'
 	@echo "installing requirements.txt into $(VENV) (once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@

@@ -162,7 +162,8 @@ def load_detector(
     min_size, max_size: other resizing limits than in training, in pixels.
     overrides: `section.key=value` for the sections data and test, and device.
     Returns (detector, meta): meta["config"] is a Config, meta["stats"] the CategoryStats of the
-    training set; a label l of a detection is category meta["stats"].category_ids[l - 1].
+    training set, meta["categories"] its categories in label order, as {id, name} (label l of a
+    detection is categories[l - 1]), meta["counts"] their training instances.
     Raises UserError for a file that is no checkpoint.
     """
     checkpoint = load_checkpoint(path)
@@ -174,10 +175,12 @@ def load_detector(
     detector = build_detector(config, stats)
     try:
         detector.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: the weights do not fit its own configuration ({str(error)[:200]})") from None
     if min_size is not None:
         detector.transform.min_size = (min_size,)
     if max_size is not None:
         detector.transform.max_size = max_size
-    return detector.eval(), {"config": config, "stats": stats}
+    categories = [{"id": i, "name": n} for i, n in zip(stats.category_ids, stats.names, strict=True)]
+    meta = {"config": config, "stats": stats, "categories": categories, "counts": list(stats.instance_counts)}
+    return detector.eval(), meta

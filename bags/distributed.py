@@ -11,10 +11,17 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from bags.errors import UserError
+
 
 @contextlib.contextmanager
 def distributed(device: str = "auto") -> Iterator[torch.device]:
-    """Joins and leaves the process group; gives this rank's device."""
+    """Joins and leaves the process group; gives this rank's device.
+
+    Raises UserError for device "cuda" where torch sees no GPU.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no GPU here; use device=auto or device=cpu")
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")

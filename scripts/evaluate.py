@@ -32,6 +32,8 @@ def main() -> None:
     if arguments.source.suffix == ".json":
         if arguments.annotations is None:
             raise UserError(f"{arguments.source}: a results file needs --annotations, its ground truth")
+        if arguments.overrides:
+            raise UserError(f"{arguments.overrides[0]}: overrides are for a checkpoint, not for a results file")
         from bags.evaluation.detection_ap import evaluate
 
         metrics, name = evaluate(arguments.annotations, arguments.source), arguments.source.stem

@@ -32,6 +32,8 @@ def main() -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected pixels, 1 or more")
+    if not 0 <= arguments.score <= 1:
+        raise UserError(f"--score {arguments.score}: expected 0 to 1")
     files = _image_files(arguments.images)
     detect(arguments.checkpoint, files, arguments.output, arguments.score, arguments.min_size, arguments.max_size)
 

@@ -42,8 +42,9 @@ def compare(rows: dict[str, list[Path]], figures: bool = True) -> None:
     """Prints the table of `rows` (method -> run folders, one per seed) and draws both figures."""
     from bags.analysis.tables import read_metrics, render_table
 
-    print(f"\n{render_table({name: [read_metrics(f) for f in folders] for name, folders in rows.items()})}\n")
-    norms, stats, config = _weight_norms(rows)
+    table = render_table({name: [read_metrics(f) for f in folders] for name, folders in rows.items()})
+    norms, correlations, stats, config = _weight_norms(rows)
+    print(f"\n{table}\n\nrank correlation of classifier weight norm and training instances:\n{correlations}")
     if figures:
         from bags.analysis.plots import plot_weight_norms
 
@@ -55,21 +56,23 @@ def compare(rows: dict[str, list[Path]], figures: bool = True) -> None:
 
 
 def _weight_norms(rows: dict[str, list[Path]]):
-    """Norms of every run's classifier; prints their rank correlation with the training counts."""
+    """Norms of every run's classifier, and a text with their rank correlation with the training counts."""
     from bags.analysis.tables import spread
     from bags.analysis.weight_norms import rank_correlation, weight_norms
     from bags.build import load_detector
 
-    norms = {}
-    print("rank correlation of classifier weight norm and training instances:")
+    norms, lines, stats = {}, [], None
     for name, folders in rows.items():
         norms[name], correlations = [], []
         for folder in folders:
             detector, meta = load_detector(folder / "last.pth")
+            stats = stats or meta["stats"]
+            if meta["stats"] != stats:
+                raise UserError(f"{folder}: trained on another dataset than {next(iter(rows.values()))[0]}")
             norms[name].append(weight_norms(detector.roi_heads.classifier.label_weights().numpy()))
             correlations.append(rank_correlation(norms[name][-1][1:], meta["stats"].instance_counts))
-        print(f"  {name}: {spread(correlations, '.2f')}")
-    return norms, meta["stats"], meta["config"]
+        lines.append(f"  {name}: {spread(correlations, '.2f')}")
+    return norms, "\n".join(lines), stats, meta["config"]
 
 
 def _draw_predictions(path: Path, runs: dict[str, Path], config, stats, num_images: int = 4) -> None:

@@ -12,6 +12,7 @@ again, and a killed one goes on from its last checkpoint: run the same command a
 import argparse
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -34,13 +35,9 @@ def main() -> None:
     seeds = _seeds(arguments.seeds)
     jobs = [in_order(paths, overrides, seed) for seed in seeds]
 
-    import torch
-
     from bags import distributed
     from bags.data import glyphs
 
-    if jobs[0][0].device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda: torch sees no GPU here; use device=auto or device=cpu")
     with distributed.distributed(jobs[0][0].device) as device:
         for configs in jobs:
             for config in configs:
@@ -91,6 +88,7 @@ def run(config: Config, device) -> None:
     from bags import build, distributed
     from bags.analysis.tables import write_metrics
     from bags.data.statistics import CategoryStats
+    from bags.engine.checkpoint import load_checkpoint, weights_digest
     from bags.engine.predict import predict
     from bags.engine.train import train
 
@@ -118,7 +116,8 @@ def run(config: Config, device) -> None:
     distributed.barrier()
 
     loader = build.build_train_loader(config, dataset)
-    about = {"config": config_to_dict(config), "stats": stats.to_dict()}
+    init = weights_digest(load_checkpoint(config.init_file)) if config.init_file else None
+    about = {"config": config_to_dict(config), "stats": stats.to_dict(), "init": init}
     train(detector, loader, config.train, device, folder, config.seed, config.name, about)
 
     predictions = folder / "predictions.json"
@@ -130,7 +129,9 @@ def run(config: Config, device) -> None:
 
 
 def _is_complete(folder: Path, config: Config) -> bool:
-    """True if the run is finished. Raises UserError if what was trained there had other settings."""
+    """True if the run is finished. Raises UserError if what was trained there had other settings or weights."""
+    from bags.engine.checkpoint import load_checkpoint, load_latest, weights_digest
+
     if not any((folder / name).exists() for name in ("last.pth", "previous.pth")):
         return False
     other = config_to_dict(load_config(folder / "config.yaml"))
@@ -142,6 +143,12 @@ def _is_complete(folder: Path, config: Config) -> bool:
     if change:
         raise UserError(
             f"{folder}: this run was trained with {change[0]}={change[1]}, now it is {change[2]}: "
+            "remove the folder, or set output= to keep both"
+        )
+    source = config.init_file
+    if source and source.exists() and load_latest(folder).get("init") != weights_digest(load_checkpoint(source)):
+        raise UserError(
+            f"{folder}: this run started from other weights than {source} holds now: "
             "remove the folder, or set output= to keep both"
         )
     return (folder / "metrics.json").exists()
@@ -165,10 +172,11 @@ def _write_environment(folder: Path) -> None:
 
     from bags import distributed
 
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    here = Path(__file__).parent
+    git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here)
     content = {
         "command": sys.argv,
-        "revision": git.stdout.strip() or None,
+        "revision": (git and git.stdout.strip()) or None,
         "python": platform.python_version(),
         "packages": {n: version(n) for n in ("torch", "torchvision", "numpy", "pillow", "hotcoco")},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",

@@ -117,6 +117,14 @@ def test_bad_predictions_are_named(tmp_path, entry, words):
         bags.evaluate(write_truth(tmp_path), write_results(tmp_path, (1, 1, 0.5, 0), entry))
 
 
+@pytest.mark.parametrize("key, value", [("bbox", [1, 2, 3]), ("bbox", None), ("image_id", [1]), ("category_id", {})])
+def test_odd_types_are_named(tmp_path, key, value):
+    truth, results = write_truth(tmp_path), write_results(tmp_path, (1, 1, 0.5, 0))
+    results.write_text(json.dumps([json.loads(results.read_text())[0] | {key: value}]))
+    with pytest.raises(bags.UserError, match="results.json: detection 0: "):
+        bags.evaluate(truth, results)
+
+
 def test_other_bad_files(tmp_path):
     truth = write_truth(tmp_path)
     (tmp_path / "object.json").write_text("{}")
@@ -124,6 +132,12 @@ def test_other_bad_files(tmp_path):
         bags.evaluate(truth, tmp_path / "object.json")
     with pytest.raises(bags.UserError, match="nothing to evaluate against"):
         bags.evaluate(tmp_path / "object.json", write_results(tmp_path))
+    content = json.loads(truth.read_text())
+    content["annotations"][0]["bbox"] = "x"
+    truth.write_text(json.dumps(content))
+    with pytest.raises(bags.UserError, match="cannot be evaluated"):
+        bags.evaluate(truth, write_results(tmp_path, (1, 1, 0.5, 0)))
+    truth = write_truth(tmp_path)
     with pytest.raises(bags.UserError, match="3 numbers for 2 categories"):
         bags.evaluate(truth, write_results(tmp_path), instance_counts=[1, 2, 3])
 

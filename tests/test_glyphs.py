@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -133,3 +134,16 @@ def test_presets(name):
         assert similarity.max() < 0.985
         half = preset.categories // 2  # most of the tail has a look-alike in the head
         assert (similarity[half:, :half].max(1) >= preset.family_similarity).mean() > 0.9
+
+
+def test_two_processes_make_one_dataset(glyphs, tmp_path):
+    """The second waits for the first and takes what it made."""
+    context = multiprocessing.get_context("spawn")
+    makers = [context.Process(target=make_glyphs, args=(tmp_path / "d", TINY, 0, 1)) for _ in range(2)]
+    for maker in makers:
+        maker.start()
+    for maker in makers:
+        maker.join()
+    assert [maker.exitcode for maker in makers] == [0, 0]
+    assert (tmp_path / "d" / "train.json").read_text() == (glyphs / "train.json").read_text()
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]

@@ -18,8 +18,9 @@ ALLOWED = {
     "detectors": {"classifiers.base", "errors"},
     "data": {"distributed", "errors"},
     "classifiers": {"errors"},
-    "config": {"errors"},
-    "distributed": set(),
+    "config": {"typed_yaml", "errors"},
+    "typed_yaml": {"errors"},
+    "distributed": {"errors"},
     "errors": set(),
     "__init__": set(),
 }

@@ -74,6 +74,20 @@ def test_finished_rows_are_not_run_again(job):
     assert [line for line in again.stdout.splitlines() if line.startswith("|")] == table
 
 
+def test_a_row_whose_baseline_was_trained_anew_is_refused(job, tmp_path):
+    configs, runs, _ = job
+    shutil.copytree(runs / "tiny", tmp_path / "tiny")
+    shutil.rmtree(tmp_path / "tiny/softmax")
+    for args, code in ((["softmax.yaml", "seed=0"], 0), (["bags.yaml"], 0)):  # the same weights again
+        done = run_script("train", configs / args[0], f"output={tmp_path}", *args[1:])
+        assert done.returncode == code, done.stderr
+    assert "complete, not run again" in done.stdout
+    shutil.rmtree(tmp_path / "tiny/softmax")
+    assert run_script("train", configs / "softmax.yaml", f"output={tmp_path}", "seed=1").returncode == 0
+    done = run_script("train", configs / "bags.yaml", f"output={tmp_path}")
+    assert done.returncode == 2 and "started from other weights than" in done.stderr
+
+
 def test_other_settings_in_the_same_run_folder_are_refused(job):
     configs, runs, _ = job
     done = run_script("train", configs, f"output={runs}", "train.lr=0.5")
@@ -199,6 +213,8 @@ def test_bad_input_is_one_line_and_exit_code_2(job, glyphs, tmp_path):
         (["evaluate", glyphs / "val.json"], "needs --annotations"),
         (["predict", last, tmp_path / "none.png"], "none.png: no such image"),
         (["predict", last, configs], "no image in there"),
+        (["predict", last, glyphs / "val", "--score", "nan"], "--score nan"),
+        (["evaluate", tmp_path / "r.json", "--annotations", glyphs / "val.json", "test.bins=[5]"], "for a checkpoint"),
         (["predict", glyphs / "val.json", glyphs / "val"], "not a checkpoint"),
         (["tables", tmp_path], "no finished run"),
         (["prepare_data", "glyphs-100", "--root", glyphs], "not of this preset"),

@@ -18,13 +18,16 @@ in the last bits between versions of Pillow.
 Command:  python scripts/prepare_data.py glyphs-100 --root data/glyphs-100
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import multiprocessing
 import os
 import shutil
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +195,31 @@ def make_glyphs(root: str | Path, preset: Preset, seed: int = 0, workers: int | 
         _check_settings(root / "settings.json", settings)
         return root
     folder = root.with_name(root.name + ".partial")
+    with _alone_in(folder):
+        if root.exists():  # another process has just made it
+            _check_settings(root / "settings.json", settings)
+            if folder.exists():
+                folder.rmdir()
+            return root
+        return _make(root, folder, preset, seed, workers, settings)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Makes the folder and waits until no other process holds it."""
+    handle = None
+    while handle is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # renamed by the process that made it
+            handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _make(root: Path, folder: Path, preset: Preset, seed: int, workers: int | None, settings: dict) -> Path:
     if (folder / "settings.json").exists():
         _check_settings(folder / "settings.json", settings)
     for name in ("parts", "train", "val", "semantic_train", "semantic_val"):

@@ -60,8 +60,9 @@ class AnnotationIndex:
         image_ids = _unique_ids(path, "images", images)
         _unique_ids(path, "annotations", annotations)
         for image in images:
-            if image["width"] < 1 or image["height"] < 1:
-                raise UserError(f"{path}: image {image['id']} has size {image['width']} x {image['height']}")
+            width, height = image["width"], image["height"]
+            if not (type(width) is type(height) is int and width > 0 and height > 0):
+                raise UserError(f"{path}: image {image['id']} has size {width!r} x {height!r}: expected pixels")
 
         label_of = {int(c): label for label, c in enumerate(category_ids, start=1)}
         position_of = {int(i): position for position, i in enumerate(image_ids)}
@@ -73,11 +74,10 @@ class AnnotationIndex:
                 raise UserError(f"{where}: category_id {annotation['category_id']} is not among `categories`")
             if annotation["image_id"] not in position_of:
                 raise UserError(f"{where}: image_id {annotation['image_id']} is not among `images`")
-            try:
-                boxes[k] = annotation["bbox"]
-            except (ValueError, TypeError):
-                box = annotation["bbox"]
-                raise UserError(f"{where}: bbox: expected [x, y, width, height], got {box}") from None
+            box = annotation["bbox"]
+            if not is_box(box):
+                raise UserError(f"{where}: bbox: expected [x, y, width, height], got {box}")
+            boxes[k] = box
             if not np.isfinite(boxes[k]).all():
                 raise UserError(f"{where}: bbox holds a number that is not finite: {annotation['bbox']}")
             labels[k] = label_of[annotation["category_id"]]
@@ -85,6 +85,9 @@ class AnnotationIndex:
         boxes[:, 2:] += boxes[:, :2]
 
         order = np.argsort(owners, kind="stable")
+        odd = next((a for a in annotations if a.get("iscrowd", 0) not in (0, 1)), None)
+        if odd is not None:
+            raise UserError(f"{path}: annotation {odd['id']}: iscrowd: expected 0 or 1, got {odd['iscrowd']!r}")
         crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], bool)
         return cls(
             path=path,
@@ -100,6 +103,11 @@ class AnnotationIndex:
         )
 
 
+def is_box(value: object) -> bool:
+    """True for a list of four numbers."""
+    return isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
+
+
 def read_json(path: Path) -> object:
     """Parses a JSON file; every way in which that fails is one UserError that names the file."""
     try:
@@ -110,21 +118,25 @@ def read_json(path: Path) -> object:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply to be an annotation or results file") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also a number of thousands of digits
         found = "the file is empty" if path.stat().st_size == 0 else f"not valid JSON ({error})"
         raise UserError(f"{path}: {found}") from None
 
 
 def _unique_ids(path: Path, kind: str, entries: list[dict]) -> np.ndarray:
-    ids = np.array([entry["id"] for entry in entries]).reshape(-1)
-    if len(ids) and ids.dtype.kind not in "iu":
-        raise UserError(f"{path}: `{kind}`: expected whole-number ids, found {ids[0]!r}")
+    odd = next((entry["id"] for entry in entries if type(entry["id"]) is not int or abs(entry["id"]) >= 2**63), None)
+    if odd is not None:
+        raise UserError(f"{path}: `{kind}`: expected whole-number ids, found {odd!r}")
+    ids = np.array([entry["id"] for entry in entries], np.int64)
     values, counts = np.unique(ids, return_counts=True)
     if (counts > 1).any():
         raise UserError(f"{path}: `{kind}`: id {values[counts > 1][0]} occurs {counts.max()} times; ids must be unique")
-    return ids.astype(np.int64)
+    return ids
 
 
 def _file_name(image: dict) -> str:
     """`file_name`, or in LVIS v1, whose images lie in COCO's folders, the end of `coco_url`."""
-    return image["file_name"] if "file_name" in image else "/".join(image["coco_url"].split("/")[-2:])
+    name = image["file_name"] if "file_name" in image else "/".join(image["coco_url"].split("/")[-2:])
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise TypeError(f"file_name {name!r} of image {image['id']}")
+    return name

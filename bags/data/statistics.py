@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from bags.data.index import AnnotationIndex
+from bags.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,14 @@ class CategoryStats:
 
     @classmethod
     def from_dict(cls, content: dict) -> "CategoryStats":
-        """The inverse of `to_dict`."""
-        return cls(**{key: tuple(value) for key, value in content.items()})
+        """The inverse of `to_dict`. Raises UserError for anything else."""
+        try:
+            stats = cls(**{key: tuple(value) for key, value in content.items()})
+        except TypeError as error:
+            raise UserError(f"category statistics: not as `to_dict` writes them ({error})") from None
+        if len({len(value) for value in asdict(stats).values()}) != 1:
+            raise UserError("category statistics: ids, names and counts differ in number")
+        return stats
 
     @property
     def num_categories(self) -> int:

@@ -1,9 +1,11 @@
 """Checkpoints: self-contained, written atomically, read without unpickling code.
 
 A checkpoint is a dict: `format`, `config` (resolved, plain), `stats` (category ids, names and
-training counts), `model` (state dict), and in a run's own file `optimizer` and `iteration`.
+training counts), `model` (state dict), and in a run's own file `init` (digest of the weights that it
+started from), `optimizer` and `iteration`.
 """
 
+import hashlib
 import os
 import pickle
 import sys
@@ -41,6 +43,8 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path}: not a checkpoint, or damaged ({reason})") from None
     if not isinstance(content, dict) or not {"config", "stats", "model"} <= content.keys():
         raise UserError(f"{path}: not a checkpoint of this project (no config, stats and model in it)")
+    if not all(isinstance(content[key], dict) for key in ("config", "stats", "model")):
+        raise UserError(f"{path}: not a checkpoint of this project (config, stats and model are no mappings)")
     if content.get("format") != FORMAT:
         raise UserError(f"{path}: checkpoint format {content.get('format')}, expected {FORMAT}")
     return content
@@ -57,6 +61,15 @@ def load_latest(folder: Path) -> dict | None:
                 raise
             print(f"warning: {error}; going on from {files[-1].name}", file=sys.stderr)
     return None
+
+
+def weights_digest(checkpoint: dict) -> str:
+    """SHA-256 of a checkpoint's weights: names and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(checkpoint["model"].items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_weights(model: nn.Module, checkpoint: dict, skip: str | None = None) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import hotcoco
 import numpy as np
 
-from bags.data.index import read_json
+from bags.data.index import is_box, read_json
 from bags.data.statistics import frequency, instance_bin
 from bags.errors import UserError
 
@@ -47,7 +47,10 @@ def evaluate(
     entries = _checked_entries(read_json(predictions), predictions, content)
     lvis = "neg_category_ids" in content["images"][0]
     limit = max_detections or (300 if lvis else 100)
-    precision, recall = _match(annotations, entries, iou_type, lvis, limit)
+    try:
+        precision, recall = _match(annotations, entries, iou_type, lvis, limit)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{annotations}: with {predictions}: cannot be evaluated ({error})") from None
 
     categories = sorted(content["categories"], key=lambda c: c["id"])
     letters, bins = _strata(categories, instance_counts, image_counts, boundaries)
@@ -121,13 +124,16 @@ def _checked_entries(entries: object, path: Path, content: dict) -> list[dict]:
     for k, entry in enumerate(entries):
         where = f"{path}: detection {k}"
         try:
-            image, category, score = entry["image_id"], entry["category_id"], entry["score"]
-            finite = math.isfinite(score) and all(math.isfinite(v) for v in entry.get("bbox", ()))
-        except (KeyError, TypeError, AttributeError) as error:
+            image, category, score, box = entry["image_id"], entry["category_id"], entry["score"], entry.get("bbox")
+            known = image in images, category in categories
+            finite = math.isfinite(score) and all(math.isfinite(v) for v in box or ())
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise UserError(f"{where}: a field is missing or of a wrong type ({error!r})") from None
-        if image not in images:
+        if not (is_box(box) or (box is None and "segmentation" in entry)):
+            raise UserError(f"{where}: bbox: expected [x, y, width, height], got {box}")
+        if not known[0]:
             raise UserError(f"{where}: image_id {image} is not in the ground truth; is this its results file?")
-        if category not in categories:
+        if not known[1]:
             raise UserError(f"{where}: category_id {category} is not in the ground truth")
         if not finite:
             raise UserError(f"{where}: a score or box coordinate is not a finite number")

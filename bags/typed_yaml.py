@@ -1,0 +1,122 @@
+"""YAML files -> nested values -> frozen dataclasses, with an error for everything that does not fit."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from bags.errors import UserError
+
+CHOSEN_BY_NAME = ("classifier", "sampler")  # a new `name` replaces these sections
+
+
+def read_tree(path: Path, children: tuple[Path, ...] = ()) -> dict:
+    """A file laid over its `base`, as nested values. `children` are the files that led here."""
+    if path.resolve() in children:
+        raise UserError(f"{path}: its `base` leads back to itself")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        raise UserError(f"{path}: no such configuration file{hint}") from None
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected `section: {{key: value}}`, found {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base: expected the path of one YAML file, got {base!r}")
+    return merge(read_tree(path.parent / base, (*children, path.resolve())), tree)
+
+
+def merge(tree: dict, changes: dict) -> dict:
+    """Lays `changes` over `tree` in place; a section whose `name` changes is replaced."""
+    for key, value in changes.items():
+        old = tree.get(key)
+        renamed = (
+            isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) != old.get("name")
+        )
+        if isinstance(old, dict) and isinstance(value, dict) and not (renamed and key in CHOSEN_BY_NAME):
+            merge(old, value)
+        else:
+            tree[key] = value
+    return tree
+
+
+# --------------------------------------------------------------------------- types
+
+
+def convert(value: Any, kind: Any, key: str, source: str) -> Any:
+    """`value` as `kind` (dataclass, union, tuple, Literal or scalar), or UserError."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _convert_section(value, kind, key, source)
+    if origin in (typing.Union, types.UnionType):
+        sections = {k.name: k for k in arguments if dataclasses.is_dataclass(k)}
+        if sections:
+            return _convert_section(value, _chosen(value, sections, key, source), key, source)
+        for option in arguments:
+            try:
+                return convert(value, option, key, source)
+            except UserError:
+                continue
+    elif origin is Literal:
+        if value in arguments and type(value) in map(type, arguments):
+            return value
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(convert(v, arguments[0], key, source) for v in value)
+    elif kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as a string
+        except (ValueError, OverflowError):
+            pass
+    elif kind is type(None):
+        if value is None:
+            return None
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise UserError(f"{source}: {key}: expected {_describe(kind)}, got {value!r}")
+
+
+def _convert_section(value: Any, kind: type, key: str, source: str) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: {key}: expected a section of keys, got {value!r}")
+    hints, prefix = typing.get_type_hints(kind), f"{key}." if key else ""
+    for name in value:
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints, 1, 0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(hints)}"
+            raise UserError(f"{source}: {prefix}{name}: unknown key; {hint}")
+    return kind(**{n: convert(v, hints[n], prefix + n, source) for n, v in value.items()})
+
+
+def _chosen(value: Any, sections: dict, key: str, source: str) -> type:
+    name = value.get("name") if isinstance(value, dict) else None
+    if name not in sections:
+        near = difflib.get_close_matches(str(name), sections, 1)
+        hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(sections)}"
+        raise UserError(f"{source}: {key}.name: unknown name {name!r}; {hint}")
+    return sections[name]
+
+
+def _describe(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_describe, arguments))
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin is tuple:
+        return f"a list of ({_describe(arguments[0])})"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return names.get(kind, str(kind))
