@@ -19,6 +19,7 @@ from bags.errors import UserError, run_script
 
 TRUTH, CORRECT, WRONG = "#1b6ca8", "#2e933c", "#d1495b"
 LEAST_SCORE = 0.4  # of a drawn detection
+CROWDED = 25  # in an image with more boxes only tail categories are named
 
 
 def main() -> None:
@@ -102,6 +103,11 @@ def _draw_predictions(path: Path, runs: dict[str, Path], config, stats, num_imag
                 by_image[entry["image_id"]].append(entry)
         columns[run] = [_judged(e, t, name_of) for e, t in zip(by_image.values(), truths, strict=True)]
     caption = f"scores of {LEAST_SCORE:.0%} or more; green: object and category are right, red: one of them is wrong"
+    tail_names = {name for name, is_tail in zip(stats.names, tail[1:], strict=True) if is_tail}
+    if any(len(drawing["names"]) > CROWDED for column in columns.values() for drawing in column):
+        caption += "; only tail categories are named"
+        for drawing in (drawing for column in columns.values() for drawing in column):
+            drawing["names"] = [name if name in tail_names else "" for name in drawing["names"]]
     plot_predictions(path, images, columns, caption)
 
 

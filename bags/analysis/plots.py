@@ -60,8 +60,8 @@ def plot_predictions(
 ) -> None:
     """One row per image, one column per entry of `columns` (ground truth, methods).
 
-    An entry of a column is {"boxes": [K, 4] pixels, "names": K texts, "scores": [K] or absent,
-    "colours": K colours}.
+    An entry of a column is {"boxes": [K, 4] pixels, "names": K texts (empty: a box without a label),
+    "scores": [K] or absent, "colours": K colours}.
     """
     size = 4.2
     figure, grid = plt.subplots(
@@ -86,8 +86,10 @@ def draw_boxes(axes, image: Image.Image, boxes, names, colours, scores=None) -> 
     axes.axis("off")
     for k, (x1, y1, x2, y2) in enumerate(np.asarray(boxes).reshape(-1, 4).tolist()):
         axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colours[k], lw=1.8))
+        if not names[k]:
+            continue
         text = names[k] if scores is None else f"{names[k]} {100 * scores[k]:.0f}"
-        axes.text(x1, y1, text, fontsize=9, color="white", va="bottom", parse_math=False,
+        axes.text(x1, y1, text, fontsize=9, color="white", va="bottom", parse_math=False, clip_on=True,
                   bbox={"facecolor": colours[k], "pad": 0.8, "lw": 0})  # fmt: skip
 
 
