@@ -4,38 +4,75 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from bags import distributed
 from bags.classifiers.base import ProposalClassifier
+from bags.classifiers.focal import SigmoidFocal
 from bags.classifiers.group_softmax import GroupSoftmax
-from bags.classifiers.groups import assign_groups
-from bags.classifiers.softmax import Softmax
-from bags.config import ClassifierConfig, Config, GroupSoftmaxConfig, SoftmaxConfig, config_from_dict, override_config
+from bags.classifiers.groups import assign_groups, within_group_weights
+from bags.classifiers.ncm import NearestClassMean
+from bags.classifiers.softmax import ReweightedSoftmax, Softmax, class_weights
+from bags.classifiers.tau_norm import TauNorm
+from bags.config import (
+    ClassifierConfig,
+    Config,
+    GroupSoftmaxConfig,
+    NCMConfig,
+    RepeatFactorConfig,
+    ReweightedSoftmaxConfig,
+    SigmoidFocalConfig,
+    SoftmaxConfig,
+    TailOnlyConfig,
+    TauNormConfig,
+    UniformConfig,
+    config_from_dict,
+    override_config,
+)
 from bags.data.dataset import DetectionDataset, collate
 from bags.data.index import AnnotationIndex
-from bags.data.samplers import ShardSampler, UniformSampler
+from bags.data.samplers import RepeatFactorSampler, ShardSampler, TrainSampler, repeat_factors
 from bags.data.statistics import CategoryStats
 from bags.detectors.backbones import SmallFPN, resnet_fpn
 from bags.detectors.faster_rcnn import faster_rcnn
 from bags.engine.checkpoint import load_checkpoint, load_weights
+from bags.engine.predict import predict
 from bags.errors import UserError
 from bags.evaluation.detection_ap import evaluate
+from bags.evaluation.proposal_accuracy import ProposalAccuracy
 
 
-def build_dataset(config: Config, split: str) -> DetectionDataset:
-    """`split` is "train" (augmented) or "val" (as it is)."""
-    data, root = config.data, Path(config.data.root)
-    if split == "train":
-        return DetectionDataset(AnnotationIndex.open(root / data.train), root / data.train_images, data.flip)
-    return DetectionDataset(AnnotationIndex.open(root / data.val), root / data.val_images)
+def open_index(config: Config, split: str) -> AnnotationIndex:
+    """The annotations of split "train" or "val"."""
+    return AnnotationIndex.open(Path(config.data.root) / getattr(config.data, split))
 
 
-def build_train_loader(config: Config, dataset: DetectionDataset) -> DataLoader:
-    """Endless reuse, one epoch per iteration; the batch is split over the ranks."""
-    sampler = UniformSampler(len(dataset), config.train.batch_size, config.seed)
-    return _loader(config, dataset, sampler)
+def build_val_dataset(config: Config) -> DetectionDataset:
+    """All validation images, as they are."""
+    return DetectionDataset(open_index(config, "val"), Path(config.data.root) / config.data.val_images)
+
+
+def build_train_loader(config: Config, index: AnnotationIndex, stats: CategoryStats) -> DataLoader:
+    """Training images, augmented, drawn by the sampler; endless reuse, one epoch per iteration.
+
+    The batch is split over the ranks. index, stats: of the whole training set.
+    """
+    if isinstance(config.sampler, TailOnlyConfig):
+        index = index.only(np.array([0, *stats.instance_counts]) < config.sampler.below)
+        if not len(index):
+            raise UserError(f"{index.path}: no category has fewer than sampler.below={config.sampler.below} instances")
+    wide = index.image_sizes[:, 1] > index.image_sizes[:, 0] if config.data.aspect_batches else None
+    batch_size, seed = config.train.batch_size, config.seed
+    match config.sampler:
+        case RepeatFactorConfig(threshold=threshold, released=released):
+            sampler = RepeatFactorSampler(repeat_factors(index, threshold, released), batch_size, seed, wide)
+        case UniformConfig() | TailOnlyConfig():
+            sampler = TrainSampler(len(index), batch_size, seed, wide)
+    images = Path(config.data.root) / config.data.train_images
+    return _loader(config, DetectionDataset(index, images, config.data.flip), sampler)
 
 
 def build_val_loader(config: Config, dataset: DetectionDataset) -> DataLoader:
@@ -55,14 +92,45 @@ def _loader(config: Config, dataset: DetectionDataset, sampler) -> DataLoader:
     )
 
 
-def build_classifier(config: ClassifierConfig, in_features: int, stats: CategoryStats) -> ProposalClassifier:
-    """The classifier that `config.name` names, untrained."""
+def build_classifier(
+    config: ClassifierConfig, in_features: int, pooled_features: int, stats: CategoryStats
+) -> ProposalClassifier:
+    """The classifier that `config.name` names, untrained. Features: numbers per proposal in BoxFeatures."""
+    counts, number = stats.instance_counts, stats.num_categories
     match config:
         case SoftmaxConfig():
-            return Softmax(in_features, stats.num_categories)
-        case GroupSoftmaxConfig(boundaries=boundaries, others_ratio=ratio):
-            return GroupSoftmax(in_features, assign_groups(stats.instance_counts, boundaries), ratio)
+            return Softmax(in_features, number)
+        case ReweightedSoftmaxConfig(weighting=weighting, beta=beta):
+            return ReweightedSoftmax(in_features, class_weights(counts, weighting, beta))
+        case SigmoidFocalConfig(gamma=gamma, alpha=alpha):
+            return SigmoidFocal(in_features, number, gamma, alpha)
+        case NCMConfig(features=features, scale=scale):
+            width = in_features if features == "fc" else pooled_features
+            return NearestClassMean(in_features, number, width, features, scale)
+        case TauNormConfig(tau=tau, select=select, background=background, tail_below=below):
+            tail = [label for label, count in enumerate(counts, start=1) if count < below]
+            return TauNorm(in_features, number, tau, select, background, tail)
+        case GroupSoftmaxConfig():
+            groups = assign_groups(counts, config.boundaries)
+            weights = within_group_weights(groups, counts) if config.reweight else None
+            return GroupSoftmax(
+                in_features,
+                groups,
+                config.others_ratio,
+                config.background_group,
+                config.others,
+                config.group_weights,
+                weights,
+            )
     raise TypeError(f"no classifier for {type(config).__name__}")
+
+
+def _columns(config: ClassifierConfig, instance_counts: Sequence[int]) -> tuple:
+    """What the rows of a classifier's layer stand for; equal for layers whose weights can be exchanged."""
+    if isinstance(config, GroupSoftmaxConfig):
+        groups = assign_groups(instance_counts, config.boundaries)
+        return groups.group_of, config.background_group, config.others
+    return ()
 
 
 def build_detector(config: Config, stats: CategoryStats) -> nn.Module:
@@ -84,7 +152,7 @@ def build_detector(config: Config, stats: CategoryStats) -> nn.Module:
         )
     return faster_rcnn(
         backbone,
-        lambda in_features: build_classifier(config.classifier, in_features, stats),
+        lambda *features: build_classifier(config.classifier, *features, stats),
         anchor_sizes=rpn.anchor_sizes,
         aspect_ratios=rpn.aspect_ratios,
         rpn_batch_size=rpn.batch_size,
@@ -103,24 +171,25 @@ def build_detector(config: Config, stats: CategoryStats) -> nn.Module:
     )
 
 
-def initialise(detector: nn.Module, config: Config, index: AnnotationIndex) -> list[str]:
+def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stats: CategoryStats) -> list[str]:
     """Loads `detector.init_from`, if any; returns the names of the parameters that stay new.
 
-    Raises UserError where the checkpoint is of other categories, or gives nothing that fits.
+    The classifier's layer is taken where its rows stand for the same labels, in the same groups.
+    Raises UserError where the checkpoint is of other categories or of another detector.
     """
     path = config.init_file
     if path is None:
         return list(detector.state_dict())
     checkpoint = load_checkpoint(path)
-    check_categories(CategoryStats.from_dict(checkpoint["stats"]), index, path)
+    saved_stats = CategoryStats.from_dict(checkpoint["stats"])
+    check_categories(saved_stats, index, path)
     saved = config_from_dict(checkpoint["config"], f"{path}: config").classifier
-    same = type(saved) is SoftmaxConfig or (
-        saved == config.classifier
-        and checkpoint["stats"]["instance_counts"] == CategoryStats.from_index(index).to_dict()["instance_counts"]
-    )  # the columns of grouped logits depend on boundaries and counts
+    same = _columns(saved, saved_stats.instance_counts) == _columns(config.classifier, stats.instance_counts)
     skip = "classifier." if config.detector.reset_classifier or not same else None
     new = load_weights(detector, checkpoint, skip)
     foreign = [name for name in new if "classifier." not in name]
+    if isinstance(config.classifier, NCMConfig | TauNormConfig):
+        foreign += [name for name in new if "classifier.linear." in name]
     if foreign:
         raise UserError(
             f"{path}: its detector is another than this configuration's: {foreign[0]} does not fit "
@@ -142,9 +211,27 @@ def check_categories(stats: CategoryStats, index: AnnotationIndex, source: Path)
         )
 
 
-def evaluate_predictions(config: Config, stats: CategoryStats, predictions: Path) -> dict[str, float]:
-    """Scores a results file of the configuration's validation set."""
-    return evaluate(
+def predict_and_evaluate(
+    detector: nn.Module, config: Config, stats: CategoryStats, dataset: DetectionDataset, predictions: Path, device
+) -> dict[str, float]:
+    """Writes the results file of a dataset, then scores it: `evaluate`'s numbers and proposal accuracies.
+
+    Every rank takes its share of the images; the numbers are complete in the main process only.
+    """
+    accuracy = ProposalAccuracy(stats.num_categories)
+
+    def observe(image: torch.Tensor, target: dict, detection: dict) -> None:
+        proposals = detection["proposals"].cpu() * torch.tensor(image.shape[:0:-1]).repeat(2)
+        accuracy.update(proposals, detection["proposal_labels"], target["boxes"], target["labels"])
+
+    detector.roi_heads.report_proposals = True
+    loader = build_val_loader(config, dataset)
+    predict(detector, loader, device, stats.category_ids, predictions, config.name, observe)
+    detector.roi_heads.report_proposals = False
+    accuracy.counts = distributed.total(accuracy.counts.to(device)).cpu()
+    if not distributed.is_main():
+        return {}
+    results = evaluate(
         Path(config.data.root) / config.data.val,
         predictions,
         instance_counts=stats.instance_counts,
@@ -152,6 +239,7 @@ def evaluate_predictions(config: Config, stats: CategoryStats, predictions: Path
         boundaries=config.test.bins,
         max_detections=config.test.max_detections,
     )
+    return results | accuracy.summary(stats.instance_counts, config.test.bins)
 
 
 def load_detector(

@@ -32,6 +32,7 @@ class DataConfig:
     train_images: str = "."  # folder that the file names of `train` are relative to
     val_images: str = "."
     glyphs: Literal["glyphs-100", "glyphs-1230"] | None = None  # embedded preset, made in `root` if absent
+    aspect_batches: bool = True  # training batches of wide or of other images only
     flip: float = 0.5  # probability of a horizontal flip; 0 where mirrored objects change their class
     workers: int = 2  # loader processes per rank; 0 loads in the training process
 
@@ -87,6 +88,48 @@ class GroupSoftmaxConfig:
     name: Literal["group_softmax"] = "group_softmax"
     boundaries: tuple[int, ...] = (10, 100, 1000)  # training instances
     others_ratio: float | Literal["n", "all"] = 8.0  # beta
+    background_group: bool = True  # b in Table 4
+    others: bool = True  # o in Table 4
+    group_weights: tuple[float, ...] | None = None  # factors of the groups' losses, the background group's first
+    reweight: bool = False  # samples of a group weighted by 1/n within it
+
+
+@dataclass(frozen=True)
+class ReweightedSoftmaxConfig:
+    """Softmax cross entropy weighted by training counts."""
+
+    name: Literal["reweighted_softmax"] = "reweighted_softmax"
+    weighting: Literal["inverse", "effective_number", "effective_number_clipped"] = "inverse"
+    beta: float = 0.999  # of the effective number
+
+
+@dataclass(frozen=True)
+class SigmoidFocalConfig:
+    """Sigmoid focal loss at proposal level."""
+
+    name: Literal["sigmoid_focal"] = "sigmoid_focal"
+    gamma: float = 2.0
+    alpha: float = 0.25
+
+
+@dataclass(frozen=True)
+class NCMConfig:
+    """Nearest class mean; takes a trained softmax, trains nothing."""
+
+    name: Literal["ncm"] = "ncm"
+    features: Literal["fc", "conv"] = "fc"
+    scale: float = 1.0  # of the cosine similarities
+
+
+@dataclass(frozen=True)
+class TauNormConfig:
+    """tau-normalisation; takes a trained softmax, trains nothing."""
+
+    name: Literal["tau_norm"] = "tau_norm"
+    tau: float = 1.0
+    select: Literal["none", "foreground", "foreground_tail"] = "none"  # which proposals take the new scores
+    background: bool = True  # normalise the background's vector too
+    tail_below: int = 100  # training instances, for foreground_tail
 
 
 @dataclass(frozen=True)
@@ -97,10 +140,27 @@ class UniformConfig:
 
 
 @dataclass(frozen=True)
+class RepeatFactorConfig:
+    """Images repeated by their rarest category."""
+
+    name: Literal["repeat_factor"] = "repeat_factor"
+    threshold: float = 0.001  # fraction of images below which a category is repeated
+    released: bool = False  # the paper's code: 1 + ceil(factor) copies
+
+
+@dataclass(frozen=True)
+class TailOnlyConfig:
+    """Images and annotations of rare categories alone."""
+
+    name: Literal["tail_only"] = "tail_only"
+    below: int = 100  # training instances
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Trained part and schedule."""
 
-    part: Literal["all", "cls", "none"] = "all"
+    part: Literal["all", "head", "cls", "none"] = "all"  # head: the box branch after RoIAlign
     epochs: int = 12
     batch_size: int = 16  # images, over all ranks
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -129,7 +189,10 @@ class TestConfig:
     bins: tuple[int, ...] = (10, 100, 1000)  # training instances, for AP1, AP2, ...
 
 
-ClassifierConfig = SoftmaxConfig | GroupSoftmaxConfig
+ClassifierConfig = (
+    SoftmaxConfig | GroupSoftmaxConfig | ReweightedSoftmaxConfig | SigmoidFocalConfig | NCMConfig | TauNormConfig
+)
+SamplerConfig = UniformConfig | RepeatFactorConfig | TailOnlyConfig
 
 
 @dataclass(frozen=True)
@@ -140,7 +203,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     classifier: ClassifierConfig = field(default_factory=SoftmaxConfig)
-    sampler: UniformConfig = field(default_factory=UniformConfig)
+    sampler: SamplerConfig = field(default_factory=UniformConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     test: TestConfig = field(default_factory=TestConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -275,10 +338,30 @@ def _check(config: Config, source: str) -> None:
     need(0 <= test.score_threshold < 1, "test.score_threshold", f"0 <= threshold < 1, got {test.score_threshold}")
     need(0 < test.nms_threshold <= 1, "test.nms_threshold", f"above 0, to 1, got {test.nms_threshold}")
     rising = [("test.bins", test.bins)]
-    if isinstance(classifier, GroupSoftmaxConfig):
-        rising.append(("classifier.boundaries", classifier.boundaries))
-        beta = classifier.others_ratio
-        need(isinstance(beta, str) or 0 <= beta < math.inf, "classifier.others_ratio", f"0 or more, got {beta}")
+    match classifier:
+        case GroupSoftmaxConfig(boundaries=boundaries, others_ratio=beta, group_weights=weights):
+            rising.append(("classifier.boundaries", boundaries))
+            need(isinstance(beta, str) or 0 <= beta < math.inf, "classifier.others_ratio", f"0 or more, got {beta}")
+            number = len(boundaries) + 2
+            usable = weights is None or (len(weights) == number and all(0 <= w < math.inf for w in weights))
+            need(usable, "classifier.group_weights", f"{number} numbers of 0 or more, got {weights}")
+        case ReweightedSoftmaxConfig(beta=beta):
+            need(0 <= beta < 1, "classifier.beta", f"0 <= beta < 1, got {beta}")
+        case SigmoidFocalConfig(gamma=gamma, alpha=alpha):
+            need(0 <= gamma < math.inf, "classifier.gamma", f"0 or more, got {gamma}")
+            need(0 <= alpha <= 1, "classifier.alpha", f"0 to 1, got {alpha}")
+        case NCMConfig(scale=scale):
+            need(0 < scale < math.inf, "classifier.scale", f"above 0, got {scale}")
+        case TauNormConfig(tau=tau, tail_below=below):
+            need(0 <= tau < math.inf, "classifier.tau", f"0 or more, got {tau}")
+            need(below >= 1, "classifier.tail_below", f"1 or more, got {below}")
+    if isinstance(classifier, NCMConfig | TauNormConfig):
+        need(train.part == "none", "train.part", f"none: {classifier.name} trains nothing, got {train.part}")
+    match config.sampler:
+        case RepeatFactorConfig(threshold=threshold):
+            need(0 < threshold <= 1, "sampler.threshold", f"above 0, to 1, got {threshold}")
+        case TailOnlyConfig(below=below):
+            need(below >= 1, "sampler.below", f"1 or more, got {below}")
     for key, values in rising:
         ascending = all(a < b for a, b in zip((0, *values), values, strict=False))
         need(bool(values) and ascending, key, f"rising numbers above 0, got {list(values)}")

@@ -73,6 +73,26 @@ def seed_rank(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """All ranks' rows, in rank order. rows: [R, ...], R may differ between ranks."""
+    if not dist.is_initialized():
+        return rows
+    lengths = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(rows)], device=rows.device))
+    padded = rows.new_zeros(int(max(lengths)), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[: int(length)] for part, length in zip(gathered, lengths, strict=True)])
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """Sum over all ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
 def average(values: dict[str, torch.Tensor]) -> dict[str, float]:
     """Means of named scalars over all ranks, as floats (one synchronisation)."""
     stacked = torch.stack([v.detach().float() for v in values.values()])

@@ -54,22 +54,17 @@ def evaluate_checkpoint(path: Path, overrides: list[str], output: Path | None) -
     import torch
 
     from bags import build, distributed
-    from bags.engine.predict import predict
 
     detector, meta = build.load_detector(path, overrides=overrides)
     config, stats = meta["config"], meta["stats"]
     with distributed.distributed(config.device) as device:
-        dataset = build.build_dataset(config, "val")
+        dataset = build.build_val_dataset(config)
         build.check_categories(stats, dataset.index, path)
         detector.to(device, memory_format=torch.channels_last)
         folder = output or path.parent / "evaluation"
         folder.mkdir(parents=True, exist_ok=True)
-        predictions = folder / "predictions.json"
-        loader = build.build_val_loader(config, dataset)
-        predict(detector, loader, device, stats.category_ids, predictions, config.name)
-        if not distributed.is_main():
-            return None, config.name
-        return build.evaluate_predictions(config, stats, predictions), config.name
+        metrics = build.predict_and_evaluate(detector, config, stats, dataset, folder / "predictions.json", device)
+        return metrics if distributed.is_main() else None, config.name
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
     python scripts/tables.py runs/glyphs-100                       # all runs of a dataset
     python scripts/tables.py runs/seed*/glyphs-100                 # mean and deviation over seeds
     python scripts/tables.py runs/glyphs-100/softmax runs/glyphs-100/bags
+    python scripts/tables.py --paper 1 configs/glyphs-100          # the paper's table; runs what is missing
 
-Figures are written to `figures` beside the first seed's run folders: weight_norms.png (the paper's
+`--paper` is 1, 4 or fig4; it takes section.key=value overrides and --seeds as train.py does. Without
+it, figures are written to `figures` beside the first seed's run folders: weight_norms.png (the paper's
 Figures 1 and 3 for these runs) and predictions.png (validation images, every run's boxes).
 """
 
@@ -25,11 +27,15 @@ CROWDED = 25  # in an image with more boxes only tail categories are named
 def main() -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders of run folders")
+    parser.add_argument("runs", nargs="+", help="run folders, or folders of them; with --paper a folder of configs")
     parser.add_argument("--no-figures", action="store_true", help="print the table only")
+    parser.add_argument("--paper", help="a table of the paper: 1, 4 or fig4")
+    parser.add_argument("--seeds", help="with --paper: comma-separated, for mean and deviation")
     arguments = parser.parse_intermixed_args()
+    if arguments.paper:
+        return paper_table(arguments.paper, arguments.runs, arguments.seeds)
     rows: dict[str, list[Path]] = {}
-    for path in arguments.runs:
+    for path in map(Path, arguments.runs):
         for folder in [path] if (path / "config.yaml").exists() else sorted(path.glob("*/")):
             known = [other.resolve() for other in rows.get(folder.name, [])]
             if (folder / "metrics.json").exists() and folder.resolve() not in known:
@@ -37,6 +43,42 @@ def main() -> None:
     if not rows:
         raise UserError(f"{', '.join(map(str, arguments.runs))}: no finished run (with a metrics.json) in there")
     compare(rows, figures=not arguments.no_figures)
+
+
+def paper_table(name: str, arguments: list[str], seeds: str | None) -> None:
+    """Runs the rows of a paper's table that are missing, and the rows that they start from; prints it."""
+    from bags.analysis.paper import PAPER
+    from bags.analysis.tables import read_metrics, render_paper_table
+    from bags.config import load_config
+    from scripts.train import in_order, run_jobs, seeds_of
+
+    if name not in PAPER:
+        raise UserError(f"--paper {name}: expected one of {', '.join(PAPER)}")
+    overrides = [a for a in arguments if "=" in a]
+    folders = [Path(a) for a in arguments if "=" not in a]
+    if len(folders) != 1:
+        raise UserError(f"--paper {name}: expected one folder of configurations, got {len(folders)}")
+    files = {row.config: _row_file(folders[0], row.config) for row in PAPER[name].rows}
+    waiting = list(files.values())
+    while waiting:
+        source = load_config(waiting.pop(), overrides).init_row
+        if source and source not in files:
+            files[source] = _row_file(folders[0], source)
+            waiting.append(files[source])
+
+    def show(rows: dict[str, list[Path]]) -> None:
+        published = load_config(next(iter(files.values())), overrides).data.name.startswith("lvis")
+        runs = {row: [read_metrics(run) for run in folders] for row, folders in rows.items()}
+        print(f"\n{render_paper_table(PAPER[name], runs, published)}")
+
+    run_jobs([in_order(list(files.values()), overrides, seed) for seed in seeds_of(seeds)], show)
+
+
+def _row_file(folder: Path, stem: str) -> Path:
+    found = [path for path in (folder / f"{stem}.yaml", folder / "paper" / f"{stem}.yaml") if path.exists()]
+    if not found:
+        raise UserError(f"{folder}: no {stem}.yaml there or in {folder / 'paper'}: this table needs that row")
+    return found[0]
 
 
 def compare(rows: dict[str, list[Path]], figures: bool = True) -> None:
@@ -59,7 +101,7 @@ def compare(rows: dict[str, list[Path]], figures: bool = True) -> None:
 def _weight_norms(rows: dict[str, list[Path]]):
     """Norms of every run's classifier, and a text with their rank correlation with the training counts."""
     from bags.analysis.tables import spread
-    from bags.analysis.weight_norms import rank_correlation, weight_norms
+    from bags.analysis.weight_norms import rank_correlation
     from bags.build import load_detector
 
     norms, lines, stats = {}, [], None
@@ -70,7 +112,7 @@ def _weight_norms(rows: dict[str, list[Path]]):
             stats = stats or meta["stats"]
             if meta["stats"] != stats:
                 raise UserError(f"{folder}: trained on another dataset than {next(iter(rows.values()))[0]}")
-            norms[name].append(weight_norms(detector.roi_heads.classifier.label_weights().numpy()))
+            norms[name].append(detector.roi_heads.classifier.weight_norms().numpy())
             correlations.append(rank_correlation(norms[name][-1][1:], meta["stats"].instance_counts))
         lines.append(f"  {name}: {spread(correlations, '.2f')}")
     return norms, "\n".join(lines), stats, meta["config"]
@@ -81,9 +123,9 @@ def _draw_predictions(path: Path, runs: dict[str, Path], config, stats, num_imag
     import numpy as np
 
     from bags.analysis.plots import plot_predictions
-    from bags.build import build_dataset
+    from bags.build import build_val_dataset
 
-    dataset = build_dataset(config, "val")
+    dataset = build_val_dataset(config)
     index = dataset.index
     tail = np.array([0, *(count < config.test.bins[len(config.test.bins) // 2] for count in stats.instance_counts)])
     in_tail = np.bincount(np.repeat(np.arange(len(index)), np.diff(index.starts)), tail[index.labels], len(index))

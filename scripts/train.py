@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,29 +33,31 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     overrides = [a for a in arguments.config if "=" in a]
     paths = [Path(a) for a in arguments.config if "=" not in a]
-    seeds = _seeds(arguments.seeds)
-    jobs = [in_order(paths, overrides, seed) for seed in seeds]
+    seeds = seeds_of(arguments.seeds)
+    from scripts.tables import compare as show
 
+    run_jobs([in_order(paths, overrides, seed) for seed in seeds], show)
+
+
+def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], None]) -> None:
+    """Runs what is not complete, then `show`s the run folders of each row (one per job) in the main process."""
     from bags import distributed
     from bags.data import glyphs
 
     with distributed.distributed(jobs[0][0].device) as device:
-        for configs in jobs:
-            for config in configs:
-                if config.data.glyphs and distributed.is_main():
-                    glyphs.make_glyphs(config.data.root, glyphs.PRESETS[config.data.glyphs])
-                distributed.barrier()
-                run(config, device)
+        for config in (config for configs in jobs for config in configs):
+            if config.data.glyphs and distributed.is_main():
+                glyphs.make_glyphs(config.data.root, glyphs.PRESETS[config.data.glyphs])
+            distributed.barrier()
+            run(config, device)
         if distributed.is_main():
             rows: dict[str, list[Path]] = {}
             for config in (config for configs in jobs for config in configs):
                 rows.setdefault(config.name, []).append(config.run_folder)
-            from scripts.tables import compare
-
-            compare(rows)
+            show(rows)
 
 
-def _seeds(text: str | None) -> list[int | None]:
+def seeds_of(text: str | None) -> list[int | None]:
     try:
         return list(dict.fromkeys(int(s) for s in text.split(","))) if text else [None]
     except ValueError:
@@ -89,7 +92,6 @@ def run(config: Config, device) -> None:
     from bags.analysis.tables import write_metrics
     from bags.data.statistics import CategoryStats
     from bags.engine.checkpoint import load_checkpoint, weights_digest
-    from bags.engine.predict import predict
     from bags.engine.train import train
 
     folder = config.run_folder
@@ -97,17 +99,18 @@ def run(config: Config, device) -> None:
         if distributed.is_main():
             print(f"{folder}: complete, not run again", flush=True)
         return
-    dataset = build.build_dataset(config, "train")
-    stats = CategoryStats.from_index(dataset.index)
+    index = build.open_index(config, "train")
+    stats = CategoryStats.from_index(index)
     if not sum(stats.instance_counts):
-        raise UserError(f"{dataset.index.path}: `annotations` is empty: there is nothing to train on")
-    validation = build.build_dataset(config, "val")
-    build.check_categories(stats, validation.index, dataset.index.path)
+        raise UserError(f"{index.path}: `annotations` is empty: there is nothing to train on")
+    loader = build.build_train_loader(config, index, stats)
+    validation = build.build_val_dataset(config)
+    build.check_categories(stats, validation.index, index.path)
     if not len(validation.index.labels):
         raise UserError(f"{validation.index.path}: `annotations` is empty: there is nothing to evaluate on")
     torch.manual_seed(config.seed)
     detector = build.build_detector(config, stats)
-    build.initialise(detector, config, dataset.index)
+    build.initialise(detector, config, index, stats)
     detector.to(device, memory_format=torch.channels_last)
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,16 +118,13 @@ def run(config: Config, device) -> None:
         _write_environment(folder)
     distributed.barrier()
 
-    loader = build.build_train_loader(config, dataset)
     init = weights_digest(load_checkpoint(config.init_file)) if config.init_file else None
     about = {"config": config_to_dict(config), "stats": stats.to_dict(), "init": init}
     train(detector, loader, config.train, device, folder, config.seed, config.name, about)
 
-    predictions = folder / "predictions.json"
-    val_loader = build.build_val_loader(config, validation)
-    predict(detector, val_loader, device, stats.category_ids, predictions, config.name)
+    metrics = build.predict_and_evaluate(detector, config, stats, validation, folder / "predictions.json", device)
     if distributed.is_main():
-        write_metrics(folder, build.evaluate_predictions(config, stats, predictions))
+        write_metrics(folder, metrics)
     distributed.barrier()
 
 

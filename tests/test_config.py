@@ -1,10 +1,13 @@
 """Configuration: what loads, what is refused and how clearly."""
 
+import dataclasses
+
 import pytest
 import yaml
 from conftest import ROOT
 
 import bags
+from bags.analysis.paper import PAPER
 from bags.config import GroupSoftmaxConfig, SoftmaxConfig, config_from_dict, config_to_dict, save_config
 
 
@@ -51,13 +54,21 @@ def test_a_new_name_replaces_the_section(tmp_path):
         ({"train": {"epochs": True}}, ["train.epochs", "whole number"]),
         ({"train": {"lr": "fast"}}, ["train.lr", "a number"]),
         ({"train": {"lr": 0}}, ["train.lr", "above 0"]),
-        ({"train": {"part": "head"}}, ["train.part", "'cls'"]),
+        ({"train": {"part": "neck"}}, ["train.part", "'cls'"]),
         ({"train": {"part": "cls"}}, ["detector.init_from"]),
         ({"train": 3}, ["train", "section"]),
         ({"classifier": {"name": "group_softmx"}}, ["classifier.name", "did you mean group_softmax"]),
         ({"classifier": {"name": "softmax", "others_ratio": 3}}, ["classifier.others_ratio", "unknown key"]),
         ({"classifier": {"name": "group_softmax", "others_ratio": "some"}}, ["others_ratio", "'n'"]),
         ({"classifier": {"name": "group_softmax", "boundaries": [10, 5]}}, ["classifier.boundaries", "rising"]),
+        ({"classifier": {"name": "group_softmax", "group_weights": [1, 2]}}, ["classifier.group_weights", "5 numbers"]),
+        ({"classifier": {"name": "ncm"}}, ["train.part", "ncm trains nothing"]),
+        ({"classifier": {"name": "tau_norm", "tau": -1}}, ["classifier.tau", "0 or more"]),
+        ({"classifier": {"name": "reweighted_softmax", "beta": 1}}, ["classifier.beta", "beta < 1"]),
+        ({"classifier": {"name": "sigmoid_focal", "alpha": 2}}, ["classifier.alpha", "0 to 1"]),
+        ({"sampler": {"name": "repeat_factor", "threshold": 0}}, ["sampler.threshold", "above 0"]),
+        ({"sampler": {"name": "repeat_factor", "below": 3}}, ["sampler.below", "unknown key"]),
+        ({"train": {"milestones": [3, 2]}}, ["train.milestones", "rising"]),
         ({"data": {"name": "../up"}}, ["data.name", "folder name"]),
         ({"detector": {"rpn": {"anchor_sizes": [8]}}}, ["anchor_sizes", "a list of"]),
         ({"base": 3}, ["base"]),
@@ -96,3 +107,40 @@ def test_every_shipped_configuration_loads():
         assert len(own) <= 8, f"{path}: a row is at most 8 lines of its own"
         config = bags.load_config(path)
         assert config.name == path.stem
+
+
+PAPER_FOLDERS = [ROOT / "configs" / name for name in ("glyphs-100", "lvis_v0.5")]
+
+
+@pytest.mark.parametrize("folder", PAPER_FOLDERS, ids=lambda p: p.name)
+@pytest.mark.parametrize("table", list(PAPER))
+def test_every_row_of_the_paper_is_a_short_file(folder, table):
+    """Each row loads, has at most 8 lines, its command on top; the numbers match the table's columns."""
+    for row in PAPER[table].rows:
+        path = folder / f"{row.config}.yaml"
+        path = path if path.exists() else folder / "paper" / f"{row.config}.yaml"
+        config, lines = bags.load_config(path), path.read_text().splitlines()
+        assert len(lines) <= 8 and lines[0].startswith("# ")
+        assert config.name == row.config and config.data.name == folder.name
+        assert config.init_row in (None, "softmax")
+        assert len(row.published) in (0, len(PAPER[table].columns))
+
+
+def test_rows_differ_in_what_their_names_say():
+    rows = {p.stem: bags.load_config(p) for folder in PAPER_FOLDERS[1:] for p in folder.rglob("[!_]*.yaml")}
+    classifiers = {name: config.classifier for name, config in rows.items()}
+    ratios = {0: "bags_beta_0", "n": "bags_beta_n", 8: "bags", "all": "bags_beta_all"}
+    assert all(classifiers[name].others_ratio == ratio for ratio, name in ratios.items())
+    flags = {n: (classifiers[n].background_group, classifiers[n].others) for n in classifiers if n.startswith("groups")}
+    assert flags == {"groups": (False, False), "groups_background": (True, False), "groups_others": (False, True)}
+    assert len(classifiers["bags_2_groups"].boundaries) == 1 and len(classifiers["bags_8_groups"].boundaries) == 7
+    parts = {name: config.train.part for name, config in rows.items()}
+    assert {n for n in parts if parts[n] == "none"} == {"ncm_fc", "ncm_conv", "tau_norm", "tau_norm_select"}
+    assert {n for n in parts if parts[n] == "all"} == {
+        "softmax", "softmax_x2", "finetune_tail", "rfs", "rfs_finetune", "reweight", "focal"
+    }  # fmt: skip
+    assert rows["rfs"].sampler == rows["rfs_finetune"].sampler and rows["rfs"].init_row is None
+    for field in ("data", "detector", "test", "train"):  # the control differs from BAGS in its classifier alone
+        same = dataclasses.replace(rows["softmax_retrained"].detector, reset_classifier=False)
+        control = dataclasses.replace(rows["softmax_retrained"], detector=same)
+        assert getattr(control, field) == getattr(rows["bags"], field)

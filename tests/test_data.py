@@ -1,6 +1,7 @@
 """Annotations, images, samplers."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 import bags
 from bags.data.dataset import DetectionDataset, inside, read_image
-from bags.data.samplers import ShardSampler, UniformSampler
+from bags.data.samplers import RepeatFactorSampler, ShardSampler, TrainSampler, repeat_factors, stochastic_round
 from bags.data.statistics import CategoryStats, frequency, instance_bin
 
 COCO = {
@@ -144,7 +145,7 @@ def test_lvis_v1_file_names(coco):
 
 
 def test_sampler_covers_every_image_and_resumes_anywhere():
-    sampler = UniformSampler(10, 4, seed=1)
+    sampler = TrainSampler(10, 4, seed=1)
     first = list(sampler)
     positions = [p for batch in first for p, _ in batch]
     assert len(first) == len(sampler) == 3 and sorted(positions[:10]) == list(range(10))
@@ -158,12 +159,12 @@ def test_sampler_covers_every_image_and_resumes_anywhere():
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_split_the_same_batches(monkeypatch, world):
-    whole = list(UniformSampler(10, 4, seed=1))
+    whole = list(TrainSampler(10, 4, seed=1))
     shares, shards = [], []
     monkeypatch.setattr("bags.distributed.world_size", lambda: world)
     for rank in range(world):
         monkeypatch.setattr("bags.distributed.rank", lambda rank=rank: rank)
-        shares.append(list(UniformSampler(10, 4, seed=1)))
+        shares.append(list(TrainSampler(10, 4, seed=1)))
         shards += [p for batch in ShardSampler(11, 2) for p in batch]
     merged = [sorted(sum(batches, [])) for batches in zip(*shares, strict=True)]
     assert merged == [sorted(batch) for batch in whole]
@@ -171,6 +172,74 @@ def test_ranks_split_the_same_batches(monkeypatch, world):
 
 
 def test_more_images_in_a_batch_than_in_the_dataset():
-    batches = list(UniformSampler(3, 8, seed=0))
+    batches = list(TrainSampler(3, 8, seed=0))
     assert len(batches) == 1 and len(batches[0]) == 8
     assert np.bincount([p for p, _ in batches[0]]).min() >= 2
+
+
+def test_batches_hold_one_shape_and_every_image_once():
+    wide = [True, False, True, True, False, True, True, False, True, True]
+    sampler = TrainSampler(10, 2, seed=3, wide=wide)
+    for epoch in range(5):
+        sampler.start(epoch)
+        batches = list(sampler)
+        assert len(batches) == len(sampler) == sampler.batches_in(epoch) == 4 + 2
+        assert all(wide[a] == wide[b] for (a, _), (b, _) in batches)
+        seen = np.bincount([p for batch in batches for p, _ in batch], minlength=10)
+        assert seen.min() == 1 and seen.sum() == 12  # 7 wide and 3 other images: one filler each
+        sampler.start(epoch, first_batch=4)
+        assert list(sampler) == batches[4:]
+
+
+RFS = json.loads(Path(__file__).with_name("vectors.json").read_text())["rfs"]
+
+
+@pytest.fixture
+def rfs_index(tmp_path):
+    """The annotations that the reference numbers were made from."""
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 9, "height": 9} for i in range(RFS["images"])],
+        "categories": [{"id": c, "name": str(c)} for c in range(1, RFS["categories"] + 1)],
+    }
+    shift = 1 - min(RFS["category"])
+    pairs = enumerate(zip(RFS["image"], RFS["category"], strict=True), start=1)
+    content["annotations"] = [
+        {"id": k, "image_id": image, "category_id": category + shift, "bbox": [0, 0, 5, 5]}
+        for k, (image, category) in pairs
+    ]
+    (tmp_path / "rfs.json").write_text(json.dumps(content))
+    return bags.AnnotationIndex.open(tmp_path / "rfs.json")
+
+
+def test_repeat_factors_equal_detectron2_and_the_released_code(rfs_index):
+    factors = repeat_factors(rfs_index, RFS["threshold"])
+    assert factors.tolist() == pytest.approx(RFS["factors"], rel=1e-6)
+    assert (repeat_factors(rfs_index, RFS["threshold"], released=True) - 1).tolist() == RFS["extra"]
+    counts = stochastic_round(factors, torch.Generator().manual_seed(0))
+    assert torch.repeat_interleave(torch.arange(len(factors)), counts).tolist() == RFS["epoch"]
+
+
+def test_repeat_factor_sampler():
+    """Factors 1, 1.5, 2, 3.25: whole parts always, fractions in that share of the epochs; resumable; ranks agree."""
+    sampler = RepeatFactorSampler(torch.tensor([1, 1.5, 2, 3.25]), 1, seed=0)
+    counts = []
+    for epoch in range(400):
+        sampler.start(epoch)
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        counts.append(np.bincount([p for batch in batches for p, _ in batch], minlength=4))
+    assert set(map(tuple, counts)) == {(1, a, 2, b) for a in (1, 2) for b in (3, 4)}
+    assert np.mean(counts, 0) == pytest.approx([1, 1.5, 2, 3.25], abs=0.12)  # five standard deviations
+    sampler.start(7, first_batch=3)
+    assert list(sampler) == list(RepeatFactorSampler.__iter__(sampler)) and len(sampler) == sampler.batches_in(7) - 3
+
+
+def test_tail_only_keeps_images_and_annotations_of_the_tail(coco):
+    index = bags.AnnotationIndex.open(coco / "coco.json")
+    tail = index.only(np.array([False, False, False, True]))  # category 90; its box on image 7 is a crowd region
+    assert tail.image_ids.tolist() == [3] and tail.file_names == ["b.png"] and tail.starts.tolist() == [0, 1]
+    assert tail.labels.tolist() == [3] and tail.boxes.tolist() == [[1, 2, 11, 7]] and len(tail.image_sizes) == 1
+    cats = index.only(np.array([False, True, False, False]))
+    assert (
+        cats.image_ids.tolist() == [7] and cats.labels.tolist() == [1, 1] and cats.category_ids.tolist() == [5, 17, 90]
+    )

@@ -13,7 +13,7 @@ from bags.classifiers.base import BoxFeatures
 from bags.data.statistics import CategoryStats
 from bags.detectors.postprocess import select_detections
 from bags.detectors.roi_heads import RoIHeads, box_loss
-from bags.engine.optim import learning_rate, set_trained_part, train_mode
+from bags.engine.optim import build_optimizer, epoch_at, learning_rate, set_trained_part, train_mode
 
 STATS = CategoryStats((1, 2, 3), ("a", "b", "c"), (500, 50, 5), (300, 40, 5))
 
@@ -103,8 +103,10 @@ def tiny_config(folder, *overrides):
     return bags.load_config(path, [*sizes, "detector.roi.batch_size=8", "data.flip=0", *overrides])
 
 
-@pytest.mark.parametrize("classifier", ["softmax", "group_softmax"])
-@pytest.mark.parametrize("backbone", ["small", "resnet18"])
+CLASSIFIERS = ["softmax", "group_softmax", "reweighted_softmax", "sigmoid_focal"]
+
+
+@pytest.mark.parametrize("classifier, backbone", [*((c, "small") for c in CLASSIFIERS), ("group_softmax", "resnet18")])
 def test_only_the_classifier_gets_gradients_with_part_cls(tmp_path, classifier, backbone):
     levels = {"small": "[[16],[32]]", "resnet18": "[[8],[16],[32],[64],[128]]"}[backbone]
     config = tiny_config(
@@ -126,6 +128,48 @@ def test_only_the_classifier_gets_gradients_with_part_cls(tmp_path, classifier, 
     assert all(torch.equal(v, before[k]) for k, v in detector.state_dict().items()), "frozen statistics moved"
 
 
+def test_part_head_trains_the_box_branch(tmp_path):
+    detector = build_detector(tiny_config(tmp_path), STATS)
+    set_trained_part(detector, "head")
+    trained = {name.split(".")[1] for name, p in detector.named_parameters() if p.requires_grad}
+    assert trained == {"box_head", "classifier", "box_regressor"}
+    assert all(name.startswith("roi_heads.") for name, p in detector.named_parameters() if p.requires_grad)
+    held = {
+        id(p) for group in build_optimizer(detector, tiny_config(tmp_path).train).param_groups for p in group["params"]
+    }
+    assert held == {id(p) for p in detector.parameters() if p.requires_grad}
+    set_trained_part(detector, "none")
+    assert not any(p.requires_grad for p in detector.parameters())
+
+
+def test_training_proposals_are_what_the_loss_sees(tmp_path):
+    detector = build_detector(tiny_config(tmp_path), STATS)
+    train_mode(detector)
+    seen = {}
+    classifier = detector.roi_heads.classifier
+    classifier.register_forward_hook(lambda module, inputs, output: seen.update(features=inputs[0]))
+    plain_loss = classifier.loss
+    classifier.loss = lambda logits, labels: seen.update(labels=labels) or plain_loss(logits, labels)
+    batch = [torch.rand(3, 64, 64)], [{"boxes": torch.tensor([[4.0, 4, 30, 40]]), "labels": torch.tensor([2])}]
+    set_trained_part(detector, "cls")
+    train_mode(detector)
+    torch.manual_seed(5)
+    detector(*batch)
+    torch.manual_seed(5)
+    [(owner, features, labels)] = detector.training_proposals(*batch)
+    assert owner is classifier and torch.equal(labels, seen["labels"]) and 2 in labels
+    assert torch.equal(features.fc, seen["features"].fc) and torch.equal(features.pooled, seen["features"].pooled)
+
+
+def test_reported_proposals(tmp_path):
+    detector = build_detector(tiny_config(tmp_path), STATS).eval()
+    assert detector([torch.rand(3, 40, 60)])[0].keys() == {"boxes", "scores", "labels"}
+    detector.roi_heads.report_proposals = True
+    found = detector([torch.rand(3, 40, 60)])[0]
+    assert len(found["proposals"]) == len(found["proposal_labels"]) > 0
+    assert found["proposals"].min() >= 0 and 0.9 < found["proposals"].max() <= 1
+
+
 def test_images_without_objects_train(tmp_path):
     detector = build_detector(tiny_config(tmp_path, "classifier.name=group_softmax"), STATS).train()
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
@@ -144,8 +188,10 @@ def test_learning_rate_by_hand(tmp_path):
     config = tiny_config(
         tmp_path, "train.lr=1", "train.warmup_iterations=4", "train.warmup_factor=0.5", "train.milestones=[2, 3]"
     ).train
-    rates = [learning_rate(config, i, 10) for i in (0, 2, 4, 19, 20, 30)]
-    assert rates == pytest.approx([0.5, 0.75, 1, 1, 0.1, 0.01])
+    starts = [0, 10, 20, 32, 40]  # epochs may differ in length
+    rates = [learning_rate(config, i, epoch_at(starts, i)) for i in (0, 2, 4, 19, 20, 31, 32)]
+    assert rates == pytest.approx([0.5, 0.75, 1, 1, 0.1, 0.1, 0.01])
+    assert [epoch_at(starts, i) for i in (0, 5, 10, 26, 40)] == [0, 0.5, 1, 2.5, 4]
 
 
 def test_classifiers_see_both_features(tmp_path):

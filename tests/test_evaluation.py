@@ -2,15 +2,19 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from test_classifiers import REFERENCE, needs_reference
 
 import bags
 from bags.analysis.tables import render_table, spread
-from bags.analysis.weight_norms import rank_correlation, weight_norms
+from bags.analysis.weight_norms import rank_correlation
+from bags.evaluation.proposal_accuracy import ProposalAccuracy, assign_labels
 
 
 def write_truth(folder, lvis=False, **extra):
@@ -155,9 +159,58 @@ def test_tables():
     assert spread([0.5, math.nan], ".2f") == "0.50"
 
 
-def test_rank_correlation_and_norms():
+def test_rank_correlation():
     assert rank_correlation([1, 2, 3], [10, 100, 1000]) == pytest.approx(1)
     assert rank_correlation([3, 2, 1], [10, 100, 1000]) == pytest.approx(-1)
     assert rank_correlation([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
     assert math.isnan(rank_correlation([1, 1], [1, 2]))
-    assert weight_norms(np.array([[3, 4], [0, 1]])).tolist() == [5, 1]
+
+
+def test_proposal_accuracy_by_hand():
+    """Two objects, four proposals: one of each, one on neither, one on both but more on the second."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 6, 10, 16]])
+    proposals = torch.tensor([[0.0, 0, 10, 9], [0, 6, 10, 15], [50, 50, 60, 60], [0, 5, 10, 14]])
+    labels = assign_labels(proposals, boxes, torch.tensor([2, 1]))
+    assert labels.tolist() == [2, 1, 0, 1]
+    accuracy = ProposalAccuracy(2)
+    accuracy.update(proposals, torch.tensor([2, 2, 0, 1]), boxes, torch.tensor([2, 1]))
+    accuracy.update(proposals[:2], torch.tensor([0, 1]), boxes[:0], torch.tensor([], dtype=torch.long))
+    found = accuracy.summary([5, 50])
+    expected = {"ACC": 4 / 6, "ACC1": 1 / 2, "ACC2": 1, "ACC3": math.nan, "ACC4": math.nan, "ACCbg": 2 / 3}
+    assert found == pytest.approx(expected, nan_ok=True)
+
+
+def test_an_object_claims_its_best_proposal():
+    """The proposal overlaps the large object more, but is the small one's best."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 6]])
+    proposals = torch.tensor([[0.0, 0, 10, 9], [0, 0, 10, 9.5]])
+    assert assign_labels(proposals, boxes, torch.tensor([1, 2])).tolist() == [2, 1]
+
+
+def inclusive(boxes):
+    """The authors' boxes include their last pixel."""
+    return torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4) + torch.tensor([0.0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("image", [0, 1])
+def test_assigned_labels_equal_the_released_code_compact(image):
+    data = json.loads(Path(__file__).with_name("vectors.json").read_text())["proposal_acc"][image]
+    labels = torch.tensor(data["gt_labels"], dtype=torch.long)
+    found = assign_labels(inclusive(data["proposals"]), inclusive(data["gt_boxes"]), labels)
+    assert found.tolist() == data["assigned_label"]
+
+
+@needs_reference
+def test_proposal_accuracy_equals_the_released_code():
+    data = np.load(REFERENCE / "proposal_acc.npz")
+    accuracy = ProposalAccuracy(len(data["counts"]))
+    for i in range(6):
+        proposals, boxes = inclusive(data[f"proposals_{i}"][:, :4]), inclusive(data[f"gt_boxes_{i}"])
+        labels = torch.from_numpy(data[f"gt_labels_{i}"])
+        assert assign_labels(proposals, boxes, labels).tolist() == data[f"assigned_label_{i}"].tolist()
+        accuracy.update(proposals, torch.from_numpy(data[f"pred_label_{i}"]), boxes, labels)
+    assert accuracy.counts[0].tolist() == data["num_ins"].astype(int).tolist()
+    assert accuracy.counts[1].tolist() == data["num_get"].astype(int).tolist()
+    found = accuracy.summary(data["counts"].tolist())
+    names = {"ACC": "all", "ACCbg": "background", **{f"ACC{n}": f"bin{n}" for n in range(1, 5)}}
+    assert found == pytest.approx({ours: float(data[f"acc_{theirs}"]) for ours, theirs in names.items()})

@@ -3,10 +3,14 @@
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
+
+from bags.analysis.paper import PaperTable
 
 COLUMNS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf", "AP50", "AP_tail", "AP_head")
 TITLES = {"AP": "mAP", "AP_tail": "tail", "AP_head": "head"}
+PUBLISHED = "published, LVIS v0.5"
 
 
 def read_metrics(folder: Path) -> dict[str, float]:
@@ -23,9 +27,26 @@ def write_metrics(folder: Path, values: dict[str, float]) -> None:
     temporary.replace(folder / "metrics.json")
 
 
-def render_table(rows: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown. `rows` maps a method to its metrics, one dict per seed; several give mean +- deviation."""
-    columns = [c for c in COLUMNS if any(c in run for runs in rows.values() for run in runs)]
+def render_paper_table(table: PaperTable, runs: dict[str, list[dict[str, float]]], published: bool) -> str:
+    """A table of the paper from our runs (configuration stem -> metrics, one dict per seed).
+
+    published: also print the paper's numbers, each row below ours.
+    """
+    rows = {}
+    for row in table.rows:
+        rows[row.title] = runs[row.config]
+        if published and row.published:
+            numbers = zip(table.columns, row.published, strict=True)
+            rows[f"  {PUBLISHED} {row.title}"] = [{column: value / 100 for column, value in numbers}]
+    return f"{table.title}\n\n{render_table(rows, table.columns)}"
+
+
+def render_table(rows: dict[str, list[dict[str, float]]], columns: Sequence[str] = COLUMNS) -> str:
+    """Markdown. `rows` maps a method to its metrics, one dict per seed; several give mean +- deviation.
+
+    Of `columns`, those that no row has are left out.
+    """
+    columns = [c for c in columns if any(c in run for runs in rows.values() for run in runs)]
     table = [["method", *(TITLES.get(c, c) for c in columns)]]
     for name, runs in rows.items():
         table.append([name, *(_cell([run.get(c, math.nan) for run in runs]) for c in columns)])

@@ -17,8 +17,3 @@ def _mean_ranks(values: np.ndarray) -> np.ndarray:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]
-
-
-def weight_norms(label_weights: np.ndarray) -> np.ndarray:
-    """Norm of each label's weight vector, [C+1]; entry 0 is the background. label_weights: [C+1, D]."""
-    return np.linalg.norm(np.asarray(label_weights, np.float64), axis=1)

@@ -5,8 +5,10 @@ Labels are 0..C and 0 is the background.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -35,10 +37,13 @@ class ProposalClassifier(nn.Module, ABC):
         """Scores [R, C+1] in 0..1 for ranking detections; column 0 is the background."""
 
     @abstractmethod
-    def label_weights(self) -> Tensor:
-        """The weight vector that scores each label, [C+1, in_features]; row 0 is the background.
+    def weight_norms(self) -> Tensor:
+        """Norm of the weight vector that scores each label, [C+1]; entry 0 is the background (Figures 1, 3)."""
 
-        For analysis (Figures 1 and 3 of the paper plot the norms of these rows).
+    def fit(self, batches: Iterable[tuple[BoxFeatures, Tensor]]) -> None:
+        """For methods without gradients: one pass over (features, labels [R]) of training proposals.
+
+        Methods that need none of it do not override this, and are spared the pass.
         """
 
 
@@ -48,3 +53,8 @@ def new_linear(in_features: int, outputs: int) -> nn.Linear:
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Half-precision logits of autocast as float32; others as they are."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

@@ -48,3 +48,18 @@ def assign_groups(
     group_of = torch.bucketize(counts.long(), torch.tensor(edges, dtype=torch.long), right=True)
     sizes = torch.bincount(group_of, minlength=len(edges) + 1)
     return CategoryGroups(len(counts), tuple(sizes.tolist()), tuple(group_of.tolist()), edges)
+
+
+def within_group_weights(groups: CategoryGroups, instance_counts: Sequence[int] | Tensor) -> Tensor:
+    """1/n over its mean within the category's group, clipped to [0.1, 5]: float64 [C+1], entry 0 (background) 1.
+
+    The released `with0_reweight` variant. A count of 0 is taken as 1.
+    """
+    inverse = 1 / torch.as_tensor(instance_counts, dtype=torch.float64).clamp(min=1)
+    weights = torch.ones(groups.num_categories + 1, dtype=torch.float64)
+    for group, size in enumerate(groups.sizes):
+        if size:
+            labels = torch.tensor(groups.members(group))
+            members = inverse[labels - 1]
+            weights[labels] = (members / members.mean()).clamp(0.1, 5)
+    return weights

@@ -1,14 +1,21 @@
-"""Plain softmax over background and all categories (Eq. 1-2)."""
+"""Softmax over background and all categories: plain (Eq. 1-2) and re-weighted by training counts.
+
+Shape shorthand: R proposals, C categories; logits [R, C+1], column 0 the background.
+"""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bags.classifiers.base import BoxFeatures, ProposalClassifier, new_linear
+from bags.classifiers.base import BoxFeatures, ProposalClassifier, at_least_float32, new_linear
+
+WEIGHTINGS = ("inverse", "effective_number", "effective_number_clipped")
 
 
 class Softmax(ProposalClassifier):
-    """Logits [R, C+1]; column 0 is the background."""
+    """The baseline of every table. Other classifiers on the same layer derive from it."""
 
     def __init__(self, in_features: int, num_categories: int):
         super().__init__()
@@ -20,14 +27,56 @@ class Softmax(ProposalClassifier):
         return self.linear(features.fc)
 
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Mean cross entropy over the R proposals (Eq. 1), computed in float32; 0 for R = 0."""
-        total = F.cross_entropy(logits.float(), labels, reduction="sum")
+        """Mean cross entropy over the R proposals (Eq. 1), at least in float32; 0 for R = 0."""
+        total = F.cross_entropy(at_least_float32(logits), labels, reduction="sum")
         return {"loss_classifier": total / max(len(labels), 1)}
 
     def probs(self, logits: Tensor) -> Tensor:
         """Softmax (Eq. 2): [R, C+1], rows sum to 1."""
-        return torch.softmax(logits.float(), -1)
+        return torch.softmax(at_least_float32(logits), -1)
 
-    def label_weights(self) -> Tensor:
-        """[C+1, in_features]."""
-        return self.linear.weight.detach()
+    def weight_norms(self) -> Tensor:
+        """[C+1]."""
+        return self.linear.weight.detach().norm(dim=1)
+
+
+class ReweightedSoftmax(Softmax):
+    """Cross entropy weighted by the label's class (models (6) and (7) of Table 1).
+
+    class_weights: [C+1], entry 0 the background; see `class_weights`.
+    """
+
+    def __init__(self, in_features: int, class_weights: Tensor):
+        super().__init__(in_features, len(class_weights) - 1)
+        self.register_buffer("class_weights", class_weights, persistent=False)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Sum of weighted cross entropies over R: the number of proposals, not the sum of weights."""
+        logits = at_least_float32(logits)
+        total = F.cross_entropy(logits, labels, self.class_weights.to(logits.dtype), reduction="sum")
+        return {"loss_classifier": total / max(len(labels), 1)}
+
+
+def class_weights(instance_counts: Sequence[int], weighting: str, beta: float = 0.999) -> Tensor:
+    """A weight for each label, float64 [C+1], entry 0 the background. A count of 0 is taken as 1.
+
+    inverse                   1/n over its mean over the categories, background 1, clipped to [0.1, 5]
+    effective_number          (1 - beta) / (1 - beta^n) (Cui et al. 2019, Eq. 2) over its mean over all C+1
+                              labels; the background counts as three times all instances
+    effective_number_clipped  the same over its mean over the categories, background 1, clipped to
+                              [0.1, 5]: the published "Re-weight-cls"
+    These are the released `cls_weight`, `cls_weight_bf` and `cls_weight_bours`.
+    """
+    counts = torch.as_tensor(instance_counts, dtype=torch.float64)
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta: expected 0 <= beta < 1, got {beta}")
+    if weighting == "effective_number":
+        counts = torch.cat([3 * counts.sum().reshape(1), counts])
+    counts = counts.clamp(min=1)
+    raw = 1 / counts if weighting == "inverse" else (1 - beta) / (1 - beta**counts)
+    weights = raw / raw.mean()
+    if weighting == "effective_number":
+        return weights
+    return torch.cat([torch.ones(1, dtype=torch.float64), weights.clamp(0.1, 5)])

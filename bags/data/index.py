@@ -1,5 +1,6 @@
 """A COCO or LVIS annotation file as flat arrays."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,22 @@ class AnnotationIndex:
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def only(self, wanted: np.ndarray) -> "AnnotationIndex":
+        """The images and annotations of some labels alone. wanted: bool [C + 1]; labels keep their numbers."""
+        kept = wanted[self.labels] & ~self.crowd
+        per_image = np.diff(np.concatenate([[0], np.cumsum(kept)])[self.starts])
+        images = np.flatnonzero(per_image)
+        return dataclasses.replace(
+            self,
+            image_ids=self.image_ids[images],
+            file_names=[self.file_names[i] for i in images],
+            image_sizes=self.image_sizes[images],
+            starts=np.concatenate([[0], np.cumsum(per_image[images])]),
+            boxes=self.boxes[kept],
+            labels=self.labels[kept],
+            crowd=self.crowd[kept],
+        )
 
     @classmethod
     def open(cls, path: str | Path) -> "AnnotationIndex":

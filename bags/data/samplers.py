@@ -1,28 +1,35 @@
 """Which images, in which order, on which rank."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from bags import distributed
+from bags.data.index import AnnotationIndex
 from bags.errors import UserError
 
 
-class UniformSampler:
-    """Every image once per epoch, in batches that do not depend on the number of ranks.
+class TrainSampler:
+    """Batches of (position, seed), as DetectionDataset takes them; every image once per epoch.
 
-    Yields lists of (position, seed), as DetectionDataset takes them. An epoch has
-    ceil(size / batch_size) batches over all ranks; the last is filled up from the first images.
-    Rank r of W takes every W-th image of each batch. The order depends on seed and epoch alone.
+    A batch holds images of one shape (wide or not), so that little is padded. Each shape's last batch
+    is filled up from the first images of the epoch's order. Rank r of W takes every W-th image of each
+    batch. Order and batches depend on seed and epoch alone, not on the number of ranks.
+
+    wide: [size] bool per image; None takes all images as of one shape. Raises UserError where
+    batch_size (images, over all ranks) does not divide by the ranks.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int):
+    def __init__(self, size: int, batch_size: int, seed: int, wide: Sequence[bool] | None = None):
         if batch_size % distributed.world_size():
             ranks = distributed.world_size()
             raise UserError(
                 f"train.batch_size={batch_size} does not divide by {ranks} ranks: choose a multiple of {ranks}"
             )
         self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.wide = np.zeros(size, bool) if wide is None else np.asarray(wide, bool)
         self.epoch = self.first_batch = 0
 
     def start(self, epoch: int, first_batch: int = 0) -> None:
@@ -30,18 +37,88 @@ class UniformSampler:
         self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self) -> int:
-        return -(-self.size // self.batch_size) - self.first_batch
+        return self.batches_in(self.epoch) - self.first_batch
+
+    def batches_in(self, epoch: int) -> int:
+        """Batches of an epoch, over all ranks."""
+        wide = int(self.wide[self.positions(self._generator(epoch))].sum())
+        total = self.length(epoch)
+        return sum(-(-count // self.batch_size) for count in (wide, total - wide))
+
+    def length(self, epoch: int) -> int:
+        """Images of an epoch, before batches are filled up."""
+        return len(self.positions(self._generator(epoch)))
+
+    def positions(self, generator: torch.Generator) -> Tensor:
+        """The images of one epoch, in ascending order, repeated as often as they occur."""
+        return torch.arange(self.size)
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 100_003 + epoch)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        order = torch.randperm(self.size, generator=generator).tolist()
-        missing = -self.size % self.batch_size
-        order += (order * (missing // self.size + 1))[:missing]
-        seeds = torch.randint(2**31, (len(order),), generator=generator).tolist()
-        keys = list(zip(order, seeds, strict=True))
-        for first in range(self.first_batch * self.batch_size, len(keys), self.batch_size):
-            batch = keys[first : first + self.batch_size]
+        for batch in self._batches()[self.first_batch :]:
             yield batch[distributed.rank() :: distributed.world_size()]
+
+    def _batches(self) -> list[list[tuple[int, int]]]:
+        generator = self._generator(self.epoch)
+        positions = self.positions(generator)
+        order = positions[torch.randperm(len(positions), generator=generator)].tolist()
+        shapes = [[p for p in order if self.wide[p] == shape] for shape in (False, True)]
+        missing = {p: -len(shape) % self.batch_size for p, shape in enumerate(shapes)}
+        for p, shape in enumerate(shapes):  # both shapes' fillers come last
+            order += (shape * (missing[p] // max(len(shape), 1) + 1))[: missing[p]] if shape else []
+        seeds = torch.randint(2**31, (len(order),), generator=generator).tolist()
+        batches, open_batches = [], {False: [], True: []}
+        for key in zip(order, seeds, strict=True):
+            batch = open_batches[bool(self.wide[key[0]])]
+            batch.append(key)
+            if len(batch) == self.batch_size:
+                batches.append(batch.copy())
+                batch.clear()
+        return batches
+
+
+class RepeatFactorSampler(TrainSampler):
+    """Images repeated by their rarest category (Gupta et al. 2019; Table 1, models (4) and (5)).
+
+    factors: [size] float >= 1, see `repeat_factors`. An image with factor r occurs floor(r) times,
+    and once more with the probability of its fraction, drawn anew in every epoch.
+    """
+
+    def __init__(self, factors: Tensor, batch_size: int, seed: int, wide: Sequence[bool] | None = None):
+        super().__init__(len(factors), batch_size, seed, wide)
+        self.factors = factors
+
+    def positions(self, generator: torch.Generator) -> Tensor:
+        """See the class."""
+        return torch.repeat_interleave(torch.arange(self.size), stochastic_round(self.factors, generator))
+
+
+def stochastic_round(factors: Tensor, generator: torch.Generator) -> Tensor:
+    """Whole numbers whose expectation is `factors`, int64."""
+    whole = factors.trunc()
+    return (whole + (torch.rand(len(factors), generator=generator) < factors - whole)).long()
+
+
+def repeat_factors(index: AnnotationIndex, threshold: float, released: bool = False) -> Tensor:
+    """How often each image is shown per epoch in the mean, float32 [images].
+
+    r(c) = max(1, sqrt(threshold / f(c))), f(c) the fraction of images with category c; an image takes
+    the largest r of its categories, 1 without any. Crowd regions do not count.
+    released: the paper's code adds ceil(r) copies to every image with r > 1, which so occurs
+    1 + ceil(r) times.
+    """
+    labels = index.labels[~index.crowd]
+    owners = np.repeat(np.arange(len(index)), np.diff(index.starts))[~index.crowd]
+    size = len(index.category_ids) + 1
+    images_with = np.bincount(np.unique(owners * size + labels) % size, minlength=size)
+    of_category = np.maximum(1, np.sqrt(threshold * len(index) / np.maximum(images_with, 1)))
+    factors = np.ones(len(index))
+    np.maximum.at(factors, owners, of_category[labels])
+    if released:
+        factors = np.where(np.ceil(factors) > 1, 1 + np.ceil(factors), 1)
+    return torch.from_numpy(factors.astype(np.float32))
 
 
 class ShardSampler:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -10,15 +11,29 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
-from bags.classifiers.base import ProposalClassifier
+from bags.classifiers.base import BoxFeatures, ProposalClassifier
 from bags.detectors.roi_heads import RoIHeads
 
 POOLED = 7  # RoIAlign output side
 
 
+class FasterRCNN(GeneralizedRCNN):
+    """torchvision's two-stage detector; `roi_heads` is ours."""
+
+    @torch.no_grad()
+    def training_proposals(
+        self, images: list[Tensor], targets: list[dict]
+    ) -> list[tuple[ProposalClassifier, BoxFeatures, Tensor]]:
+        """What a training step would show each classifier: (classifier, features of R proposals, labels [R])."""
+        images, targets = self.transform(images, targets)
+        features = self.backbone(images.tensors)
+        proposals, _ = self.rpn(images, features, targets)
+        return self.roi_heads.training_proposals(features, proposals, images.image_sizes, targets)
+
+
 def faster_rcnn(
     backbone: nn.Module,
-    make_classifier: Callable[[int], ProposalClassifier],
+    make_classifier: Callable[[int, int], ProposalClassifier],
     *,
     anchor_sizes: tuple[tuple[int, ...], ...],
     aspect_ratios: tuple[float, ...],
@@ -35,18 +50,19 @@ def faster_rcnn(
     score_threshold: float,
     nms_threshold: float,
     max_detections: int,
-) -> GeneralizedRCNN:
+) -> FasterRCNN:
     """A detector with torchvision's calling convention.
 
     `detector(images, targets)` gives a dict of losses in training mode and a list of
     {boxes, scores, labels} in evaluation mode; images are [3, H, W] float RGB in 0..1.
-    make_classifier(in_features) builds the classifier; the last pyramid level that torchvision's
-    ResNets add ("pool") serves the RPN only. Raises ValueError where anchors and levels differ.
+    make_classifier(fc, pooled) builds the classifier, from the numbers per proposal in BoxFeatures.
+    The last pyramid level that torchvision's ResNets add ("pool") serves the RPN only. Raises
+    ValueError where anchors and levels differ.
     """
     rpn = _region_proposal_network(
         backbone.out_channels, anchor_sizes, aspect_ratios, rpn_batch_size, train_proposals, test_proposals
     )
-    classifier = make_classifier(fc)
+    classifier = make_classifier(fc, backbone.out_channels * POOLED**2)
     regressed = 1 if class_agnostic else classifier.num_categories + 1
     box_head = TwoMLPHead(backbone.out_channels * POOLED**2, fc)
     for layer in (box_head.fc6, box_head.fc7):  # torchvision's default shrinks features from scratch
@@ -67,7 +83,7 @@ def faster_rcnn(
         detections_per_img=max_detections,
     )
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    return GeneralizedRCNN(backbone, rpn, roi_heads, GeneralizedRCNNTransform(min_size, max_size, mean, std))
+    return FasterRCNN(backbone, rpn, roi_heads, GeneralizedRCNNTransform(min_size, max_size, mean, std))
 
 
 def _region_proposal_network(

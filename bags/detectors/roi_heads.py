@@ -17,6 +17,8 @@ from bags.detectors.postprocess import select_detections
 class RoIHeads(torchvision_roi_heads.RoIHeads):
     """Box branch: proposals -> losses (training) or detections."""
 
+    report_proposals = False  # what `evaluation.proposal_accuracy` looks at
+
     def __init__(self, box_roi_pool, box_head, classifier: ProposalClassifier, box_regressor: nn.Linear, **settings):
         """`settings` are torchvision's; box_regressor has 4 outputs, or 4 * (C + 1)."""
         super().__init__(box_roi_pool, box_head, box_predictor=None, **settings)
@@ -33,22 +35,32 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         """Returns (detections, losses); one of them is empty.
 
         proposals: per image [R_i, 4] in pixels of the resized image, whose sizes (height, width)
-        are `image_shapes`. A detection holds boxes [K, 4], scores [K] and labels [K] in 1..C.
+        are `image_shapes`. A detection holds boxes [K, 4], scores [K] and labels [K] in 1..C; where
+        `report_proposals` is set, also proposals [R_i, 4] in 0..1 of the image's width and height,
+        and proposal_labels [R_i], the label of highest score (0: background).
         """
-        labels = regression_targets = None
         if self.training:
-            self.check_targets(targets)
-            proposals, _, labels, regression_targets = self.select_training_samples(proposals, targets)
+            return [], self._losses(features, proposals, image_shapes, targets)
+        box_features = self._features(features, proposals, image_shapes)
+        scores = self.classifier.probs(self.classifier(box_features))
+        return self._detect(scores, self.box_regressor(box_features.fc), proposals, image_shapes), {}
+
+    def training_proposals(self, features, proposals, image_shapes, targets):
+        """(classifier, BoxFeatures, labels [R]) of the proposals that a training step would sample."""
+        proposals, _, labels, _ = self.select_training_samples(proposals, targets)
+        return [(self.classifier, self._features(features, proposals, image_shapes), torch.cat(labels))]
+
+    def _features(self, features, proposals, image_shapes) -> BoxFeatures:
         pooled = self.box_roi_pool(features, proposals, image_shapes)
-        box_features = BoxFeatures(pooled, self.box_head(pooled))
-        logits = self.classifier(box_features)
+        return BoxFeatures(pooled, self.box_head(pooled))
+
+    def _losses(self, features, proposals, image_shapes, targets) -> dict[str, Tensor]:
+        self.check_targets(targets)
+        proposals, _, labels, regression_targets = self.select_training_samples(proposals, targets)
+        box_features, labels = self._features(features, proposals, image_shapes), torch.cat(labels)
+        losses = self.classifier.loss(self.classifier(box_features), labels)
         regression = self.box_regressor(box_features.fc)
-        if self.training:
-            labels = torch.cat(labels)
-            losses = self.classifier.loss(logits, labels)
-            losses["loss_box_reg"] = box_loss(regression, labels, torch.cat(regression_targets))
-            return [], losses
-        return self._detect(self.classifier.probs(logits), regression, proposals, image_shapes), {}
+        return {**losses, "loss_box_reg": box_loss(regression, labels, torch.cat(regression_targets))}
 
     def _detect(self, scores, regression, proposals, image_shapes) -> list[dict[str, Tensor]]:
         counts = [len(p) for p in proposals]
@@ -58,6 +70,10 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
                 *image, self.box_coder, self.score_thresh, self.nms_thresh, self.detections_per_img
             )
             detections.append({"boxes": boxes, "scores": best, "labels": labels})
+            if self.report_proposals:
+                own_scores, _, own, (height, width) = image
+                detections[-1]["proposals"] = own / own.new_tensor([width, height, width, height])
+                detections[-1]["proposal_labels"] = own_scores.argmax(1)
         return detections
 
 

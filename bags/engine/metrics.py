@@ -41,9 +41,9 @@ class JsonLog:
 class Monitor:
     """Follows one run: averages losses over ranks, logs them, moves the bar, stops at a loss that is not finite."""
 
-    def __init__(self, folder: Path, title: str, config: TrainConfig, done: int, per_epoch: int, total: int):
-        """`done`, `per_epoch` and `total` count iterations."""
-        self.title, self.config, self.per_epoch, self.total = title, config, per_epoch, total
+    def __init__(self, folder: Path, title: str, config: TrainConfig, done: int, total: int):
+        """`done` and `total` count iterations."""
+        self.title, self.config, self.total = title, config, total
         main, images = distributed.is_main(), config.batch_size
         self.log = JsonLog(folder / "log.jsonl", done) if main else None
         self.bar = tqdm(
@@ -60,10 +60,12 @@ class Monitor:
         if self.log:
             self.log.close()
 
-    def step(self, iteration: int, losses: dict[str, torch.Tensor], lr: float, check: bool = False) -> None:
-        """Takes in one iteration; every `log_every`-th is logged. `check` looks at the losses in any case.
+    def step(
+        self, iteration: int, epoch: float, losses: dict[str, torch.Tensor], lr: float, check: bool = False
+    ) -> None:
+        """Takes in one iteration, and the epochs done with it; every `log_every`-th is logged.
 
-        Raises UserError, on all ranks, for a loss that is not finite.
+        `check` looks at the losses in any case. Raises UserError, on all ranks, for a loss that is not finite.
         """
         steps = iteration + 1
         self.bar.update(self.config.batch_size)
@@ -81,7 +83,7 @@ class Monitor:
             now = time.perf_counter()
             rate = (steps - self.last_steps) * self.config.batch_size / (now - self.last_time)
             self.last_time, self.last_steps = now, steps
-            self.log.write(iteration=iteration, epoch=steps / self.per_epoch, lr=lr, images_per_s=rate, **values)
+            self.log.write(iteration=iteration, epoch=epoch, lr=lr, images_per_s=rate, **values)
             old = values["loss"] if self.smoothed_loss is None else self.smoothed_loss
             self.smoothed_loss = 0.7 * old + 0.3 * values["loss"]
             self.bar.set_postfix_str(f"loss {self.smoothed_loss:.3f} lr {lr:.2g}", refresh=False)

@@ -1,5 +1,8 @@
 """What is trained, by which optimiser, at which rate."""
 
+import bisect
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -8,8 +11,15 @@ from bags.config import TrainConfig
 
 
 def set_trained_part(model: nn.Module, part: str) -> None:
-    """`all` trains every parameter, `cls` those of ProposalClassifier modules, `none` nothing."""
+    """Chooses the parameters that are trained.
+
+    `all`: every one; `head`: the box branch after RoIAlign (shared layers, classifier, box regression);
+    `cls`: those of ProposalClassifier modules; `none`: nothing.
+    """
     model.requires_grad_(part == "all")
+    if part == "head":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("roi_heads.") and not name.startswith("roi_heads.mask"))
     if part == "cls":
         for module in model.modules():
             if isinstance(module, ProposalClassifier):
@@ -34,11 +44,16 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
 
 
-def learning_rate(config: TrainConfig, iteration: int, iterations_per_epoch: int) -> float:
-    """The rate of one iteration (0-based): linear warm-up times a step schedule."""
+def epoch_at(starts: Sequence[int], iteration: int) -> float:
+    """How many epochs are over before an iteration. starts: each epoch's first iteration, and the total."""
+    epoch = min(bisect.bisect_right(starts, iteration), len(starts) - 1) - 1
+    return epoch + (iteration - starts[epoch]) / (starts[epoch + 1] - starts[epoch])
+
+
+def learning_rate(config: TrainConfig, iteration: int, epoch: float) -> float:
+    """The rate of one iteration (0-based), at `epoch`: linear warm-up times a step schedule."""
     rate = config.lr
     if iteration < config.warmup_iterations:
         progress = iteration / config.warmup_iterations
         rate *= config.warmup_factor + (1 - config.warmup_factor) * progress
-    epoch = iteration / iterations_per_epoch
     return rate * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)

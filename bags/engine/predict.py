@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,17 @@ from bags import distributed
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, loader: DataLoader, device: torch.device, category_ids: tuple[int, ...], path: Path, title: str
+    model: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    category_ids: tuple[int, ...],
+    path: Path,
+    title: str,
+    observe: Callable[[Tensor, dict, dict], None] | None = None,
 ) -> None:
     """Writes `path`: a list of {image_id, category_id, bbox (x, y, width, height in pixels), score}.
 
+    observe(image, target, detection) sees every image of this rank's share.
     The loader gives each rank its share; shares are merged by the main process, in rank order.
     """
     model.eval()
@@ -26,7 +34,9 @@ def predict(
     with part.open("w") as file:
         for images, targets in tqdm(loader, desc=f"{title}: predict", unit="batch", disable=not distributed.is_main()):
             detections = model([image.to(device) for image in images])
-            for target, detection in zip(targets, detections, strict=True):
+            for image, target, detection in zip(images, targets, detections, strict=True):
+                if observe:
+                    observe(image, target, detection)
                 for entry in results_entries(target["image_id"], detection, category_ids):
                     file.write(json.dumps(entry) + "\n")
     distributed.barrier()

@@ -1,0 +1,86 @@
+"""The paper's tables: which configuration is which row, and what was published for LVIS v0.5 (R50-FPN)."""
+
+from dataclasses import dataclass
+
+AP = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf")
+ACC = ("ACC", "ACC1", "ACC2", "ACC3", "ACC4", "ACCbg")
+
+
+@dataclass(frozen=True)
+class Row:
+    """`config` is the stem of a YAML file; `published` are percents in the order of the table's columns."""
+
+    title: str
+    config: str
+    published: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One table or figure."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+_BASELINE = (20.98, 0.00, 17.34, 24.00, 29.99, 4.13, 19.70, 29.30)
+_BAGS = (25.96, 11.33, 27.64, 25.14, 29.90, 17.65, 25.75, 29.54)
+
+PAPER = {
+    "1": PaperTable(
+        "Table 1: methods transferred from long-tail classification, and BAGS",
+        (*AP, *ACC),
+        (
+            Row("(1) softmax", "softmax", (*_BASELINE, 92.78, 0.00, 2.47, 25.30, 45.87, 95.91)),
+            Row("(2) x2", "softmax_x2",
+                (21.93, 0.64, 20.94, 23.54, 28.92, 5.79, 22.02, 28.26, 92.62, 0.00, 5.60, 26.51, 45.71, 95.69)),
+            Row("(3) finetune tail", "finetune_tail",
+                (22.28, 0.27, 22.58, 23.89, 27.43, 5.67, 23.54, 27.34, 94.81, 0.00, 5.04, 5.58, 5.86, 99.85)),
+            Row("(4) RFS", "rfs",
+                (23.41, 7.80, 24.18, 23.14, 28.33, 14.59, 22.74, 27.77, 92.71, 0.60, 7.50, 25.62, 44.39, 95.84)),
+            Row("(5) RFS-finetune", "rfs_finetune",
+                (22.66, 8.06, 23.07, 22.43, 27.73, 13.44, 22.06, 27.09, 92.77, 0.60, 7.14, 25.08, 43.79, 95.91)),
+            Row("(6) re-weight", "reweight",
+                (23.48, 6.34, 22.91, 23.88, 30.12, 11.47, 22.41, 29.61, 94.84, 0.00, 0.82, 9.57, 17.40, 99.53)),
+            Row("(7) re-weight-cls", "reweight_cls",
+                (24.66, 10.04, 24.12, 24.57, 31.07, 14.16, 23.51, 30.28, 94.76, 0.00, 0.34, 7.72, 16.02, 99.64)),
+            Row("(8) focal loss", "focal",
+                (11.12, 0.00, 10.24, 13.36, 13.17, 2.74, 11.13, 14.46, 3.87, 0.00, 17.45, 40.11, 49.31, 1.35)),
+            Row("(9) focal loss-cls", "focal_cls",
+                (19.29, 1.64, 19.30, 20.64, 23.70, 6.60, 19.81, 23.71, 2.90, 0.00, 27.67, 48.53, 48.89, 0.16)),
+            Row("(10) NCM-fc", "ncm_fc",
+                (16.02, 5.87, 14.13, 16.97, 21.40, 10.31, 13.92, 20.92, 94.29, 0.00, 0.02, 0.23, 0.15, 100.00)),
+            Row("(11) NCM-conv", "ncm_conv",
+                (12.56, 4.20, 9.71, 13.75, 18.46, 6.11, 10.39, 17.85, 94.29, 0.00, 0.00, 0.20, 0.10, 100.00)),
+            Row("(12) tau-norm", "tau_norm",
+                (11.01, 0.00, 11.71, 12.01, 12.36, 2.07, 12.30, 12.97, 5.91, 0.00, 30.32, 39.49, 49.14, 3.42)),
+            Row("(13) tau-norm-select", "tau_norm_select",
+                (21.61, 0.35, 20.07, 23.43, 29.16, 6.18, 20.99, 28.54, 92.43, 0.00, 13.19, 20.62, 38.98, 95.91)),
+            Row("(14) BAGS", "bags", (*_BAGS, 93.71, 2.06, 7.50, 22.07, 35.88, 97.41)),
+            Row("control: softmax-cls", "softmax_retrained"),
+        ),
+    ),
+    "4": PaperTable(
+        "Table 4: background group (b), others (o), number of groups N",
+        AP,
+        (
+            Row("(0) softmax", "softmax", _BASELINE),
+            Row("(1) -, -, N=4", "groups", (17.82, 5.71, 17.07, 18.09, 23.13, 8.52, 17.44, 22.01)),
+            Row("(2) b, -, N=4", "groups_background", (19.73, 7.18, 19.66, 18.80, 25.95, 9.89, 19.32, 24.19)),
+            Row("(3) -, o, N=4", "groups_others", (23.74, 9.90, 24.06, 23.38, 28.88, 15.46, 22.58, 28.49)),
+            Row("(4) b, o, N=2", "bags_2_groups", (25.31, 6.53, 27.55, 24.19, 30.35, 15.30, 25.14, 29.53)),
+            Row("(5) b, o, N=4", "bags", _BAGS),
+            Row("(6) b, o, N=8", "bags_8_groups", (24.85, 7.79, 26.05, 24.59, 29.58, 14.11, 24.79, 29.21)),
+        ),
+    ),
+    "fig4": PaperTable(
+        "Figure 4: sampling ratio beta (published as a drawing; only beta 8 has numbers)",
+        AP,
+        (
+            *(Row(f"beta {beta}", f"bags_beta_{beta}") for beta in (0, 1, 2, 4)),
+            Row("beta 8", "bags", _BAGS),
+            *(Row(f"beta {beta}", f"bags_beta_{beta}") for beta in (16, "n", "all")),
+        ),
+    ),
+}  # fmt: skip

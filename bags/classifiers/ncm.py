@@ -1,0 +1,65 @@
+"""Nearest class mean (models (10) and (11) of Table 1; Guerriero et al. 2018). Nothing is trained."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bags.classifiers.base import BoxFeatures, at_least_float32
+from bags.classifiers.softmax import Softmax
+
+
+class NearestClassMean(Softmax):
+    """Foreground by cosine similarity to class means, background from the plain classifier.
+
+    features  "fc": after the box head (NCM-fc); "conv": the RoIAlign output (NCM-conv)
+    width     numbers per proposal of that feature
+    scale     similarities are multiplied by it before the softmax; the paper's code: 1
+
+    Logits are [R, (C+1) + C]: plain, then similarities in -1..1; -1e4 for a category without
+    training proposals, which so scores 0.
+    """
+
+    def __init__(self, in_features: int, num_categories: int, width: int, features: str = "fc", scale: float = 1.0):
+        super().__init__(in_features, num_categories)
+        if features not in ("fc", "conv"):
+            raise ValueError(f"features: expected fc or conv, got {features!r}")
+        self.features, self.scale = features, scale
+        self.register_buffer("means", torch.zeros(num_categories, width))
+        self.register_buffer("counts", torch.zeros(num_categories, dtype=torch.long))
+
+    def _chosen(self, features: BoxFeatures) -> Tensor:
+        return features.fc if self.features == "fc" else features.pooled.flatten(1)
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[tuple[BoxFeatures, Tensor]]) -> None:
+        """Means over the foreground proposals of each category."""
+        sums, counts = torch.zeros_like(self.means, dtype=torch.float64), torch.zeros_like(self.counts)
+        for features, labels in batches:
+            foreground = labels > 0
+            index = labels[foreground] - 1
+            sums.index_add_(0, index, self._chosen(features)[foreground].double())
+            counts += torch.bincount(index, minlength=self.num_categories)
+        self.means.copy_(sums / counts.clamp(min=1)[:, None])
+        self.counts.copy_(counts)
+
+    def forward(self, features: BoxFeatures) -> Tensor:
+        """Features -> plain logits and cosine similarities, [R, 2C + 1]."""
+        similarity = F.normalize(self._chosen(features), dim=1) @ F.normalize(self.means, dim=1).T
+        similarity = similarity.masked_fill(self.counts == 0, -1e4)
+        return torch.cat([self.linear(features.fc), similarity], dim=1)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The plain classifier's."""
+        return super().loss(logits[:, : self.num_categories + 1], labels)
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """[R, C+1], rows sum to 1: P(background) of the plain softmax, the rest shared by similarity."""
+        plain, similarity = at_least_float32(logits).split([self.num_categories + 1, self.num_categories], dim=1)
+        background = torch.softmax(plain, -1)[:, :1]
+        return torch.cat([background, (1 - background) * torch.softmax(self.scale * similarity, -1)], dim=1)
+
+    def weight_norms(self) -> Tensor:
+        """[C+1]: of the plain background vector and of the class means."""
+        return torch.cat([super().weight_norms()[:1], self.means.norm(dim=1)])
