@@ -1,9 +1,13 @@
 """Shared helpers: tiny data made in the test, scripts run as a user runs them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+# Two workers share the cores, and tiny networks gain nothing from a second thread.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import yaml
@@ -11,6 +15,7 @@ import yaml
 from bags.data.glyphs import Preset, make_glyphs
 
 ROOT = Path(__file__).resolve().parent.parent
+ROWS = ("softmax", "softmax_retrained", "bags")
 TINY = Preset(8, 64, 30, 2, 2, (2, 4), (16, 30), 2, 0.7, 3, 3)
 
 
@@ -73,3 +78,17 @@ def write_configs(folder: Path, data: Path) -> Path:
 def read_lines(path: Path) -> list[dict]:
     """Objects of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def job(glyphs, tmp_path_factory):
+    """The three rows, trained once: (configs folder, output folder, process)."""
+    folder = tmp_path_factory.mktemp("job")
+    configs = write_configs(folder / "configs", glyphs)
+    done = run_script("train", configs, f"output={folder / 'runs'}")
+    assert done.returncode == 0, done.stderr
+    return configs, folder / "runs", done
+
+
+def metrics(runs, row):
+    return json.loads((runs / "tiny" / row / "metrics.json").read_text())

@@ -1,0 +1,88 @@
+"""`make table TABLE=...`: every row of the paper, as a user runs it, on tiny data."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, metrics, run_script
+
+from bags.analysis.paper import PAPER
+
+
+@pytest.fixture(scope="module")
+def paper_job(job, tmp_path_factory):
+    """The paper's rows as they are in configs/glyphs-100/paper, on the tiny dataset: (configs, runs, printed)."""
+    configs, runs, _ = job
+    folder = tmp_path_factory.mktemp("paper")
+    shutil.copytree(configs, folder / "configs")
+    shutil.copytree(ROOT / "configs/glyphs-100/paper", folder / "configs/paper")
+    shutil.copytree(runs, folder / "runs")
+    printed = {}
+    for table in ("1", "4", "fig4"):
+        done = run_script("tables", "--paper", table, folder / "configs", f"output={folder / 'runs'}")
+        assert done.returncode == 0, done.stderr
+        printed[table] = done.stdout
+    return folder / "configs", folder / "runs", printed
+
+
+def test_tables_of_the_paper_run_what_is_missing(paper_job):
+    """Every row is there, from a run of its own; nothing that was complete is run again."""
+    _, runs, printed = paper_job
+    for table, text in printed.items():
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        assert [line.split("|")[1].strip() for line in lines[2:]] == [row.title for row in PAPER[table].rows]
+        assert "published, LVIS" not in text and ("ACCbg" in text) == (table == "1")
+        assert text.count("complete, not run again") >= 2  # softmax and bags
+        for row, line in zip(PAPER[table].rows, lines[2:], strict=True):
+            value = metrics(runs, row.config)["AP"]
+            assert line.split("|")[2].strip() == f"{100 * value:.1f}"
+    names = {row.config for table in PAPER.values() for row in table.rows}
+    states = [(runs / "tiny" / name / "last.pth").read_bytes() for name in sorted(names)]
+    assert len({hash(state) for state in states}) == len(names)
+
+
+def test_rows_without_training_keep_the_baseline(paper_job):
+    _, runs, _ = paper_job
+    base = torch.load(runs / "tiny/softmax/last.pth", weights_only=True)["model"]
+    for row in ("tau_norm", "tau_norm_select", "ncm_fc", "ncm_conv"):
+        state = torch.load(runs / "tiny" / row / "last.pth", weights_only=True)["model"]
+        assert all(torch.equal(value, state[key]) for key, value in base.items())
+        counts = state.get("roi_heads.classifier.counts")
+        assert (counts is None) == row.startswith("tau") and (counts is None or counts.sum() > 10)
+
+
+def test_whole_detector_rows_start_from_the_baseline(paper_job):
+    """Rows trained end to end move every layer; the classifier stage of the focal row moves its own only."""
+    _, runs, _ = paper_job
+    states = {
+        row: torch.load(runs / "tiny" / row / "last.pth", weights_only=True)["model"]
+        for row in ("softmax", "softmax_x2", "finetune_tail", "rfs_finetune", "reweight", "focal", "focal_cls")
+    }
+    for row, state in states.items():
+        changed = {key for key, value in states["softmax"].items() if not torch.equal(value, state[key])}
+        layer = {"roi_heads.classifier.linear.weight", "roi_heads.classifier.linear.bias"}
+        if row == "focal_cls":
+            assert changed == layer
+        elif row != "softmax":
+            assert layer < changed and "backbone.stem.0.weight" in changed
+
+
+def test_two_ranks_fit_what_one_rank_fits(paper_job, tmp_path):
+    """NCM's means do not depend on how the images were split, up to which proposals were sampled."""
+    configs, runs, _ = paper_job
+    shutil.copytree(runs / "tiny/softmax", tmp_path / "tiny/softmax")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "scripts/train.py"), str(configs / "paper/ncm_fc.yaml"), f"output={tmp_path}"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (
+        torch.load(r / "tiny/ncm_fc/last.pth", weights_only=True)["model"]["roi_heads.classifier.means"]
+        for r in (runs, tmp_path)
+    )
+    similarity = torch.nn.functional.cosine_similarity(one, two, dim=1)
+    assert similarity.min() > 0.9 and similarity.median() > 0.99
