@@ -188,8 +188,11 @@ def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stat
     skip = "classifier." if config.detector.reset_classifier or not same else None
     new = load_weights(detector, checkpoint, skip)
     foreign = [name for name in new if "classifier." not in name]
-    if isinstance(config.classifier, NCMConfig | TauNormConfig):
-        foreign += [name for name in new if "classifier.linear." in name]
+    if isinstance(config.classifier, NCMConfig | TauNormConfig) and skip:
+        raise UserError(
+            f"{path}: classifier {config.classifier.name} takes a trained softmax, but this one is {saved.name}"
+            f"{' and detector.reset_classifier is true' if same else ''}: start from a softmax row"
+        )
     if foreign:
         raise UserError(
             f"{path}: its detector is another than this configuration's: {foreign[0]} does not fit "

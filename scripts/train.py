@@ -130,6 +130,7 @@ def run(config: Config, device) -> None:
 
 def _is_complete(folder: Path, config: Config) -> bool:
     """True if the run is finished. Raises UserError if what was trained there had other settings or weights."""
+    from bags.analysis.tables import read_metrics
     from bags.engine.checkpoint import load_checkpoint, load_latest, weights_digest
 
     if not any((folder / name).exists() for name in ("last.pth", "previous.pth")):
@@ -151,7 +152,7 @@ def _is_complete(folder: Path, config: Config) -> bool:
             f"{folder}: this run started from other weights than {source} holds now: "
             "remove the folder, or set output= to keep both"
         )
-    return (folder / "metrics.json").exists()
+    return (folder / "metrics.json").exists() and "ACC" in read_metrics(folder)
 
 
 def _first_difference(old: dict, new: dict, prefix: str = "") -> tuple | None:

@@ -121,6 +121,8 @@ def test_every_row_of_the_paper_is_a_short_file(folder, table):
         path = path if path.exists() else folder / "paper" / f"{row.config}.yaml"
         config, lines = bags.load_config(path), path.read_text().splitlines()
         assert len(lines) <= 8 and lines[0].startswith("# ")
+        assert f"# make train CONFIG={path.relative_to(ROOT)}" in [line.split(" GPUS=")[0] for line in lines]
+        assert any(label in line for line in lines[:2] for label in ("Table", "Figure", "control"))
         assert config.name == row.config and config.data.name == folder.name
         assert config.init_row in (None, "softmax")
         assert len(row.published) in (0, len(PAPER[table].columns))

@@ -230,8 +230,27 @@ def test_repeat_factor_sampler():
         counts.append(np.bincount([p for batch in batches for p, _ in batch], minlength=4))
     assert set(map(tuple, counts)) == {(1, a, 2, b) for a in (1, 2) for b in (3, 4)}
     assert np.mean(counts, 0) == pytest.approx([1, 1.5, 2, 3.25], abs=0.12)  # five standard deviations
+    sampler.start(7)
+    whole = list(sampler)
     sampler.start(7, first_batch=3)
-    assert list(sampler) == list(RepeatFactorSampler.__iter__(sampler)) and len(sampler) == sampler.batches_in(7) - 3
+    assert list(sampler) == whole[3:] and len(sampler) == sampler.batches_in(7) - 3
+
+
+def test_ranks_split_the_repeated_batches(monkeypatch):
+    factors = torch.tensor([1, 1.5, 2, 3.25, 1])
+    whole = list(RepeatFactorSampler(factors, 2, seed=1))
+    monkeypatch.setattr("bags.distributed.world_size", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr("bags.distributed.rank", lambda rank=rank: rank)
+        shares.append(list(RepeatFactorSampler(factors, 2, seed=1)))
+    assert [[a, b] for [a], [b] in zip(*shares, strict=True)] == whole
+
+
+def test_crowd_regions_do_not_make_an_image_rare(coco):
+    """Categories 5 (image 7 alone) and 90 (image 3; on image 7 as a crowd region): both in half of the images."""
+    index = bags.AnnotationIndex.open(coco / "coco.json")
+    assert repeat_factors(index, 1.0).tolist() == pytest.approx([2**0.5, 2**0.5])
 
 
 def test_tail_only_keeps_images_and_annotations_of_the_tail(coco):

@@ -1,15 +1,27 @@
 """RoI heads and postprocessing against torchvision's own."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.models.detection import _utils, roi_heads
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, fasterrcnn_mobilenet_v3_large_fpn
 from torchvision.ops import clip_boxes_to_image, nms
 
 import bags
-from bags.build import build_detector, load_detector
+from bags.build import (
+    build_classifier,
+    build_detector,
+    build_train_loader,
+    build_val_dataset,
+    load_detector,
+    predict_and_evaluate,
+)
 from bags.classifiers.base import BoxFeatures
+from bags.classifiers.softmax import class_weights
+from bags.config import GroupSoftmaxConfig, NCMConfig, ReweightedSoftmaxConfig, SigmoidFocalConfig, TauNormConfig
 from bags.data.statistics import CategoryStats
 from bags.detectors.postprocess import select_detections
 from bags.detectors.roi_heads import RoIHeads, box_loss
@@ -126,6 +138,79 @@ def test_only_the_classifier_gets_gradients_with_part_cls(tmp_path, classifier, 
     trained = {name for name, p in detector.named_parameters() if p.grad is not None}
     assert trained == {"roi_heads.classifier.linear.weight", "roi_heads.classifier.linear.bias"}
     assert all(torch.equal(v, before[k]) for k, v in detector.state_dict().items()), "frozen statistics moved"
+
+
+def test_every_key_of_a_classifier_reaches_it():
+    stats = CategoryStats((1, 2, 3), ("a", "b", "c"), (500, 50, 5), (300, 40, 5))
+    build = lambda config: build_classifier(config, 6, 8, stats)  # noqa: E731
+    grouped = build(
+        GroupSoftmaxConfig(boundaries=(10,), others_ratio="n", group_weights=(1.0, 2.0, 3.0), reweight=True)
+    )
+    assert grouped.groups.sizes == (1, 2) and grouped.others_ratio == "n" and grouped.factors.tolist() == [1, 2, 3]
+    assert grouped.class_weights.tolist() == pytest.approx([1, 2 / 11, 20 / 11, 1])
+    assert not build(GroupSoftmaxConfig(others=False)).others
+    assert not build(GroupSoftmaxConfig(background_group=False)).background_group
+    tau = build(TauNormConfig(tau=0.5, select="foreground_tail", background=False, tail_below=51))
+    assert (tau.tau, tau.select, tau.background) == (0.5, "foreground_tail", False)
+    assert tau.is_tail.tolist() == [False, False, True, True]
+    assert (build(SigmoidFocalConfig(gamma=1, alpha=0.5)).gamma, build(SigmoidFocalConfig(alpha=0.5)).alpha) == (1, 0.5)
+    assert [build(NCMConfig(features=f)).means.shape[1] for f in ("fc", "conv")] == [6, 8]
+    weights = build(ReweightedSoftmaxConfig(weighting="inverse")).class_weights
+    assert weights.tolist() == class_weights(stats.instance_counts, "inverse").tolist()
+
+
+def test_samplers_by_configuration(tmp_path):
+    """Shapes are kept apart; the tail sampler sees its images alone; the repeat factors are those of the threshold."""
+    sizes = [(40, 30), (30, 40), (50, 30), (30, 30)]
+    images = [{"id": i, "file_name": f"{i}.png", "width": w, "height": h} for i, (w, h) in enumerate(sizes)]
+    boxes = [(0, 1), (1, 1), (2, 1), (3, 2)]
+    annotations = [
+        {"id": k, "image_id": i, "category_id": c, "bbox": [0, 0, 9, 9]} for k, (i, c) in enumerate(boxes, 1)
+    ]
+    categories = [{"id": c, "name": str(c)} for c in (1, 2)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    index = bags.AnnotationIndex.open(tmp_path / "train.json")
+    stats = CategoryStats.from_index(index)
+
+    def sampler(*overrides):
+        config = tiny_config(tmp_path, f"data.root={tmp_path}", "data.workers=0", "train.batch_size=2", *overrides)
+        return build_train_loader(config, index, stats).batch_sampler
+
+    assert sampler().wide.tolist() == [True, False, True, False]
+    assert not sampler("data.aspect_batches=false").wide.any()
+    assert sampler("sampler.name=tail_only", "sampler.below=3").size == 1
+    factors = sampler("sampler.name=repeat_factor", "sampler.threshold=1").factors
+    assert factors.tolist() == pytest.approx([(4 / 3) ** 0.5] * 3 + [2])
+    released = sampler("sampler.name=repeat_factor", "sampler.threshold=1", "sampler.released=true").factors
+    assert released.tolist() == [3, 3, 3, 3]
+    with pytest.raises(bags.UserError, match="sampler.below=1"):
+        sampler("sampler.name=tail_only", "sampler.below=1")
+
+
+def test_proposals_are_judged_in_the_pixels_of_the_original_image(tmp_path):
+    """A wide image, resized by the detector: all proposals on its only object count as its label."""
+    Image.new("RGB", (120, 40)).save(tmp_path / "wide.png")
+    content = {
+        "images": [{"id": 1, "file_name": "wide.png", "width": 120, "height": 40}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 2, "bbox": [60, 10, 50, 20], "area": 1000}],
+        "categories": [{"id": c, "name": str(c)} for c in (1, 2, 3)],
+    }
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    config = tiny_config(tmp_path, f"data.root={tmp_path}", "data.workers=0", "test.batch_size=1")
+    detector = build_detector(config, STATS).eval()
+    size = torch.tensor([120.0, 40, 120, 40])
+    near = torch.tensor([[61.0, 11, 109, 29], [10, 0, 30, 40]]) / size
+
+    def forward(images):
+        none = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.long)}
+        return [{**none, "proposals": near, "proposal_labels": torch.tensor([2, 0])}]
+
+    detector.forward = forward
+    found = predict_and_evaluate(
+        detector, config, STATS, build_val_dataset(config), tmp_path / "p.json", torch.device("cpu")
+    )
+    assert (found["ACC"], found["ACC2"], found["ACCbg"]) == (1, 1, 1)
 
 
 def test_part_head_trains_the_box_branch(tmp_path):

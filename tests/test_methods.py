@@ -173,6 +173,25 @@ def test_sampled_others_keep_to_the_quota(ratio):
             assert taken == min(math.floor(inside * ratio), 30 - inside)
 
 
+def test_groups_draw_their_others_independently():
+    torch.manual_seed(0)
+    classifier = group_softmax([5, 50], boundaries=(10,), ratio=8)
+    weights = classifier.sample_weights(classifier.targets[:, torch.tensor([1, 2, *[0] * 100])])
+    assert not torch.equal(weights[1, 2:], weights[2, 2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("flags", [(True, True), (True, False), (False, True), (False, False)])
+def test_other_precisions(dtype, flags):
+    classifier = bags.GroupSoftmax(4, assign_groups([3, 2000, 50]), 8.0, *flags).to(dtype)
+    logits, labels = torch.randn(6, classifier.linear.out_features).to(dtype), torch.tensor([0, 1, 2, 3, 0, 0])
+    targets = classifier.targets[:, labels]
+    full, weights = classifier.full_layout(logits), classifier.sample_weights(targets)
+    assert dense_cross_entropy(full, targets, weights.to(full.dtype), classifier.widths).isfinite().all()
+    assert all(value.isfinite() for value in classifier.loss(logits, labels).values())
+    assert classifier.weight_norms()[1:].isfinite().all() and classifier.probs(logits).isfinite().all()
+
+
 def test_no_foreground_is_exactly_zero_for_every_group():
     for background_group in (True, False):
         for others in (True, False):
@@ -252,6 +271,12 @@ def test_tau_norm_0_changes_nothing_and_select_takes_whole_rows():
         assert 0 < taken.sum() < 200 and (taken.sum() < (plain.argmax(1) != 0).sum() or select == "foreground")
         for row in range(200):
             assert torch.allclose(scores[row], (other if taken[row] else plain)[row])
+
+
+def test_tau_norm_of_a_zero_vector():
+    classifier = TauNorm(2, 2, tau=2.0)
+    torch.nn.init.zeros_(classifier.linear.weight)
+    assert torch.allclose(classifier.probs(classifier(features(torch.ones(1, 2)))), torch.full((1, 3), 1 / 3))
 
 
 @pytest.mark.parametrize("kind", ["fc", "conv"])

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, metrics, run_script
 
 from bags.analysis.paper import PAPER
+from bags.engine.checkpoint import load_checkpoint, weights_digest
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,9 @@ def test_tables_of_the_paper_run_what_is_missing(paper_job):
             value = metrics(runs, row.config)["AP"]
             assert line.split("|")[2].strip() == f"{100 * value:.1f}"
     names = {row.config for table in PAPER.values() for row in table.rows}
-    states = [(runs / "tiny" / name / "last.pth").read_bytes() for name in sorted(names)]
-    assert len({hash(state) for state in states}) == len(names)
+    trained = sorted(names - {"tau_norm", "tau_norm_select", "ncm_fc", "ncm_conv"})
+    digests = {weights_digest(load_checkpoint(runs / "tiny" / name / "last.pth")) for name in trained}
+    assert len(digests) == len(trained) > 20
 
 
 def test_rows_without_training_keep_the_baseline(paper_job):

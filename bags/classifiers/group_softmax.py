@@ -15,7 +15,7 @@ from torch import Tensor
 from bags.classifiers.base import BoxFeatures, ProposalClassifier, at_least_float32, new_linear
 from bags.classifiers.groups import CategoryGroups
 
-NEVER = -1e30  # the logit of a column that a variant lacks: probability 0, and no NaN where it is multiplied by 0
+NEVER = -1e4  # the logit of a column that a variant lacks: probability 0, and finite even in float16
 
 
 class GroupSoftmax(ProposalClassifier):
@@ -98,7 +98,8 @@ class GroupSoftmax(ProposalClassifier):
 
         Each group's loss is the mean over the proposals that train it: all R of them for the
         background group (`loss_group0`), the group's foreground and its sampled `others` for
-        group n (`loss_group<n>`). A group without foreground in the batch has loss 0.
+        group n (`loss_group<n>`). A group without foreground in the batch has loss 0 (but for
+        others_ratio "all").
         """
         targets = self.targets[:, labels]  # [1 + N, R]
         weights = self.sample_weights(targets).to(at_least_float32(logits).dtype)
@@ -145,7 +146,8 @@ class GroupSoftmax(ProposalClassifier):
 
     def weight_norms(self) -> Tensor:
         """[C+1]; a category's vector is the one of its own group. NaN for a background without a vector."""
-        norms = self.fill.index_copy(0, self.real, self.linear.weight.detach().float().norm(dim=1))[self.columns]
+        own = self.linear.weight.detach().norm(dim=1)
+        norms = self.fill.to(own.dtype).index_copy(0, self.real, own)[self.columns]
         if not self.background_group:
             norms[0] = float("nan")
         return norms

@@ -13,12 +13,13 @@ from bags.classifiers.softmax import Softmax
 class NearestClassMean(Softmax):
     """Foreground by cosine similarity to class means, background from the plain classifier.
 
-    features  "fc": after the box head (NCM-fc); "conv": the RoIAlign output (NCM-conv)
+    features  "fc": after the box head, so after its ReLU (NCM-fc; the released variant takes the values
+              before the ReLU); "conv": the RoIAlign output (NCM-conv)
     width     numbers per proposal of that feature
     scale     similarities are multiplied by it before the softmax; the paper's code: 1
 
-    Logits are [R, (C+1) + C]: plain, then similarities in -1..1; -1e4 for a category without
-    training proposals, which so scores 0.
+    Logits are [R, (C+1) + C]: plain, then similarities in -1..1. A category without training proposals
+    scores 0.
     """
 
     def __init__(self, in_features: int, num_categories: int, width: int, features: str = "fc", scale: float = 1.0):
@@ -34,20 +35,24 @@ class NearestClassMean(Softmax):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[BoxFeatures, Tensor]]) -> None:
-        """Means over the foreground proposals of each category."""
+        """Means over the foreground proposals (sampled ones and ground truth boxes) of each category.
+
+        Raises ValueError where there are none at all.
+        """
         sums, counts = torch.zeros_like(self.means, dtype=torch.float64), torch.zeros_like(self.counts)
         for features, labels in batches:
             foreground = labels > 0
             index = labels[foreground] - 1
             sums.index_add_(0, index, self._chosen(features)[foreground].double())
             counts += torch.bincount(index, minlength=self.num_categories)
+        if not counts.any():
+            raise ValueError("no foreground proposal in the training images: there are no class means")
         self.means.copy_(sums / counts.clamp(min=1)[:, None])
         self.counts.copy_(counts)
 
     def forward(self, features: BoxFeatures) -> Tensor:
         """Features -> plain logits and cosine similarities, [R, 2C + 1]."""
         similarity = F.normalize(self._chosen(features), dim=1) @ F.normalize(self.means, dim=1).T
-        similarity = similarity.masked_fill(self.counts == 0, -1e4)
         return torch.cat([self.linear(features.fc), similarity], dim=1)
 
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -58,7 +63,8 @@ class NearestClassMean(Softmax):
         """[R, C+1], rows sum to 1: P(background) of the plain softmax, the rest shared by similarity."""
         plain, similarity = at_least_float32(logits).split([self.num_categories + 1, self.num_categories], dim=1)
         background = torch.softmax(plain, -1)[:, :1]
-        return torch.cat([background, (1 - background) * torch.softmax(self.scale * similarity, -1)], dim=1)
+        similarity = (self.scale * similarity).masked_fill(self.counts == 0, -torch.inf)
+        return torch.cat([background, (1 - background) * torch.softmax(similarity, -1)], dim=1)
 
     def weight_norms(self) -> Tensor:
         """[C+1]: of the plain background vector and of the class means."""

@@ -42,7 +42,8 @@ class TauNorm(Softmax):
     def normalised_weight(self) -> Tensor:
         """[C+1, in_features]."""
         weight = self.linear.weight
-        scale = weight.norm(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) ** -self.tau
+        norm = weight.norm(dim=1, keepdim=True)
+        scale = torch.where(norm > 0, norm, 1) ** -self.tau
         if not self.background:
             scale = torch.cat([torch.ones_like(scale[:1]), scale[1:]])
         return weight * scale

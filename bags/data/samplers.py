@@ -113,7 +113,7 @@ def repeat_factors(index: AnnotationIndex, threshold: float, released: bool = Fa
     owners = np.repeat(np.arange(len(index)), np.diff(index.starts))[~index.crowd]
     size = len(index.category_ids) + 1
     images_with = np.bincount(np.unique(owners * size + labels) % size, minlength=size)
-    of_category = np.maximum(1, np.sqrt(threshold * len(index) / np.maximum(images_with, 1)))
+    of_category = np.maximum(1, np.sqrt(threshold / (np.maximum(images_with, 1) / len(index))))
     factors = np.ones(len(index))
     np.maximum.at(factors, owners, of_category[labels])
     if released:
