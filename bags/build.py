@@ -181,17 +181,17 @@ def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stat
     if path is None:
         return list(detector.state_dict())
     checkpoint = load_checkpoint(path)
-    saved_stats = CategoryStats.from_dict(checkpoint["stats"])
+    saved_stats = CategoryStats.from_dict(checkpoint["stats"], path)
     check_categories(saved_stats, index, path)
     saved = config_from_dict(checkpoint["config"], f"{path}: config").classifier
     same = _columns(saved, saved_stats.instance_counts) == _columns(config.classifier, stats.instance_counts)
     skip = "classifier." if config.detector.reset_classifier or not same else None
     new = load_weights(detector, checkpoint, skip)
     foreign = [name for name in new if "classifier." not in name]
-    if isinstance(config.classifier, NCMConfig | TauNormConfig) and skip:
+    if config.train.part == "none" and any("classifier.linear." in name for name in new):
         raise UserError(
-            f"{path}: classifier {config.classifier.name} takes a trained softmax, but this one is {saved.name}"
-            f"{' and detector.reset_classifier is true' if same else ''}: start from a softmax row"
+            f"{path}: with train.part=none the classifier {config.classifier.name} needs trained weights, but those of "
+            f"{saved.name} {'are reset by detector.reset_classifier' if same else 'are of another kind'}"
         )
     if foreign:
         raise UserError(
@@ -262,7 +262,7 @@ def load_detector(
         if not override.startswith(("data.", "test.", "device=")):
             raise UserError(f"override '{override}': a trained detector takes data.*, test.* and device only")
     config = override_config(config_from_dict(checkpoint["config"], f"{path}: config"), overrides)
-    stats = CategoryStats.from_dict(checkpoint["stats"])
+    stats = CategoryStats.from_dict(checkpoint["stats"], path)
     detector = build_detector(config, stats)
     try:
         detector.load_state_dict(checkpoint["model"])

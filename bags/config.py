@@ -16,7 +16,7 @@ from typing import Literal
 import yaml
 
 from bags.errors import UserError
-from bags.typed_yaml import convert, merge, read_tree
+from bags.typed_yaml import convert, merge, parse_yaml, read_tree
 
 # --------------------------------------------------------------------------- sections
 
@@ -254,8 +254,8 @@ def _resolve(tree: dict, overrides: typing.Sequence[str], source: str) -> Config
         if not separator or not key:
             raise UserError(f"override '{override}': expected section.key=value")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = parse_yaml(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"override '{override}': the value is not YAML ({' '.join(str(error).split())})") from None
         for part in reversed(key.split(".")):
             value = {part: value}
@@ -303,7 +303,9 @@ def _check(config: Config, source: str) -> None:
 
     for key in ("name", "data.name"):
         value = config.name if key == "name" else data.name
-        need(value not in ("", ".", "..") and not set(value) & set("/\\"), key, f"a folder name, got {value!r}")
+        need(value not in ("", ".", "..") and not set(value) & set("/\\\0"), key, f"a folder name, got {value!r}")
+    for key, value in (("output", config.output), ("data.root", data.root)):
+        need(value and "\0" not in value, key, f"a path, got {value!r}")
     need(0 <= config.seed < 2**31, "seed", f"0 <= seed < 2**31, got {config.seed}")
     need(0 <= data.flip <= 1, "data.flip", f"a probability, got {data.flip}")
     need(0 <= data.workers <= 64, "data.workers", f"0 to 64, got {data.workers}")
@@ -314,8 +316,8 @@ def _check(config: Config, source: str) -> None:
         need(0 <= getattr(train, key) <= 1, f"train.{key}", f"0 to 1, got {getattr(train, key)}")
     need(0 <= train.clip_norm < math.inf, "train.clip_norm", f"0 (no clipping) or more, got {train.clip_norm}")
     need(train.warmup_iterations >= 0, "train.warmup_iterations", f"0 or more, got {train.warmup_iterations}")
-    for key in ("fpn_channels", "min_size"):
-        need(getattr(detector, key) >= 1, f"detector.{key}", f"1 or more, got {getattr(detector, key)}")
+    for key in ("fpn_channels", "min_size", "max_size"):
+        need(1 <= getattr(detector, key) < 2**15, f"detector.{key}", f"1 to 32767, got {getattr(detector, key)}")
     need(detector.max_size >= detector.min_size, "detector.max_size", f"min_size or more, got {detector.max_size}")
     for key in ("batch_size", "train_proposals", "test_proposals"):
         need(getattr(rpn, key) >= 1, f"detector.rpn.{key}", f"1 or more, got {getattr(rpn, key)}")
@@ -327,14 +329,16 @@ def _check(config: Config, source: str) -> None:
     need(bool(ratios) and min(ratios) > 0, "detector.rpn.aspect_ratios", f"numbers above 0, got {ratios}")
     rising_milestones = all(0 < a < b for a, b in zip(train.milestones, (*train.milestones[1:], math.inf), strict=True))
     need(rising_milestones, "train.milestones", f"rising epochs above 0, got {list(train.milestones)}")
-    need(roi.sampling_ratio >= 0, "detector.roi.sampling_ratio", f"0 (adaptive) or more, got {roi.sampling_ratio}")
+    ratio = roi.sampling_ratio
+    need(0 <= ratio <= 64, "detector.roi.sampling_ratio", f"0 (adaptive) to 64, got {ratio}")
     need(roi.batch_size >= 1, "detector.roi.batch_size", f"1 or more, got {roi.batch_size}")
-    need(roi.fc >= 1, "detector.roi.fc", f"1 or more, got {roi.fc}")
+    need(1 <= roi.fc < 2**17, "detector.roi.fc", f"1 to 131071, got {roi.fc}")
     need(
         0 < roi.positive_fraction <= 1, "detector.roi.positive_fraction", f"above 0, to 1, got {roi.positive_fraction}"
     )
     need(test.batch_size >= 1, "test.batch_size", f"1 or more, got {test.batch_size}")
-    need(test.max_detections >= 1, "test.max_detections", f"1 or more, got {test.max_detections}")
+    limit = test.max_detections
+    need(1 <= limit <= 10**6, "test.max_detections", f"1 to 1000000, got {limit}")
     need(0 <= test.score_threshold < 1, "test.score_threshold", f"0 <= threshold < 1, got {test.score_threshold}")
     need(0 < test.nms_threshold <= 1, "test.nms_threshold", f"above 0, to 1, got {test.nms_threshold}")
     rising = [("test.bins", test.bins)]
@@ -364,7 +368,7 @@ def _check(config: Config, source: str) -> None:
             need(below >= 1, "sampler.below", f"1 or more, got {below}")
     for key, values in rising:
         ascending = all(a < b for a, b in zip((0, *values), values, strict=False))
-        need(bool(values) and ascending, key, f"rising numbers above 0, got {list(values)}")
+        need(bool(values) and ascending and values[-1] < 2**62, key, f"rising numbers above 0, got {list(values)}")
     need(train.part == "all" or config.detector.init_from is not None, "detector.init_from",
          f"a checkpoint: with train.part={train.part} the rest of the detector would stay random")  # fmt: skip
     row = config.init_row

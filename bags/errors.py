@@ -12,9 +12,15 @@ class UserError(ValueError):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; a UserError or OSError becomes one line on stderr and exit code 2."""
+    """Runs a script's `main`; a UserError or OSError becomes one line on stderr and exit code 2.
+
+    Under torchrun every rank that fails prints its line, and torchrun adds its own report and exit code.
+    """
     try:
         main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         # An error from a loader process arrives wrapped in that process's traceback.
         message = str(error).rpartition(f"{__name__}.UserError: ")[2]

@@ -14,19 +14,36 @@ from bags.errors import UserError
 CHOSEN_BY_NAME = ("classifier", "sampler")  # a new `name` replaces these sections
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A key given twice is an error; plain YAML would silently keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        """Adds the check."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for k, key in enumerate(keys) if key in keys[:k]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key '{twice}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """`yaml.safe_load`, but for keys given twice. Raises yaml.YAMLError, ValueError or RecursionError."""
+    return yaml.load(text, _UniqueKeyLoader)
+
+
 def read_tree(path: Path, children: tuple[Path, ...] = ()) -> dict:
     """A file laid over its `base`, as nested values. `children` are the files that led here."""
     if path.resolve() in children:
         raise UserError(f"{path}: its `base` leads back to itself")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
         raise UserError(f"{path}: no such configuration file{hint}") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -103,7 +120,7 @@ def _convert_section(value: Any, kind: type, key: str, source: str) -> Any:
 
 def _chosen(value: Any, sections: dict, key: str, source: str) -> type:
     name = value.get("name") if isinstance(value, dict) else None
-    if name not in sections:
+    if not isinstance(name, str) or name not in sections:
         near = difflib.get_close_matches(str(name), sections, 1)
         hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(sections)}"
         raise UserError(f"{source}: {key}.name: unknown name {name!r}; {hint}")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bags.errors import run_script
+from bags.errors import UserError, run_script
 
 
 def main() -> None:
@@ -24,6 +24,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--repeats", type=int, default=31, help="interleaved repeats of each case (default 31)")
     arguments = parser.parse_args()
+    if arguments.repeats < 1:
+        raise UserError(f"--repeats {arguments.repeats}: expected 1 or more")
     results = BENCHMARKS[arguments.name](arguments.repeats)
     if arguments.json:
         print(json.dumps(results, indent=1))

@@ -29,7 +29,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
     arguments = parser.parse_intermixed_args()
-    if arguments.source.suffix == ".json":
+    if arguments.source.suffix.lower() == ".json":
         if arguments.annotations is None:
             raise UserError(f"{arguments.source}: a results file needs --annotations, its ground truth")
         if arguments.overrides:
@@ -38,6 +38,8 @@ def main() -> None:
 
         metrics, name = evaluate(arguments.annotations, arguments.source), arguments.source.stem
     else:
+        if arguments.annotations:
+            raise UserError("--annotations is for a results file; a checkpoint takes data.val=...")
         metrics, name = evaluate_checkpoint(arguments.source, arguments.overrides, arguments.output)
     if metrics is None:  # not the main process
         return

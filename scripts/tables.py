@@ -34,6 +34,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.paper:
         return paper_table(arguments.paper, arguments.runs, arguments.seeds)
+    if arguments.seeds or any("=" in run and not Path(run).exists() for run in arguments.runs):
+        raise UserError("--seeds and section.key=value go with --paper; finished runs are compared as they are")
     rows: dict[str, list[Path]] = {}
     for path in map(Path, arguments.runs):
         for folder in [path] if (path / "config.yaml").exists() else sorted(path.glob("*/")):
@@ -50,14 +52,14 @@ def paper_table(name: str, arguments: list[str], seeds: str | None) -> None:
     from bags.analysis.paper import PAPER
     from bags.analysis.tables import read_metrics, render_paper_table
     from bags.config import load_config
-    from scripts.train import in_order, run_jobs, seeds_of
+    from scripts.train import in_order, run_jobs, seeds_of, split_arguments
 
     if name not in PAPER:
         raise UserError(f"--paper {name}: expected one of {', '.join(PAPER)}")
-    overrides = [a for a in arguments if "=" in a]
-    folders = [Path(a) for a in arguments if "=" not in a]
-    if len(folders) != 1:
-        raise UserError(f"--paper {name}: expected one folder of configurations, got {len(folders)}")
+    paths, overrides = split_arguments(arguments)
+    folders = [path for path in paths if path.is_dir()]
+    if len(folders) != len(paths) or len(folders) != 1:
+        raise UserError(f"--paper {name}: expected one folder of configurations, got {paths}")
     files = {row.config: _row_file(folders[0], row.config) for row in PAPER[name].rows}
     waiting = list(files.values())
     while waiting:
@@ -65,6 +67,11 @@ def paper_table(name: str, arguments: list[str], seeds: str | None) -> None:
         if source and source not in files:
             files[source] = _row_file(folders[0], source)
             waiting.append(files[source])
+
+    named = {stem: load_config(file, overrides).name for stem, file in files.items()}
+    odd = next((stem for stem, name in named.items() if stem != name), None)
+    if odd:
+        raise UserError(f"{files[odd]}: name is {named[odd]}; a row of a table keeps its file's name: remove `name`")
 
     def show(rows: dict[str, list[Path]]) -> None:
         published = load_config(next(iter(files.values())), overrides).data.name.startswith("lvis")
@@ -123,7 +130,7 @@ def _draw_predictions(path: Path, runs: dict[str, Path], config, stats, num_imag
     import numpy as np
 
     from bags.analysis.plots import plot_predictions
-    from bags.build import build_val_dataset
+    from bags.build import build_val_dataset, check_categories
 
     dataset = build_val_dataset(config)
     index = dataset.index
@@ -138,12 +145,19 @@ def _draw_predictions(path: Path, runs: dict[str, Path], config, stats, num_imag
         images.append(image)
     columns = {"ground truth": truths}
     name_of = dict(zip(stats.category_ids, stats.names, strict=True))
+    check_categories(stats, index, next(iter(runs.values())))
     for run, folder in runs.items():
         by_image: dict[int, list[dict]] = {int(index.image_ids[p]): [] for p in chosen}
-        for entry in json.loads((folder / "predictions.json").read_text()):
-            if entry["image_id"] in by_image:
-                by_image[entry["image_id"]].append(entry)
-        columns[run] = [_judged(e, t, name_of) for e, t in zip(by_image.values(), truths, strict=True)]
+        try:
+            for entry in json.loads((folder / "predictions.json").read_text()):
+                if entry["image_id"] in by_image:
+                    by_image[entry["image_id"]].append(entry)
+            columns[run] = [_judged(e, t, name_of) for e, t in zip(by_image.values(), truths, strict=True)]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder / 'predictions.json'}: not this run's results ({error!r}); "
+                f"remove {folder / 'metrics.json'} and train again: only the evaluation is run"
+            ) from None
     caption = f"scores of {LEAST_SCORE:.0%} or more; green: object and category are right, red: one of them is wrong"
     tail_names = {name for name, is_tail in zip(stats.names, tail[1:], strict=True) if is_tail}
     if any(len(drawing["names"]) > CROWDED for column in columns.values() for drawing in column):

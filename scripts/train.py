@@ -31,8 +31,7 @@ def main() -> None:
     parser.add_argument("config", nargs="+", help="YAML files, folders of them, and section.key=value overrides")
     parser.add_argument("--seeds", help="comma-separated; run folders go below <output>/seed<N>")
     arguments = parser.parse_intermixed_args()
-    overrides = [a for a in arguments.config if "=" in a]
-    paths = [Path(a) for a in arguments.config if "=" not in a]
+    paths, overrides = split_arguments(arguments.config)
     seeds = seeds_of(arguments.seeds)
     from scripts.tables import compare as show
 
@@ -44,6 +43,12 @@ def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], N
     from bags import distributed
     from bags.data import glyphs
 
+    folders: dict[Path, Config] = {}
+    for config in (config for configs in jobs for config in configs):
+        if config.run_folder in folders:
+            raise UserError(f"{config.run_folder}: two rows of this job would share it: give each a name of its own")
+        folders[config.run_folder] = config
+        _is_complete(config.run_folder, config)  # refuses other settings before anything is trained
     with distributed.distributed(jobs[0][0].device) as device:
         for config in (config for configs in jobs for config in configs):
             if config.data.glyphs and distributed.is_main():
@@ -55,6 +60,13 @@ def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], N
             for config in (config for configs in jobs for config in configs):
                 rows.setdefault(config.name, []).append(config.run_folder)
             show(rows)
+
+
+def split_arguments(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """Paths (whatever exists, or has no "=") and overrides."""
+    is_path = ["=" not in argument or Path(argument).exists() for argument in arguments]
+    pairs = list(zip(arguments, is_path, strict=True))
+    return [Path(argument) for argument, path in pairs if path], [argument for argument, path in pairs if not path]
 
 
 def seeds_of(text: str | None) -> list[int | None]:
@@ -99,6 +111,8 @@ def run(config: Config, device) -> None:
         if distributed.is_main():
             print(f"{folder}: complete, not run again", flush=True)
         return
+    if config.init_row and not (config.init_file.with_name("metrics.json")).exists():
+        raise UserError(f"{config.init_file.parent}: no finished run; run the row {config.init_row} first")
     index = build.open_index(config, "train")
     stats = CategoryStats.from_index(index)
     if not sum(stats.instance_counts):
@@ -129,12 +143,19 @@ def run(config: Config, device) -> None:
 
 
 def _is_complete(folder: Path, config: Config) -> bool:
-    """True if the run is finished. Raises UserError if what was trained there had other settings or weights."""
+    """True if the run is finished.
+
+    Raises UserError if what was trained there had other settings, annotations or weights to start from.
+    """
+    from bags import build
     from bags.analysis.tables import read_metrics
+    from bags.data.statistics import CategoryStats
     from bags.engine.checkpoint import load_checkpoint, load_latest, weights_digest
 
     if not any((folder / name).exists() for name in ("last.pth", "previous.pth")):
         return False
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"{folder}: holds checkpoints but no config.yaml, which says what they are: remove the folder")
     other = config_to_dict(load_config(folder / "config.yaml"))
     ours = config_to_dict(config)
     for tree in (other, ours):  # these do not change a result
@@ -146,12 +167,19 @@ def _is_complete(folder: Path, config: Config) -> bool:
             f"{folder}: this run was trained with {change[0]}={change[1]}, now it is {change[2]}: "
             "remove the folder, or set output= to keep both"
         )
-    source = config.init_file
-    if source and source.exists() and load_latest(folder).get("init") != weights_digest(load_checkpoint(source)):
+    latest, source = load_latest(folder), config.init_file
+    data = Path(config.data.root, config.data.train)
+    if data.exists() and latest["stats"] != CategoryStats.from_index(build.open_index(config, "train")).to_dict():
+        raise UserError(f"{folder}: {data} has changed since this run was trained: remove the folder, or set output=")
+    if source and source.exists() and latest.get("init") != weights_digest(load_checkpoint(source)):
         raise UserError(
             f"{folder}: this run started from other weights than {source} holds now: "
             "remove the folder, or set output= to keep both"
         )
+    try:
+        load_checkpoint(folder / "last.pth")
+    except UserError:
+        return False  # goes on from previous.pth
     return (folder / "metrics.json").exists() and "ACC" in read_metrics(folder)
 
 

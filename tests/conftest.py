@@ -1,15 +1,20 @@
 """Shared helpers: tiny data made in the test, scripts run as a user runs them."""
 
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 # Two workers share the cores, and tiny networks gain nothing from a second thread.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+import torch  # noqa: F401  (so that forks have it)
+import torchvision  # noqa: F401
 import yaml
 
 from bags.data.glyphs import Preset, make_glyphs
@@ -23,6 +28,29 @@ def run_script(name: str, *arguments, timeout: int = 240, cwd: Path = ROOT) -> s
     """Runs scripts/NAME.py in a process of its own."""
     command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd)
+
+
+def fork_script(name: str, *arguments) -> subprocess.CompletedProcess:
+    """As `run_script`, in a fork of this process: a hundred cases need not import torch a hundred times.
+
+    For scripts that stop before they train: a fork must not use autograd after its parent has.
+    """
+    path = str(ROOT / "scripts" / f"{name}.py")
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+
+        def child() -> None:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            sys.argv = [path, *map(str, arguments)]
+            runpy.run_path(path, run_name="__main__")
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        process.join(120)
+        assert process.exitcode is not None, (name, arguments)
+        texts = [(file.seek(0), file.read())[1] for file in (out, err)]
+    return subprocess.CompletedProcess(sys.argv, process.exitcode, *texts)
 
 
 @pytest.fixture(scope="session")

@@ -7,15 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bags.analysis.paper import PaperTable
+from bags.errors import UserError
 
 COLUMNS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf", "AP50", "AP_tail", "AP_head")
 TITLES = {"AP": "mAP", "AP_tail": "tail", "AP_head": "head"}
 PUBLISHED = "published, LVIS v0.5"
+AGAIN = "remove it and give the training command again: only the evaluation is run"
 
 
 def read_metrics(folder: Path) -> dict[str, float]:
-    """`metrics.json` of a run; null becomes NaN."""
-    values = json.loads((folder / "metrics.json").read_text())
+    """`metrics.json` of a run; null becomes NaN. Raises UserError for anything else."""
+    path = folder / "metrics.json"
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {AGAIN}") from None
+    if not isinstance(values, dict) or not all(v is None or type(v) in (int, float) for v in values.values()):
+        raise UserError(f"{path}: expected numbers by name; {AGAIN}")
     return {key: math.nan if value is None else value for key, value in values.items()}
 
 

@@ -189,6 +189,8 @@ def make_glyphs(root: str | Path, preset: Preset, seed: int = 0, workers: int | 
     root = Path(root)
     if not 0 <= seed < 2**31:
         raise UserError(f"seed: expected 0 <= seed < 2**31, got {seed}")
+    if workers is not None and workers < 1:
+        raise UserError(f"workers: expected 1 or more processes, got {workers}")
     settings = {"preset": dataclasses.asdict(preset), "seed": seed, "format": 1}
     settings = json.loads(json.dumps(settings))
     if root.exists():
@@ -294,7 +296,10 @@ def _merge(folder: Path, characters: dict[int, str], settings: dict) -> None:
 
 
 def _check_settings(file: Path, wanted: dict) -> None:
-    found = json.loads(file.read_text()) if file.exists() else None
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        found = None
     if found != wanted:
         raise UserError(
             f"{file.parent} exists, but {file.name} there is not of this preset and seed: "

@@ -40,14 +40,14 @@ class CategoryStats:
         return {key: list(value) for key, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, content: dict) -> "CategoryStats":
-        """The inverse of `to_dict`. Raises UserError for anything else."""
+    def from_dict(cls, content: dict, source: object = "category statistics") -> "CategoryStats":
+        """The inverse of `to_dict`. Raises UserError, naming `source`, for anything else."""
         try:
             stats = cls(**{key: tuple(value) for key, value in content.items()})
         except TypeError as error:
-            raise UserError(f"category statistics: not as `to_dict` writes them ({error})") from None
+            raise UserError(f"{source}: stats: not as `to_dict` writes them ({error})") from None
         if len({len(value) for value in asdict(stats).values()}) != 1:
-            raise UserError("category statistics: ids, names and counts differ in number")
+            raise UserError(f"{source}: stats: ids, names and counts differ in number")
         return stats
 
     @property

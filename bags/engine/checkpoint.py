@@ -9,6 +9,7 @@ import hashlib
 import os
 import pickle
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -22,10 +23,15 @@ FORMAT = 1
 def save_checkpoint(path: Path, content: dict) -> None:
     """Writes to a temporary file, then renames; the former `last.pth` is kept as `previous.pth`."""
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save({"format": FORMAT, **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason}); older checkpoints are whole") from None
     if path.exists():
         os.replace(path, path.with_name("previous.pth"))
     os.replace(temporary, path)
@@ -34,17 +40,24 @@ def save_checkpoint(path: Path, content: dict) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """Reads a checkpoint to CPU memory. Raises UserError that says what the file is not."""
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint; train the model it belongs to first")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; train the model it belongs to first") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a checkpoint, or damaged ({reason})") from None
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch does not look at the checksums
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: not a checkpoint: it holds more than tensors and plain values") from None
+    except Exception as error:  # whatever a file can do to a parser
+        raise UserError(f"{path}: not a checkpoint, or damaged ({type(error).__name__})") from None
+    if damaged:
+        raise UserError(f"{path}: damaged (checksum of {damaged}); without it a run goes on from previous.pth")
     if not isinstance(content, dict) or not {"config", "stats", "model"} <= content.keys():
         raise UserError(f"{path}: not a checkpoint of this project (no config, stats and model in it)")
     if not all(isinstance(content[key], dict) for key in ("config", "stats", "model")):
         raise UserError(f"{path}: not a checkpoint of this project (config, stats and model are no mappings)")
+    if not all(isinstance(value, torch.Tensor) for value in content["model"].values()):
+        raise UserError(f"{path}: not a checkpoint of this project (model holds more than tensors)")
     if content.get("format") != FORMAT:
         raise UserError(f"{path}: checkpoint format {content.get('format')}, expected {FORMAT}")
     return content

@@ -21,9 +21,9 @@ class JsonLog:
         kept = []
         for line in path.read_text().splitlines() if path.exists() else []:
             try:
-                if json.loads(line).get("iteration", -1) < first_iteration:
+                if json.loads(line)["iteration"] < first_iteration:
                     kept.append(line + "\n")
-            except json.JSONDecodeError:
+            except (ValueError, TypeError, KeyError):
                 continue  # the last line of a killed run
         path.write_text("".join(kept))
         self.file = path.open("a", buffering=1)

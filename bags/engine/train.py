@@ -118,6 +118,8 @@ def train(
     if saved is not None:
         if saved["stats"] != about["stats"]:
             raise UserError(f"{folder}: the training annotations have changed since this run began: remove the folder")
+        if type(saved.get("iteration")) is not int or (trainable and "optimizer" not in saved):
+            raise UserError(f"{folder}: its checkpoint is not a run's own (no iteration or optimizer in it): remove it")
         model.load_state_dict(saved["model"])
         done = saved["iteration"]
         if trainable:
