@@ -1,159 +1,273 @@
-"""A COCO or LVIS annotation file as flat arrays."""
+"""A COCO or LVIS annotation file as flat arrays, memory-mapped and shared by all processes.
 
+The first `AnnotationIndex.open` packs the JSON into a folder of NumPy arrays, beside it if that place
+can be written (`train.json` -> `train.json.index/`), else below the user's cache folder; the environment
+variable BAGS_CACHE names another place for all of them. Later opens only map that folder.
+"""
+
+import array
 import dataclasses
+import hashlib
 import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import orjson
+from pycocotools import mask as coco_mask
 
 from bags.errors import UserError
 
+FORMAT = 1
+ARRAYS = {  # name -> (type, columns); lengths: I images, A annotations, C categories, see AnnotationIndex
+    "category_ids": (np.int64, 0),
+    "image_ids": (np.int64, 0),
+    "image_sizes": (np.int32, 2),
+    "name_bytes": (np.uint8, 0),
+    "name_starts": (np.int64, 0),
+    "starts": (np.int64, 0),
+    "annotation_ids": (np.int64, 0),
+    "boxes": (np.float32, 4),
+    "areas": (np.float32, 0),
+    "labels": (np.int64, 0),
+    "crowd": (np.bool_, 0),
+    "points": (np.float32, 0),
+    "rings": (np.int64, 0),
+    "ring_starts": (np.int64, 0),
+    "rle_bytes": (np.uint8, 0),
+    "rle_starts": (np.int64, 0),
+}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class AnnotationIndex:
     """I images, A annotations sorted by image, C categories. Labels are 1..C by ascending id.
 
-    path          the JSON file
-    category_ids  int64 [C]; category_names: C names
-    image_ids     int64 [I]; file_names: I names; image_sizes: int32 [I, 2] height, width (pixels)
-    starts        int64 [I + 1]; annotations of image i are starts[i] .. starts[i + 1]
-    boxes         float32 [A, 4] x1, y1, x2, y2 (pixels); labels int64 [A]; crowd bool [A]
+    path            the JSON file
+    categories      C dicts as in the file, by ascending id: id, name, and what else it says of counts
+    category_ids    int64 [C]
+    image_ids       int64 [I]; image_sizes: int32 [I, 2] height, width (pixels)
+    starts          int64 [I + 1]; annotations of image i are starts[i] .. starts[i + 1]
+    annotation_ids  int64 [A]
+    boxes           float32 [A, 4] x1, y1, x2, y2 (pixels); areas float32 [A] (pixels); labels int64 [A]
+    crowd           bool [A]
+    name_bytes, name_starts, points, rings, ring_starts, rle_bytes, rle_starts
+                    see `file_name` and `segmentation`
     """
 
     path: Path
+    categories: list[dict]
     category_ids: np.ndarray
-    category_names: list[str]
     image_ids: np.ndarray
-    file_names: list[str]
     image_sizes: np.ndarray
+    name_bytes: np.ndarray
+    name_starts: np.ndarray
     starts: np.ndarray
+    annotation_ids: np.ndarray
     boxes: np.ndarray
+    areas: np.ndarray
     labels: np.ndarray
     crowd: np.ndarray
+    points: np.ndarray
+    rings: np.ndarray
+    ring_starts: np.ndarray
+    rle_bytes: np.ndarray
+    rle_starts: np.ndarray
+    cache: Path | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def __reduce__(self):
+        """A process that is not forked maps the same folder again."""
+        if self.cache is not None:
+            return _map, (self.cache, self.path)
+        return AnnotationIndex, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    @classmethod
+    def open(cls, path: str | Path) -> "AnnotationIndex":
+        """Maps the index of a file, which is made first where it is missing, stale or damaged.
+
+        Raises UserError that names the file and the entry at fault.
+        """
+        path = Path(path)
+        try:
+            stat = path.stat()
+        except OSError:
+            raise UserError(f"{path}: no such file; check data.root and the names below it") from None
+        folders = _cache_folders(path)
+        for folder in folders:
+            index = _open_cache(folder, path, stat)
+            if index is not None:
+                return index
+        digest = _digest(path)
+        for folder in folders:
+            index = _store(folder, path, stat, digest)
+            if index is not None:
+                return index
+        raise UserError(f"{path}: its index can be written neither beside it nor to {folders[-1].parent}: set BAGS_CACHE")
+
+    @property
+    def category_names(self) -> list[str]:
+        """C names."""
+        return [str(category.get("name", category["id"])) for category in self.categories]
+
+    @property
+    def owners(self) -> np.ndarray:
+        """The image (0..I-1) of each annotation, int64 [A]."""
+        return np.repeat(np.arange(len(self)), np.diff(self.starts))
+
+    def file_name(self, image: int) -> str:
+        """The file of image 0..I-1, relative to the image folder."""
+        return self.name_bytes[slice(*self.name_starts[image : image + 2])].tobytes().decode()
+
+    def segmentation(self, annotation: int) -> list[np.ndarray] | bytes | None:
+        """Polygons, each [points, 2] x, y (pixels); or a compressed RLE of the whole image; or None."""
+        rle = self.rle_bytes[slice(*self.rle_starts[annotation : annotation + 2])]
+        if len(rle):
+            return rle.tobytes()
+        first, last = self.ring_starts[annotation : annotation + 2]
+        if first == last:
+            return None
+        return [self.points[a:b].reshape(-1, 2) for a, b in zip(self.rings[first:last], self.rings[first + 1 : last + 1], strict=True)]
 
     def only(self, wanted: np.ndarray) -> "AnnotationIndex":
         """The images and annotations of some labels alone. wanted: bool [C + 1]; labels keep their numbers."""
         kept = wanted[self.labels] & ~self.crowd
         per_image = np.diff(np.concatenate([[0], np.cumsum(kept)])[self.starts])
-        images = np.flatnonzero(per_image)
+        return self.take(np.flatnonzero(per_image), kept)
+
+    def take(self, images: np.ndarray, kept: np.ndarray | None = None) -> "AnnotationIndex":
+        """Some images (ascending positions), with their annotations, or those of them that are `kept` (bool [A])."""
+        chosen = np.zeros(len(self), bool)
+        chosen[images] = True
+        kept = chosen[self.owners] & (True if kept is None else kept)
+        annotations = np.flatnonzero(kept)
+        per_image = np.bincount(self.owners[annotations], minlength=len(self))[images]
+        points, rings, ring_starts = self.points, self.rings, self.ring_starts
+        own_rings = _ranges(ring_starts, annotations)
+        name_bytes, name_starts = _gather(self.name_bytes, self.name_starts, images)
+        rle_bytes, rle_starts = _gather(self.rle_bytes, self.rle_starts, annotations)
+        points, rings = _gather(points, rings, own_rings)
         return dataclasses.replace(
             self,
             image_ids=self.image_ids[images],
-            file_names=[self.file_names[i] for i in images],
             image_sizes=self.image_sizes[images],
-            starts=np.concatenate([[0], np.cumsum(per_image[images])]),
-            boxes=self.boxes[kept],
-            labels=self.labels[kept],
-            crowd=self.crowd[kept],
-        )
-
-    @classmethod
-    def open(cls, path: str | Path) -> "AnnotationIndex":
-        """Reads and checks a file. Raises UserError that names the file and the entry at fault."""
-        path = Path(path)
-        content = read_json(path)
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: expected a COCO or LVIS annotation object, found a {type(content).__name__}")
-        for key in ("images", "annotations", "categories"):
-            if not isinstance(content.get(key), list):
-                raise UserError(f"{path}: no list `{key}`: this is not a COCO or LVIS annotation file")
-        for key in ("images", "categories"):
-            if not content[key]:
-                raise UserError(f"{path}: `{key}` is empty: nothing to train on or to evaluate")
-        try:
-            return cls._pack(path, content)
-        except (KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise UserError(f"{path}: an entry lacks a field or has one of a wrong type ({error!r})") from None
-
-    @classmethod
-    def _pack(cls, path: Path, content: dict) -> "AnnotationIndex":
-        categories = sorted(content["categories"], key=lambda c: c["id"])
-        images, annotations = content["images"], content["annotations"]
-        category_ids = _unique_ids(path, "categories", categories)
-        image_ids = _unique_ids(path, "images", images)
-        _unique_ids(path, "annotations", annotations)
-        for image in images:
-            width, height = image["width"], image["height"]
-            if not (type(width) is type(height) is int and width > 0 and height > 0):
-                raise UserError(f"{path}: image {image['id']} has size {width!r} x {height!r}: expected pixels")
-
-        label_of = {int(c): label for label, c in enumerate(category_ids, start=1)}
-        position_of = {int(i): position for position, i in enumerate(image_ids)}
-        boxes = np.zeros((len(annotations), 4), np.float64)
-        labels, owners = np.zeros((2, len(annotations)), np.int64)
-        for k, annotation in enumerate(annotations):
-            where = f"{path}: annotation {annotation['id']}"
-            if annotation["category_id"] not in label_of:
-                raise UserError(f"{where}: category_id {annotation['category_id']} is not among `categories`")
-            if annotation["image_id"] not in position_of:
-                raise UserError(f"{where}: image_id {annotation['image_id']} is not among `images`")
-            box = annotation["bbox"]
-            if not is_box(box):
-                raise UserError(f"{where}: bbox: expected [x, y, width, height], got {box}")
-            boxes[k] = box
-            if not np.isfinite(boxes[k]).all():
-                raise UserError(f"{where}: bbox holds a number that is not finite: {annotation['bbox']}")
-            labels[k] = label_of[annotation["category_id"]]
-            owners[k] = position_of[annotation["image_id"]]
-        boxes[:, 2:] += boxes[:, :2]
-
-        order = np.argsort(owners, kind="stable")
-        odd = next((a for a in annotations if a.get("iscrowd", 0) not in (0, 1)), None)
-        if odd is not None:
-            raise UserError(f"{path}: annotation {odd['id']}: iscrowd: expected 0 or 1, got {odd['iscrowd']!r}")
-        crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], bool)
-        return cls(
-            path=path,
-            category_ids=category_ids,
-            category_names=[str(c.get("name", c["id"])) for c in categories],
-            image_ids=image_ids,
-            file_names=[_file_name(image) for image in images],
-            image_sizes=np.array([(image["height"], image["width"]) for image in images], np.int32),
-            starts=np.searchsorted(owners[order], np.arange(len(images) + 1)),
-            boxes=boxes[order].astype(np.float32),
-            labels=labels[order],
-            crowd=crowd[order],
+            name_bytes=name_bytes,
+            name_starts=name_starts,
+            starts=_offsets(per_image),
+            annotation_ids=self.annotation_ids[annotations],
+            boxes=self.boxes[annotations],
+            areas=self.areas[annotations],
+            labels=self.labels[annotations],
+            crowd=self.crowd[annotations],
+            points=points,
+            rings=rings,
+            ring_starts=_offsets(np.diff(ring_starts)[annotations]),
+            rle_bytes=rle_bytes,
+            rle_starts=rle_starts,
+            cache=None,
         )
 
 
-def is_box(value: object) -> bool:
-    """True for a list of four numbers."""
-    return isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
+def _offsets(lengths) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def read_json(path: Path) -> object:
-    """Parses a JSON file; every way in which that fails is one UserError that names the file."""
+def _ranges(starts: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """All positions starts[c] .. starts[c + 1] of the chosen rows, in order."""
+    lengths = starts[chosen + 1] - starts[chosen]
+    shift = np.repeat(starts[chosen] - _offsets(lengths)[:-1], lengths)
+    return np.arange(len(shift)) + shift
+
+
+def _gather(values: np.ndarray, starts: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The chosen rows of a ragged array: (values, starts)."""
+    return values[_ranges(starts, chosen)], _offsets(starts[chosen + 1] - starts[chosen])
+
+
+# --------------------------------------------------------------------------- cache
+
+
+def _cache_folders(path: Path) -> list[Path]:
+    """Where an index may lie, the preferred place first."""
+    unique = f"{path.name}.{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}.index"
+    if os.environ.get("BAGS_CACHE"):
+        return [Path(os.environ["BAGS_CACHE"], unique)]
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "bags")
+    return [path.with_name(f"{path.name}.index"), user / unique]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open_cache(folder: Path, path: Path, stat: os.stat_result) -> AnnotationIndex | None:
+    """The index in a folder, if it is whole and of this file as it is now."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check data.root and the names below it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply to be an annotation or results file") from None
-    except ValueError as error:  # also a number of thousands of digits
-        found = "the file is empty" if path.stat().st_size == 0 else f"not valid JSON ({error})"
-        raise UserError(f"{path}: {found}") from None
+        about = json.loads((folder / "about.json").read_text())
+        if about["format"] != FORMAT or about["size"] != stat.st_size:
+            return None
+        if about["time"] != stat.st_mtime_ns and about["sha256"] != _digest(path):
+            return None
+        if any((folder / f"{name}.npy").stat().st_size != size for name, size in about["files"].items()):
+            return None
+        return _map(folder, path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def _unique_ids(path: Path, kind: str, entries: list[dict]) -> np.ndarray:
-    odd = next((entry["id"] for entry in entries if type(entry["id"]) is not int or abs(entry["id"]) >= 2**63), None)
-    if odd is not None:
-        raise UserError(f"{path}: `{kind}`: expected whole-number ids, found {odd!r}")
-    ids = np.array([entry["id"] for entry in entries], np.int64)
-    values, counts = np.unique(ids, return_counts=True)
-    if (counts > 1).any():
-        raise UserError(f"{path}: `{kind}`: id {values[counts > 1][0]} occurs {counts.max()} times; ids must be unique")
-    return ids
+def _map(folder: Path, path: Path) -> AnnotationIndex:
+    about = json.loads((folder / "about.json").read_text())
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS if name in about["files"]}
+    empty = {name: np.zeros((0, columns) if columns else 0, kind) for name, (kind, columns) in ARRAYS.items()}
+    return AnnotationIndex(path=path, categories=about["categories"], cache=folder, **{**empty, **arrays})
 
 
-def _file_name(image: dict) -> str:
-    """`file_name`, or in LVIS v1, whose images lie in COCO's folders, the end of `coco_url`."""
-    name = image["file_name"] if "file_name" in image else "/".join(image["coco_url"].split("/")[-2:])
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise TypeError(f"file_name {name!r} of image {image['id']}")
-    return name
+def _store(folder: Path, path: Path, stat: os.stat_result, digest: str) -> AnnotationIndex | None:
+    """Packs the file into a folder of its own, which then takes its place in one step.
+
+    None where the place cannot be written. Several processes may do this at once: the last one wins,
+    with the same content.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError:
+        return None
+    try:
+        packed = pack(path)
+        categories = packed.pop("categories")
+        files = {}
+        for name, values in packed.items():
+            if len(values):  # an empty file cannot be mapped
+                np.save(temporary / f"{name}.npy", values)
+                files[name] = (temporary / f"{name}.npy").stat().st_size
+        about = {"format": FORMAT, "source": str(path), "size": stat.st_size, "time": stat.st_mtime_ns,
+                 "sha256": digest, "files": files, "categories": categories}  # fmt: skip
+        (temporary / "about.json").write_text(json.dumps(about))
+        _replace(temporary, folder)
+        return _map(folder, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    """Moves a folder to a name that may be taken, by an older one or by another process's."""
+    for _ in range(100):
+        try:
+            os.replace(temporary, folder)
+            return
+        except OSError:  # not empty
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as old:
+                try:
+                    os.replace(folder, Path(old, "old"))
+                except FileNotFoundError:
+                    continue
+    raise UserError(f"{folder}: cannot be replaced; remove it")
