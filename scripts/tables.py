@@ -135,7 +135,7 @@ def _draw_predictions(path: Path, runs: dict[str, Path], config, stats, num_imag
     dataset = build_val_dataset(config)
     index = dataset.index
     tail = np.array([0, *(count < config.test.bins[len(config.test.bins) // 2] for count in stats.instance_counts)])
-    in_tail = np.bincount(np.repeat(np.arange(len(index)), np.diff(index.starts)), tail[index.labels], len(index))
+    in_tail = np.bincount(index.owners, tail[index.labels], len(index))
     chosen = np.argsort(-in_tail, kind="stable")[:num_images]
     images, truths = [], []
     for position in chosen:

@@ -88,16 +88,16 @@ def test_flip_moves_boxes_and_depends_on_the_seed_alone(coco):
         ({"annotations": [{**COCO["annotations"][0], "bbox": 5}]}, ["annotation 1", "x, y, width, height"]),
         ({"annotations": [{**COCO["annotations"][0], "bbox": [1, 2, True, 1]}]}, ["x, y, width, height"]),
         ({"annotations": [{**COCO["annotations"][0], "iscrowd": None}]}, ["annotation 1", "iscrowd"]),
-        ({"annotations": [{**COCO["annotations"][0], "category_id": [5]}]}, ["wrong type"]),
-        ({"images": [{**COCO["images"][0], "file_name": None}, COCO["images"][1]]}, ["file_name None of image 7"]),
-        ({"images": [{**COCO["images"][0], "width": float("nan")}, COCO["images"][1]]}, ["image 7 has size nan"]),
-        ({"categories": [{"id": True, "name": "cup"}]}, ["whole-number ids", "True"]),
+        ({"annotations": [{**COCO["annotations"][0], "category_id": [5]}]}, ["annotation 1", "category_id [5]"]),
+        ({"images": [{**COCO["images"][0], "file_name": None}, COCO["images"][1]]}, ["image 7", "file_name", "None"]),
+        ({"images": [{**COCO["images"][0], "width": float("nan")}, COCO["images"][1]]}, ["image 7", "pixels", "nan"]),
+        ({"categories": [{"id": True, "name": "cup"}]}, ["whole-number id", "True"]),
         ({"annotations": [COCO["annotations"][0]] * 2}, ["annotations", "id 1", "unique"]),
         ({"categories": []}, ["`categories` is empty"]),
         ({"images": []}, ["`images` is empty"]),
         ({"images": None}, ["no list `images`"]),
-        ({"categories": [{"name": "cup"}]}, ["lacks a field", "'id'"]),
-        ({"categories": [{"id": "x", "name": "cup"}]}, ["whole-number ids", "'x'"]),
+        ({"categories": [{"name": "cup"}]}, ["`categories`", "whole-number id", "None"]),
+        ({"categories": [{"id": "x", "name": "cup"}]}, ["whole-number id", "'x'"]),
     ],
 )
 def test_bad_annotations_are_named(coco, changes, words):
@@ -110,7 +110,7 @@ def test_bad_annotations_are_named(coco, changes, words):
 
 
 @pytest.mark.parametrize("text, words", [("", "the file is empty"), ("{", "not valid JSON"), ("[]", "found a list"),
-                                         ("[" * 100_000, "nested too deeply|not valid JSON")])  # fmt: skip
+                                         ("[" * 100_000, "not valid JSON")])  # fmt: skip
 def test_files_that_are_not_annotations(tmp_path, text, words):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(bags.UserError, match=words):
@@ -141,7 +141,7 @@ def test_file_names_stay_in_the_folder(tmp_path, name):
 def test_lvis_v1_file_names(coco):
     images = [{"id": 1, "coco_url": "http://images.org/train2017/0001.jpg", "width": 4, "height": 4}]
     index = bags.AnnotationIndex.open(edited(coco, images=images, annotations=[]))
-    assert index.file_names == ["train2017/0001.jpg"]
+    assert index.file_name(0) == "train2017/0001.jpg"
 
 
 def test_sampler_covers_every_image_and_resumes_anywhere():
@@ -256,7 +256,7 @@ def test_crowd_regions_do_not_make_an_image_rare(coco):
 def test_tail_only_keeps_images_and_annotations_of_the_tail(coco):
     index = bags.AnnotationIndex.open(coco / "coco.json")
     tail = index.only(np.array([False, False, False, True]))  # category 90; its box on image 7 is a crowd region
-    assert tail.image_ids.tolist() == [3] and tail.file_names == ["b.png"] and tail.starts.tolist() == [0, 1]
+    assert tail.image_ids.tolist() == [3] and tail.file_name(0) == "b.png" and tail.starts.tolist() == [0, 1]
     assert tail.labels.tolist() == [3] and tail.boxes.tolist() == [[1, 2, 11, 7]] and len(tail.image_sizes) == 1
     cats = index.only(np.array([False, True, False, False]))
     assert (

@@ -14,7 +14,7 @@ ALLOWED = {
     "analysis": {"evaluation", "config", "errors"},
     "build": {"engine", "evaluation", "detectors", "data", "classifiers", "config", "distributed", "errors"},
     "engine": {"config", "distributed", "data", "classifiers.base", "errors"},
-    "evaluation": {"data.index", "data.statistics", "errors"},
+    "evaluation": {"data.packing", "data.statistics", "errors"},
     "detectors": {"classifiers.base", "errors"},
     "data": {"distributed", "errors"},
     "classifiers": {"errors"},

@@ -60,7 +60,7 @@ class DetectionDataset(Dataset):
         }
 
     def _image(self, position: int) -> Image.Image:
-        path = inside(self.folder, self.index.file_names[position])
+        path = inside(self.folder, self.index.file_name(position))
         image = read_image(path)
         height, width = self.index.image_sizes[position]
         if image.size != (width, height):

@@ -5,22 +5,19 @@ can be written (`train.json` -> `train.json.index/`), else below the user's cach
 variable BAGS_CACHE names another place for all of them. Later opens only map that folder.
 """
 
-import array
 import dataclasses
 import hashlib
+import itertools
 import json
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import orjson
-from pycocotools import mask as coco_mask
 
+from bags.data.packing import gather, offsets, pack, ranges
 from bags.errors import UserError
 
 FORMAT = 1
@@ -110,7 +107,8 @@ class AnnotationIndex:
             index = _store(folder, path, stat, digest)
             if index is not None:
                 return index
-        raise UserError(f"{path}: its index can be written neither beside it nor to {folders[-1].parent}: set BAGS_CACHE")
+        places = " or ".join(str(folder.parent) for folder in folders)
+        raise UserError(f"{path}: its index cannot be written to {places}: set BAGS_CACHE to a folder that can be")
 
     @property
     def category_names(self) -> list[str]:
@@ -134,7 +132,8 @@ class AnnotationIndex:
         first, last = self.ring_starts[annotation : annotation + 2]
         if first == last:
             return None
-        return [self.points[a:b].reshape(-1, 2) for a, b in zip(self.rings[first:last], self.rings[first + 1 : last + 1], strict=True)]
+        ends = self.rings[first : last + 1]
+        return [self.points[a:b].reshape(-1, 2) for a, b in itertools.pairwise(ends.tolist())]
 
     def only(self, wanted: np.ndarray) -> "AnnotationIndex":
         """The images and annotations of some labels alone. wanted: bool [C + 1]; labels keep their numbers."""
@@ -150,17 +149,17 @@ class AnnotationIndex:
         annotations = np.flatnonzero(kept)
         per_image = np.bincount(self.owners[annotations], minlength=len(self))[images]
         points, rings, ring_starts = self.points, self.rings, self.ring_starts
-        own_rings = _ranges(ring_starts, annotations)
-        name_bytes, name_starts = _gather(self.name_bytes, self.name_starts, images)
-        rle_bytes, rle_starts = _gather(self.rle_bytes, self.rle_starts, annotations)
-        points, rings = _gather(points, rings, own_rings)
+        own_rings = ranges(ring_starts, annotations)
+        name_bytes, name_starts = gather(self.name_bytes, self.name_starts, images)
+        rle_bytes, rle_starts = gather(self.rle_bytes, self.rle_starts, annotations)
+        points, rings = gather(points, rings, own_rings)
         return dataclasses.replace(
             self,
             image_ids=self.image_ids[images],
             image_sizes=self.image_sizes[images],
             name_bytes=name_bytes,
             name_starts=name_starts,
-            starts=_offsets(per_image),
+            starts=offsets(per_image),
             annotation_ids=self.annotation_ids[annotations],
             boxes=self.boxes[annotations],
             areas=self.areas[annotations],
@@ -168,27 +167,11 @@ class AnnotationIndex:
             crowd=self.crowd[annotations],
             points=points,
             rings=rings,
-            ring_starts=_offsets(np.diff(ring_starts)[annotations]),
+            ring_starts=offsets(np.diff(ring_starts)[annotations]),
             rle_bytes=rle_bytes,
             rle_starts=rle_starts,
             cache=None,
         )
-
-
-def _offsets(lengths) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-
-
-def _ranges(starts: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """All positions starts[c] .. starts[c + 1] of the chosen rows, in order."""
-    lengths = starts[chosen + 1] - starts[chosen]
-    shift = np.repeat(starts[chosen] - _offsets(lengths)[:-1], lengths)
-    return np.arange(len(shift)) + shift
-
-
-def _gather(values: np.ndarray, starts: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The chosen rows of a ragged array: (values, starts)."""
-    return values[_ranges(starts, chosen)], _offsets(starts[chosen + 1] - starts[chosen])
 
 
 # --------------------------------------------------------------------------- cache

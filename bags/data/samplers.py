@@ -110,7 +110,7 @@ def repeat_factors(index: AnnotationIndex, threshold: float, released: bool = Fa
     1 + ceil(r) times.
     """
     labels = index.labels[~index.crowd]
-    owners = np.repeat(np.arange(len(index)), np.diff(index.starts))[~index.crowd]
+    owners = index.owners[~index.crowd]
     size = len(index.category_ids) + 1
     images_with = np.bincount(np.unique(owners * size + labels) % size, minlength=size)
     of_category = np.maximum(1, np.sqrt(threshold / (np.maximum(images_with, 1) / len(index))))

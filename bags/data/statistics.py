@@ -26,7 +26,7 @@ class CategoryStats:
         """Counts an index."""
         size = len(index.category_ids) + 1
         labels = index.labels[~index.crowd]
-        owners = np.repeat(np.arange(len(index)), np.diff(index.starts))[~index.crowd]
+        owners = index.owners[~index.crowd]
         pairs = np.unique(owners * size + labels)
         return cls(
             tuple(index.category_ids.tolist()),

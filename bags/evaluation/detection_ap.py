@@ -12,7 +12,7 @@ from pathlib import Path
 import hotcoco
 import numpy as np
 
-from bags.data.index import is_box, read_json
+from bags.data.packing import is_box, read_json
 from bags.data.statistics import frequency, instance_bin
 from bags.errors import UserError
 
