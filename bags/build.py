@@ -36,6 +36,7 @@ from bags.data.dataset import DetectionDataset, collate
 from bags.data.index import AnnotationIndex
 from bags.data.samplers import RepeatFactorSampler, ShardSampler, TrainSampler, repeat_factors
 from bags.data.statistics import CategoryStats
+from bags.data.transforms import training_transform
 from bags.detectors.backbones import SmallFPN, resnet_fpn
 from bags.detectors.faster_rcnn import faster_rcnn
 from bags.engine.checkpoint import load_checkpoint, load_weights
@@ -52,7 +53,8 @@ def open_index(config: Config, split: str) -> AnnotationIndex:
 
 def build_val_dataset(config: Config) -> DetectionDataset:
     """All validation images, as they are."""
-    return DetectionDataset(open_index(config, "val"), Path(config.data.root) / config.data.val_images)
+    data = config.data
+    return DetectionDataset(open_index(config, "val"), Path(data.root) / data.val_images, exif=data.exif)
 
 
 def build_train_loader(config: Config, index: AnnotationIndex, stats: CategoryStats) -> DataLoader:
@@ -60,19 +62,23 @@ def build_train_loader(config: Config, index: AnnotationIndex, stats: CategorySt
 
     The batch is split over the ranks. index, stats: of the whole training set.
     """
+    data = config.data
+    if not data.empty_images:
+        index = index.take(np.unique(index.owners[~index.crowd]))
     if isinstance(config.sampler, TailOnlyConfig):
         index = index.only(np.array([0, *stats.instance_counts]) < config.sampler.below)
         if not len(index):
             raise UserError(f"{index.path}: no category has fewer than sampler.below={config.sampler.below} instances")
-    wide = index.image_sizes[:, 1] > index.image_sizes[:, 0] if config.data.aspect_batches else None
+    wide = index.image_sizes[:, 1] > index.image_sizes[:, 0] if data.aspect_batches else None
     batch_size, seed = config.train.batch_size, config.seed
     match config.sampler:
         case RepeatFactorConfig(threshold=threshold, released=released):
             sampler = RepeatFactorSampler(repeat_factors(index, threshold, released), batch_size, seed, wide)
         case UniformConfig() | TailOnlyConfig():
             sampler = TrainSampler(len(index), batch_size, seed, wide)
-    images = Path(config.data.root) / config.data.train_images
-    return _loader(config, DetectionDataset(index, images, config.data.flip), sampler)
+    transform = training_transform(data.flip, data.short_sides, data.any_short_side, data.long_side)
+    images = Path(data.root) / data.train_images
+    return _loader(config, DetectionDataset(index, images, transform, exif=data.exif), sampler)
 
 
 def build_val_loader(config: Config, dataset: DetectionDataset) -> DataLoader:
@@ -168,6 +174,7 @@ def build_detector(config: Config, stats: CategoryStats) -> nn.Module:
         score_threshold=test.score_threshold,
         nms_threshold=test.nms_threshold,
         max_detections=test.max_detections,
+        resize_in_training=not config.data.short_sides,
     )
 
 

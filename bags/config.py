@@ -33,6 +33,11 @@ class DataConfig:
     val_images: str = "."
     glyphs: Literal["glyphs-100", "glyphs-1230"] | None = None  # embedded preset, made in `root` if absent
     aspect_batches: bool = True  # training batches of wide or of other images only
+    empty_images: bool = False  # also train on images without annotations
+    short_sides: tuple[int, ...] = ()  # training: one of these shorter sides (pixels); none: detector.min_size
+    any_short_side: bool = False  # ... or any from the first to the last
+    long_side: int = 1333  # ... unless that makes the longer side exceed this
+    exif: bool = False  # turn images as their EXIF orientation says (COCO: no)
     flip: float = 0.5  # probability of a horizontal flip; 0 where mirrored objects change their class
     workers: int = 2  # loader processes per rank; 0 loads in the training process
 
@@ -308,6 +313,10 @@ def _check(config: Config, source: str) -> None:
         need(value and "\0" not in value, key, f"a path, got {value!r}")
     need(0 <= config.seed < 2**31, "seed", f"0 <= seed < 2**31, got {config.seed}")
     need(0 <= data.flip <= 1, "data.flip", f"a probability, got {data.flip}")
+    sides = data.short_sides
+    need(all(0 < a <= b for a, b in zip(sides, sides[1:] or sides, strict=False)), "data.short_sides",
+         f"rising numbers above 0, got {list(sides)}")  # fmt: skip
+    need(data.long_side >= max(sides, default=1), "data.long_side", f"short_sides or more, got {data.long_side}")
     need(0 <= data.workers <= 64, "data.workers", f"0 to 64, got {data.workers}")
     for key in ("epochs", "batch_size", "log_every", "checkpoint_every"):
         need(1 <= getattr(train, key) < 10**6, f"train.{key}", f"1 to 999999, got {getattr(train, key)}")

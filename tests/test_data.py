@@ -12,6 +12,7 @@ import bags
 from bags.data.dataset import DetectionDataset, inside, read_image
 from bags.data.samplers import RepeatFactorSampler, ShardSampler, TrainSampler, repeat_factors, stochastic_round
 from bags.data.statistics import CategoryStats, frequency, instance_bin
+from bags.data.transforms import training_transform
 
 COCO = {
     "images": [
@@ -72,7 +73,7 @@ def test_dataset_drops_crowd_and_empty_boxes_and_clips(coco):
 
 
 def test_flip_moves_boxes_and_depends_on_the_seed_alone(coco):
-    dataset = DetectionDataset(bags.AnnotationIndex.open(coco / "coco.json"), coco, flip=0.5)
+    dataset = DetectionDataset(bags.AnnotationIndex.open(coco / "coco.json"), coco, training_transform(flip=0.5))
     boxes = [tuple(dataset[0, seed][1]["boxes"][0].tolist()) for seed in range(20)]
     assert set(boxes) == {(30, 20, 40, 30), (0, 20, 10, 30)}
     assert boxes == [tuple(dataset[0, seed][1]["boxes"][0].tolist()) for seed in range(20)]

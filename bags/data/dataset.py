@@ -1,17 +1,22 @@
 """Index and image folder -> (image, target)."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from bags.data.index import AnnotationIndex
 from bags.data.transforms import training_transform
 from bags.errors import UserError
+
+COCO_2014 = re.compile(r"COCO_\w+2014_(\d{12}\.jpg)")  # how LVIS v0.5 names files of COCO 2017
 
 
 class DetectionDataset(Dataset):
@@ -19,13 +24,24 @@ class DetectionDataset(Dataset):
 
     image   float32 [3, H, W], RGB in 0..1
     target  boxes float32 [K, 4] (x1, y1, x2, y2 pixels, inside the image, at least 1e-3 wide and
-            high), labels int64 [K] in 1..C, image_id int. Crowd regions are left out.
+            high), labels int64 [K] in 1..C, image_id int; with `masks` also masks uint8 [K, H, W].
+            Crowd regions are left out.
+
+    transform: see `training_transform`; None leaves images as they are. exif: turn images as their EXIF
+    orientation says (COCO's annotations ignore it). masks: objects without a segmentation are left out too.
     """
 
-    def __init__(self, index: AnnotationIndex, image_folder: str | Path, flip: float = 0.0):
-        self.index = index
-        self.folder = Path(image_folder)
-        self.transform = training_transform(flip)
+    def __init__(
+        self,
+        index: AnnotationIndex,
+        image_folder: str | Path,
+        transform: v2.Transform | None = None,
+        masks: bool = False,
+        exif: bool = False,
+    ):
+        self.index, self.folder = index, Path(image_folder)
+        self.transform = transform or training_transform()
+        self.masks, self.exif = masks, exif
         if not self.folder.is_dir():
             raise UserError(f"{self.folder}: no such image folder; set data.root or data.*_images")
 
@@ -35,40 +51,76 @@ class DetectionDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict]:
         """`key` is a position, or (position, seed); augmentation depends on the seed alone."""
         position, seed = key if isinstance(key, tuple) else (key, 0)
-        image, target = self.read(position)
+        image, target, kept = self._read(position)
+        width, height = image.size
+        # One box more than there are objects tells where the left half of the image went.
+        boxes = torch.cat([target["boxes"], torch.tensor([[0, 0, width / 2, height]])])
+        boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            image, target = self.transform(image, target)
-        return image.as_subclass(Tensor), {**target, "boxes": target["boxes"].as_subclass(Tensor)}
+            image, boxes = self.transform(image, boxes)
+        boxes = boxes.as_subclass(Tensor)
+        target["boxes"] = boxes[:-1]
+        if self.masks:
+            mirrored = bool(boxes[-1, 0] > 0)
+            target["masks"] = self._masks(kept, (height, width), tuple(image.shape[1:]), mirrored)
+        return image.as_subclass(Tensor), target
 
     def read(self, position: int) -> tuple[Image.Image, dict]:
-        """The RGB image and its target, before any transform."""
-        image = self._image(position)
-        return image, self._target(position, image.size)
+        """The RGB image and its target (without masks), before any transform."""
+        return self._read(position)[:2]
 
-    def _target(self, position: int, size: tuple[int, int]) -> dict:
-        where = slice(*self.index.starts[position : position + 2])
-        width, height = size
-        boxes = np.clip(self.index.boxes[where], 0, np.array([width, height, width, height], np.float32))
-        kept = ~self.index.crowd[where] & (boxes[:, 2:] - boxes[:, :2] >= 1e-3).all(1)
-        return {
-            "boxes": tv_tensors.BoundingBoxes(
-                torch.from_numpy(boxes[kept]), format="XYXY", canvas_size=(height, width)
-            ),
-            "labels": torch.from_numpy(self.index.labels[where][kept]),
+    def _read(self, position: int) -> tuple[Image.Image, dict, np.ndarray]:
+        """Image, target, and the annotations (positions in the index) of its objects."""
+        image = self._image(position)
+        first, last = self.index.starts[position : position + 2]
+        limits = np.array([image.width, image.height] * 2, np.float32)
+        boxes = np.clip(self.index.boxes[first:last], 0, limits)
+        kept = ~self.index.crowd[first:last] & (boxes[:, 2:] - boxes[:, :2] >= 1e-3).all(1)
+        if self.masks:
+            kept &= np.array([self.index.segmentation(a) is not None for a in range(first, last)], bool)
+        annotations = first + np.flatnonzero(kept)
+        target = {
+            "boxes": torch.from_numpy(boxes[kept]),
+            "labels": torch.from_numpy(self.index.labels[annotations]),
             "image_id": int(self.index.image_ids[position]),
         }
+        return image, target, annotations
 
     def _image(self, position: int) -> Image.Image:
-        path = inside(self.folder, self.index.file_name(position))
-        image = read_image(path)
+        path = image_path(self.folder, self.index.file_name(position))
+        image = read_image(path, self.exif)
         height, width = self.index.image_sizes[position]
         if image.size != (width, height):
             raise UserError(
                 f"{path}: {image.width} x {image.height} pixels, but {self.index.path.name} says "
-                f"{width} x {height} for image {self.index.image_ids[position]}"
+                f"{width} x {height} for image {self.index.image_ids[position]}; "
+                "scripts/prepare_data.py check lists all such images"
             )
         return image
+
+    def _masks(self, annotations: np.ndarray, old: tuple[int, int], new: tuple[int, int], mirrored: bool) -> Tensor:
+        """Masks of annotations at the final size, uint8 [K, H, W]; sizes are (height, width)."""
+        masks = np.zeros((len(annotations), *new), np.uint8)
+        scale = np.array([new[1] / old[1], new[0] / old[0]])
+        for k, annotation in enumerate(annotations):
+            shape = self.index.segmentation(annotation)
+            if isinstance(shape, bytes):
+                mask = coco_mask.decode({"size": list(old), "counts": shape})
+                if old != new:
+                    mask = np.asarray(Image.fromarray(mask).resize(new[::-1], Image.Resampling.NEAREST))
+            else:
+                polygons = [(polygon * scale).ravel().tolist() for polygon in shape]
+                mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *new)))
+            masks[k] = mask[:, ::-1] if mirrored else mask
+        return torch.from_numpy(masks)
+
+
+def image_path(folder: Path, name: str) -> Path:
+    """The file of `name` below `folder`, also under COCO 2017's name where LVIS v0.5 gives the one of 2014."""
+    path = inside(folder, name)
+    old = COCO_2014.fullmatch(path.name)
+    return path.with_name(old[1]) if old and not path.exists() else path
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -79,11 +131,11 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, exif: bool = False) -> Image.Image:
     """An RGB image; a missing, truncated or foreign file raises UserError that names it."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return (ImageOps.exif_transpose(image) if exif else image).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -121,6 +121,32 @@ def file_name_of(path: Path, image: dict) -> str:
     return name
 
 
+def rle_fits(counts: bytes, pixels: int) -> bool:
+    """Whether compressed RLE counts (COCO's coding) are whole and add up to the pixels of the image.
+
+    The decoder does not check this, and writes where it should not.
+    """
+    runs, position = [], 0
+    while position < len(counts):
+        value = shift = 0
+        while True:
+            if position >= len(counts) or shift > 60:
+                return False
+            code = counts[position] - 48
+            if not 0 <= code < 64:
+                return False
+            value |= (code & 0x1F) << shift
+            position, shift = position + 1, shift + 5
+            if not code & 0x20:
+                if code & 0x10:
+                    value -= 1 << shift
+                break
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        if runs[-1] < 0:
+            return False
+    return sum(runs) == pixels
+
+
 class _Annotations:
     """Annotations in the order of the file, then sorted by image."""
 
@@ -189,7 +215,7 @@ class _Annotations:
             raise UserError(
                 f"{self.where}: segmentation: RLE of size {size!r:.40}, but the image is [{height}, {width}]"
             )
-        if isinstance(counts, str) and counts.isascii():
+        if isinstance(counts, str) and counts.isascii() and rle_fits(counts.encode(), height * width):
             return counts.encode()
         valid = isinstance(counts, list) and all(type(c) is int and c >= 0 for c in counts)
         if not valid or sum(counts) != height * width:

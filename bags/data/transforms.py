@@ -1,12 +1,27 @@
-"""Image and boxes -> network input. Resizing and normalisation are the detector's own first step."""
+"""Training augmentation: one image and its boxes, resized and mirrored by torchvision.transforms.v2.
+
+Normalisation, padding, and resizing where none is asked for here, are the detector's own first step.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torchvision.transforms import v2
 
 
-def training_transform(flip: float) -> v2.Transform:
-    """(PIL image, target) -> (float [3, H, W] RGB in 0..1, target), mirrored with probability `flip`."""
-    steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+def training_transform(
+    flip: float = 0.0, short_sides: Sequence[int] = (), any_between: bool = False, long_side: int = 1333
+) -> v2.Transform:
+    """(PIL image, boxes) -> (float [3, H, W] RGB in 0..1, boxes).
+
+    flip: probability of mirroring. short_sides: one of them, or with `any_between` any whole number from
+    the first to the last, becomes the shorter side in pixels, unless that makes the longer exceed
+    `long_side`; none: the size stays.
+    """
+    steps: list[v2.Transform] = [v2.ToImage()]
+    if short_sides:
+        sides = list(range(short_sides[0], short_sides[-1] + 1)) if any_between else list(short_sides)
+        steps.append(v2.RandomShortestSize(sides, long_side))
     if flip > 0:
-        steps.insert(1, v2.RandomHorizontalFlip(flip))
-    return v2.Compose(steps)
+        steps.append(v2.RandomHorizontalFlip(flip))
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])

@@ -50,6 +50,7 @@ def faster_rcnn(
     score_threshold: float,
     nms_threshold: float,
     max_detections: int,
+    resize_in_training: bool = True,
 ) -> FasterRCNN:
     """A detector with torchvision's calling convention.
 
@@ -83,7 +84,8 @@ def faster_rcnn(
         detections_per_img=max_detections,
     )
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    return FasterRCNN(backbone, rpn, roi_heads, GeneralizedRCNNTransform(min_size, max_size, mean, std))
+    transform = GeneralizedRCNNTransform(min_size, max_size, mean, std, _skip_resize=not resize_in_training)
+    return FasterRCNN(backbone, rpn, roi_heads, transform)
 
 
 def _region_proposal_network(

@@ -1,0 +1,94 @@
+"""COCO-LT (section 5.5 of the paper; Wang et al. 2020): a long-tail cut of COCO's training annotations.
+
+Annotations are dropped per category until its target is met; an image without any left vanishes. A
+category whose target is not below what there is stays whole. Bins of training instances: 1-20-400-8000.
+
+Command:  python scripts/prepare_data.py coco_lt --source ... --targets ... --output ...
+"""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from bags.data.packing import read_annotations, read_json
+from bags.errors import UserError
+
+BOUNDARIES = (20, 400, 8000)
+
+
+def read_targets(path: Path) -> dict[int, int]:
+    """Instances per category id, from {"id": count} or {"categories": [{id or coco_category_id, instance_count}]}."""
+    content = read_json(path)
+    try:
+        if isinstance(content, dict) and "categories" in content:
+            pairs = [(c.get("coco_category_id", c.get("id")), c["instance_count"]) for c in content["categories"]]
+        else:
+            pairs = list(content.items())
+        targets = {int(category): int(count) for category, count in pairs}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: expected instance counts per category id ({error!r})") from None
+    if not targets or min(targets.values()) < 0:
+        raise UserError(f"{path}: expected counts of 0 or more, at least one")
+    return targets
+
+
+def read_image_lists(path: Path) -> dict[int, set[int]]:
+    """The authors' list, {"category id": [image ids]}."""
+    content = read_json(path)
+    try:
+        return {int(category): {int(image) for image in images} for category, images in content.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: expected lists of image ids per category id ({error!r})") from None
+
+
+def make_coco_lt(
+    source: Path, output: Path, targets: dict[int, int], image_lists: dict[int, set[int]] | None = None, seed: int = 0
+) -> Counter:
+    """Writes the cut of `source` to `output`; returns the instances kept per category id.
+
+    A category's images are taken in an order drawn from (seed, category id), with all its annotations,
+    until the target is met; the last image's annotations are cut to meet it exactly. image_lists: keep
+    instead the annotations of each category in its listed images. Raises UserError for a category
+    without a target, and where there is less than a target asks for.
+    """
+    content = read_annotations(source)
+    by_category: dict[int, list[dict]] = {category["id"]: [] for category in content["categories"]}
+    for annotation in content["annotations"]:
+        if not all(type(annotation.get(key)) is int for key in ("id", "image_id", "category_id")):
+            raise UserError(f"{source}: annotation {annotation.get('id')}: id, image_id, category_id: whole numbers")
+        if annotation["category_id"] not in by_category:
+            raise UserError(f"{source}: annotation {annotation['id']}: category_id is not among `categories`")
+        by_category[annotation["category_id"]].append(annotation)
+    kept: list[dict] = []
+    for category, annotations in by_category.items():
+        if image_lists is not None:
+            kept += [a for a in annotations if a["image_id"] in image_lists.get(category, ())]
+        elif category not in targets:
+            raise UserError(f"{source}: category {category} has no target")
+        else:
+            kept += _cut(source, category, annotations, targets[category], seed)
+    counts = Counter(annotation["category_id"] for annotation in kept)
+    order = {annotation["id"]: k for k, annotation in enumerate(content["annotations"])}
+    kept.sort(key=lambda annotation: order[annotation["id"]])
+    images = {annotation["image_id"] for annotation in kept}
+    content |= {"annotations": kept, "images": [image for image in content["images"] if image["id"] in images]}
+    in_images = Counter(category for _, category in {(a["image_id"], a["category_id"]) for a in kept})
+    for category in content["categories"]:
+        category |= {"instance_count": counts[category["id"]], "image_count": in_images[category["id"]]}
+    temporary = output.with_name(f"{output.name}.tmp")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, output)
+    return counts
+
+
+def _cut(source: Path, category: int, annotations: list[dict], target: int, seed: int) -> list[dict]:
+    if len(annotations) < target:
+        raise UserError(f"{source}: category {category} has {len(annotations)} annotations, its target is {target}")
+    by_image: dict[int, list[dict]] = {}
+    for annotation in annotations:
+        by_image.setdefault(annotation["image_id"], []).append(annotation)
+    order = np.random.RandomState([seed, category]).permutation(sorted(by_image))
+    return [annotation for image in order.tolist() for annotation in by_image[image]][:target]

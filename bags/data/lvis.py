@@ -1,0 +1,98 @@
+"""LVIS from its official home: annotations and COCO's images, fetched with resume.
+
+Command:  python scripts/prepare_data.py lvis --root data/lvis --version v1
+"""
+
+import os
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from bags.errors import UserError
+
+ANNOTATIONS = "https://dl.fbaipublicfiles.com/LVIS/"
+IMAGES = "http://images.cocodataset.org/zips/"
+FILES = {  # archive -> what it holds
+    "v0.5": {
+        f"{ANNOTATIONS}lvis_v0.5_train.json.zip": "lvis_v0.5_train.json",
+        f"{ANNOTATIONS}lvis_v0.5_val.json.zip": "lvis_v0.5_val.json",
+    },
+    "v1": {
+        f"{ANNOTATIONS}lvis_v1_train.json.zip": "lvis_v1_train.json",
+        f"{ANNOTATIONS}lvis_v1_val.json.zip": "lvis_v1_val.json",
+    },
+}
+IMAGE_FILES = {f"{IMAGES}train2017.zip": "train2017", f"{IMAGES}val2017.zip": "val2017"}
+CHUNK = 2**20
+
+
+def fetch_lvis(root: Path, version: str, images: bool = True) -> list[str]:
+    """Fetches and unpacks what is missing in `root`; returns a line for each file.
+
+    An archive is taken as whole when its own checksums (CRC-32 of every member) hold. Raises UserError
+    that says what is missing, and from where, if the home cannot be reached.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for url, name in {**FILES[version], **(IMAGE_FILES if images else {})}.items():
+        if (root / name).exists():
+            lines.append(f"{root / name}: there")
+            continue
+        archive = root / url.rsplit("/", 1)[1]
+        try:
+            download(url, archive)
+        except (urllib.error.URLError, OSError) as error:
+            raise UserError(
+                f"{root / name}: missing, and {url} cannot be fetched ({error}); fetch it elsewhere and "
+                f"put the archive at {archive}, then run this again"
+            ) from None
+        unpack(archive, root, name)
+        archive.unlink()
+        lines.append(f"{root / name}: fetched")
+    return lines
+
+
+def download(url: str, path: Path) -> None:
+    """Fetches `url` to `path`, which appears when it is whole; goes on where a killed run stopped."""
+    if path.exists():
+        return
+    part = path.with_name(f"{path.name}.part")
+    done = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # asked for what lies behind the end: the part is whole
+            raise
+        os.replace(part, path)
+        return
+    with response, part.open("ab" if response.status == 206 else "wb") as file:
+        done = done if response.status == 206 else 0
+        length = response.headers.get("Content-Length")
+        total = done + int(length) if length else None
+        with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=path.name) as bar:
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+        if total is not None and file.tell() != total:
+            raise OSError(f"connection ended after {file.tell()} of {total} bytes; run this again to go on")
+    os.replace(part, path)
+
+
+def unpack(archive: Path, root: Path, name: str) -> None:
+    """Checks an archive and extracts the file or folder `name`, which appears when complete."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            members = [m for m in file.namelist() if m == name or m.startswith(f"{name}/")]
+            if not members or any(".." in Path(m).parts or Path(m).is_absolute() for m in members):
+                raise UserError(f"{archive}: holds no {name}, or names that lead out of the folder; remove it")
+            temporary = root / f"{name}.partial"
+            for member in tqdm(members, desc=f"unpacking {archive.name}", unit="file"):
+                file.extract(member, temporary)  # checks the CRC-32
+            os.replace(temporary / name, root / name)
+            temporary.rmdir()
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{archive}: damaged ({error}); remove it and run this again") from None
