@@ -51,9 +51,9 @@ def read_annotations(path: Path) -> dict:
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), list):
             raise UserError(f"{path}: no list `{key}`: this is not a COCO or LVIS annotation file")
-        odd = next((entry for entry in content[key] if not isinstance(entry, dict)), None)
-        if odd is not None:
-            raise UserError(f"{path}: `{key}`: expected objects in the list, found {odd!r:.60}")
+        for position, entry in enumerate(content[key]):
+            if not isinstance(entry, dict):
+                raise UserError(f"{path}: `{key}`: entry {position}: expected an object, found {entry!r:.60}")
     for key in ("images", "categories"):
         if not content[key]:
             raise UserError(f"{path}: `{key}` is empty: nothing to train on or to evaluate")
