@@ -89,7 +89,7 @@ def test_flip_moves_boxes_and_depends_on_the_seed_alone(coco):
         ({"annotations": [{**COCO["annotations"][0], "bbox": 5}]}, ["annotation 1", "x, y, width, height"]),
         ({"annotations": [{**COCO["annotations"][0], "bbox": [1, 2, True, 1]}]}, ["x, y, width, height"]),
         ({"annotations": [{**COCO["annotations"][0], "iscrowd": None}]}, ["annotation 1", "iscrowd"]),
-        ({"annotations": [{**COCO["annotations"][0], "category_id": [5]}]}, ["annotation 1", "category_id [5]"]),
+        ({"annotations": [{**COCO["annotations"][0], "category_id": [5]}]}, ["annotation 1", "category_id", "[5]"]),
         ({"images": [{**COCO["images"][0], "file_name": None}, COCO["images"][1]]}, ["image 7", "file_name", "None"]),
         ({"images": [{**COCO["images"][0], "width": float("nan")}, COCO["images"][1]]}, ["image 7", "pixels", "nan"]),
         ({"categories": [{"id": True, "name": "cup"}]}, ["whole-number id", "True"]),

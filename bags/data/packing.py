@@ -2,6 +2,8 @@
 
 import array
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,12 @@ import orjson
 from pycocotools import mask as coco_mask
 
 from bags.errors import UserError
+
+LISTS = ("images", "annotations", "categories")
+NUMBERS = {int, float}
+LIMIT = 1e9  # coordinates beyond this are no pixels
+
+# --------------------------------------------------------------------------- JSON
 
 
 def read_json(path: Path) -> object:
@@ -33,59 +41,141 @@ def read_json(path: Path) -> object:
     raise UserError(f"{path}: not valid JSON ({' '.join(str(reason).split())})") from None
 
 
+def read_annotations(path: Path) -> dict:
+    """The whole content of an annotation file; UserError where it has not the three lists of objects."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a COCO or LVIS annotation object, found a {type(content).__name__}")
+    for key in LISTS:
+        if not isinstance(content.get(key), list):
+            raise UserError(f"{path}: {NO_LIST.format(key)}")
+        for position, entry in enumerate(content[key]):
+            _need_object(path, key, position, entry)
+    for key in ("images", "categories"):
+        if not content[key]:
+            raise UserError(f"{path}: {EMPTY.format(key)}")
+    return content
+
+
+NO_LIST = "no list `{}`: this is not a COCO or LVIS annotation file"
+EMPTY = "`{}` is empty: nothing to train on or to evaluate"
+
+
+def _need_object(path: Path, key: str, position: int, entry: object) -> None:
+    if not isinstance(entry, dict):
+        raise UserError(f"{path}: `{key}`: entry {position}: expected an object, found {entry!r:.60}")
+
+
+def stream(path: Path) -> Iterator[tuple[str, dict]]:
+    """The entries of the three lists one by one, as (list, entry), so that only the text is held as a whole.
+
+    Raises UserError for a file that is no annotation file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    try:
+        yield from _stream(path, text)
+    except (ValueError, IndexError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        found = "the file is empty" if not text.strip() else f"not valid JSON ({error})"
+        raise UserError(f"{path}: {found}") from None
+
+
+def _stream(path: Path, text: str) -> Iterator[tuple[str, dict]]:
+    decode = json.JSONDecoder().raw_decode
+    skip = re.compile(r"[ \t\r\n]*").match
+
+    def expect(characters: str, at: int) -> tuple[str, int]:
+        at = skip(text, at).end()
+        if text[at : at + 1] not in tuple(characters):
+            raise json.JSONDecodeError(f"expected {' or '.join(characters)}", text, at)
+        return text[at], skip(text, at + 1).end()
+
+    at = skip(text, 0).end()
+    if text[at : at + 1] != "{":
+        value, _ = decode(text, at)
+        raise UserError(f"{path}: expected a COCO or LVIS annotation object, found a {type(value).__name__}")
+    seen = set()
+    mark, at = expect("{", at)
+    if text[at : at + 1] == "}":
+        mark, at = expect("}", at)
+    while mark != "}":
+        key, at = decode(text, at)
+        _, at = expect(":", at)
+        if key in seen or not isinstance(key, str):
+            raise json.JSONDecodeError(f"key {key!r:.40} is given twice, or is no text", text, at)
+        seen.add(key)
+        if key not in LISTS:
+            _, at = decode(text, at)
+        elif text[at : at + 1] != "[":
+            raise UserError(f"{path}: {NO_LIST.format(key)}")
+        else:
+            position = 0
+            mark, at = expect("[", at)
+            if text[at : at + 1] == "]":
+                mark, at = expect("]", at)
+            while mark != "]":
+                entry, at = decode(text, at)
+                _need_object(path, key, position, entry)
+                yield key, entry
+                position += 1
+                mark, at = expect(",]", at)
+        mark, at = expect(",}", at)
+    if at != len(text):
+        raise json.JSONDecodeError("more than one value", text, at)
+    for key in LISTS:
+        if key not in seen:
+            raise UserError(f"{path}: {NO_LIST.format(key)}")
+
+
 def is_number(value: object) -> bool:
     """True for a finite or infinite number; bool is none."""
-    return type(value) in (int, float)
+    return type(value) in NUMBERS
 
 
 def is_box(value: object) -> bool:
     """True for a list of four numbers."""
-    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+    return isinstance(value, list) and len(value) == 4 and NUMBERS.issuperset(map(type, value))
 
 
-def read_annotations(path: Path) -> dict:
-    """The content of an annotation file; UserError where it has not the three lists."""
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a COCO or LVIS annotation object, found a {type(content).__name__}")
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content.get(key), list):
-            raise UserError(f"{path}: no list `{key}`: this is not a COCO or LVIS annotation file")
-        for position, entry in enumerate(content[key]):
-            if not isinstance(entry, dict):
-                raise UserError(f"{path}: `{key}`: entry {position}: expected an object, found {entry!r:.60}")
-    for key in ("images", "categories"):
-        if not content[key]:
-            raise UserError(f"{path}: `{key}` is empty: nothing to train on or to evaluate")
-    return content
+# --------------------------------------------------------------------------- packing
 
 
 def pack(path: Path) -> dict:
-    """The arrays of AnnotationIndex by name, and `categories`. Raises UserError for the first defect.
-
-    Entries are let go as they are packed, so that memory never holds the file twice.
-    """
-    content = read_annotations(path)
-    categories = sorted(content.pop("categories"), key=lambda category: _id(path, "categories", category))
-    images, annotations = content.pop("images"), content.pop("annotations")
-    category_ids, image_ids = _unique(path, "categories", categories), _unique(path, "images", images)
-    _unique(path, "annotations", annotations)
-    sizes = np.array([_size(path, image) for image in images], np.int32)
-    names = [file_name_of(path, image).encode() for image in images]
-    packed = _Annotations(path, category_ids, image_ids, sizes)
-    for position, annotation in enumerate(annotations):
-        packed.add(annotation)
-        annotations[position] = None
-    kept = ("id", "name", "instance_count", "image_count", "frequency")
+    """The arrays of AnnotationIndex by name, and `categories`. Raises UserError for the first defect."""
+    categories, annotations = [], _Annotations(path)
+    image_ids, sizes, names = [], array.array("i"), []
+    for key, entry in stream(path):
+        if key == "annotations":
+            annotations.add(entry)
+        elif key == "images":
+            image_ids.append(_id(path, "images", entry))
+            sizes.extend(_size(path, entry))
+            names.append(file_name_of(path, entry).encode())
+        else:
+            _id(path, "categories", entry)
+            categories.append({name: entry[name] for name in KEPT if name in entry})
+    for key, entries in (("images", image_ids), ("categories", categories)):
+        if not entries:
+            raise UserError(f"{path}: {EMPTY.format(key)}")
+    categories.sort(key=lambda category: category["id"])
+    category_ids = _unique(path, "categories", [category["id"] for category in categories])
+    image_ids, sizes = _unique(path, "images", image_ids), np.asarray(sizes, np.int32).reshape(-1, 2)
     return {
-        "categories": [{key: category[key] for key in kept if key in category} for category in categories],
+        "categories": categories,
         "category_ids": category_ids,
         "image_ids": image_ids,
         "image_sizes": sizes,
         "name_bytes": np.frombuffer(b"".join(names), np.uint8),
         "name_starts": offsets([len(name) for name in names]),
-        **packed.arrays(),
+        **annotations.arrays(category_ids, image_ids, sizes),
     }
+
+
+KEPT = ("id", "name", "instance_count", "image_count", "frequency")  # of a category
 
 
 def _id(path: Path, kind: str, entry: dict) -> int:
@@ -95,8 +185,8 @@ def _id(path: Path, kind: str, entry: dict) -> int:
     return value
 
 
-def _unique(path: Path, kind: str, entries: list[dict]) -> np.ndarray:
-    ids = np.array([_id(path, kind, entry) for entry in entries], np.int64)
+def _unique(path: Path, kind: str, ids) -> np.ndarray:
+    ids = np.asarray(ids, np.int64)
     values, counts = np.unique(ids, return_counts=True)
     if (counts > 1).any():
         raise UserError(f"{path}: `{kind}`: id {values[counts > 1][0]} occurs {counts.max()} times; ids must be unique")
@@ -148,96 +238,102 @@ def rle_fits(counts: bytes, pixels: int) -> bool:
 
 
 class _Annotations:
-    """Annotations in the order of the file, then sorted by image."""
+    """Annotations in the order of the file; what needs the other lists, or all numbers at once, is checked last."""
 
-    def __init__(self, path: Path, category_ids: np.ndarray, image_ids: np.ndarray, sizes: np.ndarray):
-        self.path, self.sizes = path, sizes
-        self.label_of = {int(c): label for label, c in enumerate(category_ids, start=1)}
-        self.position_of = {int(i): position for position, i in enumerate(image_ids)}
-        self.ids, self.owners, self.labels = (array.array("q") for _ in range(3))
+    def __init__(self, path: Path):
+        self.path = path
+        self.ids, self.images, self.categories = (array.array("q") for _ in range(3))
         self.boxes, self.areas, self.crowd = array.array("d"), array.array("d"), array.array("b")
         self.points, self.ring_lengths, self.ring_counts = array.array("f"), array.array("q"), array.array("q")
-        self.rle, self.rle_lengths = bytearray(), array.array("q")
+        self.rle, self.rle_lengths, self.rle_sizes = bytearray(), array.array("q"), array.array("q")
 
     def add(self, annotation: dict) -> None:
         """Takes in one annotation, or raises UserError."""
-        self.where = f"{self.path}: annotation {annotation['id']}"
-        self.labels.append(self._known(annotation, "category_id", self.label_of, "categories"))
-        self.owners.append(self._known(annotation, "image_id", self.position_of, "images"))
-        box, area, crowd = annotation.get("bbox"), annotation.get("area"), annotation.get("iscrowd", 0)
+        key, box, area = _id(self.path, "annotations", annotation), annotation.get("bbox"), annotation.get("area")
+        for name, column in (("category_id", self.categories), ("image_id", self.images)):
+            value = annotation.get(name)
+            if type(value) is not int or abs(value) >= 2**63:
+                raise self._error(key, f"{name}: expected a whole number, got {value!r:.60}")
+            column.append(value)
         if not is_box(box):
-            raise UserError(f"{self.where}: bbox: expected [x, y, width, height], got {box!r:.80}")
-        if not all(abs(value) < 1e9 for value in box):  # NaN too
-            raise UserError(f"{self.where}: bbox holds a number that is not finite: {box}")
+            raise self._error(key, f"bbox: expected [x, y, width, height], got {box!r:.80}")
         if area is None:
             area = max(box[2], 0) * max(box[3], 0)
-        if not is_number(area) or not abs(area) < 1e18:
-            raise UserError(f"{self.where}: area: expected a number of pixels, got {area!r:.60}")
-        if crowd not in (0, 1):
-            raise UserError(f"{self.where}: iscrowd: expected 0 or 1, got {crowd!r:.60}")
-        self.ids.append(annotation["id"])
-        self.boxes.extend(box)
-        self.areas.append(area)
-        self.crowd.append(int(crowd))
-        self._add_segmentation(annotation.get("segmentation"))
+        elif not is_number(area) or not abs(area) < LIMIT**2:
+            raise self._error(key, f"area: expected a number of pixels, got {area!r:.60}")
+        if annotation.get("iscrowd", 0) not in (0, 1):
+            raise self._error(key, f"iscrowd: expected 0 or 1, got {annotation['iscrowd']!r:.60}")
+        self.ids.append(key)
+        self.crowd.append(int(annotation.get("iscrowd", 0)))
+        try:
+            self.areas.append(area)
+            self.boxes.extend(box)
+            self._add_segmentation(key, annotation.get("segmentation"))
+        except OverflowError:
+            raise self._error(key, "a number is too large to be a pixel") from None
 
-    def _known(self, annotation: dict, key: str, known: dict[int, int], kind: str) -> int:
-        value = annotation.get(key)
-        if type(value) is not int or value not in known:
-            raise UserError(f"{self.where}: {key} {value!r:.60} is not among `{kind}`")
-        return known[value]
+    def _error(self, key: int, text: str) -> UserError:
+        return UserError(f"{self.path}: annotation {key}: {text}")
 
-    def _add_segmentation(self, value: object) -> None:
-        rings, length = 0, 0
+    def _add_segmentation(self, key: int, value: object) -> None:
+        rings, rle, size = 0, b"", [0, 0]
         if isinstance(value, dict):
-            rle = self._rle(value)
-            self.rle += rle
-            length = len(rle)
+            rle, size = self._rle(key, value), value["size"]
         elif isinstance(value, list):
             for ring in value:
-                if not isinstance(ring, list) or len(ring) % 2 or not all(is_number(v) and abs(v) < 1e9 for v in ring):
-                    raise UserError(
-                        f"{self.where}: segmentation: expected polygons [x, y, x, y, ...], got {ring!r:.80}"
-                    )
+                if not (isinstance(ring, list) and len(ring) % 2 == 0 and NUMBERS.issuperset(map(type, ring))):
+                    raise self._error(key, f"segmentation: expected polygons [x, y, ...], got {ring!r:.80}")
                 if len(ring) >= 6:  # fewer than three points have no area
                     self.points.extend(ring)
                     self.ring_lengths.append(len(ring))
                     rings += 1
         elif value is not None:
-            raise UserError(f"{self.where}: segmentation: expected polygons or RLE, got {value!r:.80}")
+            raise self._error(key, f"segmentation: expected polygons or RLE, got {value!r:.80}")
         self.ring_counts.append(rings)
-        self.rle_lengths.append(length)
+        self.rle += rle
+        self.rle_lengths.append(len(rle))
+        self.rle_sizes.extend(size)
 
-    def _rle(self, value: dict) -> bytes:
-        height, width = self.sizes[self.owners[-1]].tolist()
+    def _rle(self, key: int, value: dict) -> bytes:
         size, counts = value.get("size"), value.get("counts")
-        if size != [height, width]:
-            raise UserError(
-                f"{self.where}: segmentation: RLE of size {size!r:.40}, but the image is [{height}, {width}]"
-            )
-        if isinstance(counts, str) and counts.isascii() and rle_fits(counts.encode(), height * width):
+        if not (isinstance(size, list) and len(size) == 2 and all(type(v) is int and 0 < v < 2**20 for v in size)):
+            raise self._error(key, f"segmentation: RLE: size: expected [height, width], got {size!r:.60}")
+        pixels = size[0] * size[1]
+        if isinstance(counts, str) and counts.isascii() and rle_fits(counts.encode(), pixels):
             return counts.encode()
         valid = isinstance(counts, list) and all(type(c) is int and c >= 0 for c in counts)
-        if not valid or sum(counts) != height * width:
-            raise UserError(f"{self.where}: segmentation: expected RLE counts that add up to {height * width} pixels")
-        return coco_mask.frPyObjects(value, height, width)["counts"]
+        if not valid or sum(counts) != pixels:
+            raise self._error(key, f"segmentation: expected RLE counts that add up to {pixels} pixels")
+        return coco_mask.frPyObjects(value, *size)["counts"]
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self, category_ids: np.ndarray, image_ids: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
         """Everything, sorted by image; annotations of an image stay in the order of the file."""
-        owners = np.asarray(self.owners, np.int64)
-        order = np.argsort(owners, kind="stable")
+        ids = _unique(self.path, "annotations", self.ids)
+        labels = self._positions("category_id", self.categories, category_ids, "categories") + 1
+        owners = self._positions("image_id", self.images, image_ids, "images")
         boxes = np.asarray(self.boxes, np.float64).reshape(-1, 4)
+        self._refuse(~(np.abs(boxes) < LIMIT).all(1), "bbox holds a number that is not finite")
+        points, point_starts = np.asarray(self.points, np.float32), offsets(self.ring_lengths)
+        ring_starts, rle_starts = offsets(self.ring_counts), offsets(self.rle_lengths)
+        bad = np.flatnonzero(~(np.abs(points) < LIMIT))
+        rings = np.searchsorted(point_starts, bad, side="right") - 1
+        odd = np.zeros(len(ids), bool)
+        odd[np.searchsorted(ring_starts, rings, side="right") - 1] = True
+        self._refuse(odd, "segmentation holds a number that is not finite")
+        rle_sizes = np.asarray(self.rle_sizes, np.int64).reshape(-1, 2)
+        differs = (rle_sizes != sizes[owners]).any(1) & (np.asarray(self.rle_lengths) > 0)
+        self._refuse(differs, "segmentation: the RLE has another size than the image")
+
+        order = np.argsort(owners, kind="stable")
         boxes[:, 2:] += boxes[:, :2]
-        ring_starts = offsets(self.ring_counts)
-        own_rings = ranges(ring_starts, order)
-        points, rings = gather(np.asarray(self.points, np.float32), offsets(self.ring_lengths), own_rings)
-        rle_bytes, rle_starts = gather(np.frombuffer(bytes(self.rle), np.uint8), offsets(self.rle_lengths), order)
+        points, rings = gather(points, point_starts, ranges(ring_starts, order))
+        rle_bytes, rle_starts = gather(np.frombuffer(bytes(self.rle), np.uint8), rle_starts, order)
         return {
-            "starts": np.searchsorted(owners[order], np.arange(len(self.sizes) + 1)),
-            "annotation_ids": np.asarray(self.ids, np.int64)[order],
+            "starts": np.searchsorted(owners[order], np.arange(len(sizes) + 1)),
+            "annotation_ids": ids[order],
             "boxes": boxes[order].astype(np.float32),
             "areas": np.asarray(self.areas, np.float32)[order],
-            "labels": np.asarray(self.labels, np.int64)[order],
+            "labels": labels[order],
             "crowd": np.asarray(self.crowd, np.bool_)[order],
             "points": points,
             "rings": rings,
@@ -245,6 +341,20 @@ class _Annotations:
             "rle_bytes": rle_bytes,
             "rle_starts": rle_starts,
         }
+
+    def _positions(self, name: str, values: array.array, known: np.ndarray, kind: str) -> np.ndarray:
+        """The position of each value among the known ids."""
+        values, order = np.asarray(values, np.int64), np.argsort(known)
+        places = np.searchsorted(known[order], values).clip(max=len(known) - 1)
+        unknown = known[order][places] != values
+        if unknown.any():
+            first = int(unknown.argmax())
+            raise self._error(self.ids[first], f"{name} {values[first]} is not among `{kind}`")
+        return order[places]
+
+    def _refuse(self, bad: np.ndarray, text: str) -> None:
+        if bad.any():
+            raise self._error(self.ids[int(bad.argmax())], text)
 
 
 # --------------------------------------------------------------------------- ragged arrays
