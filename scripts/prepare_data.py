@@ -82,12 +82,12 @@ def _check(arguments) -> None:
     if arguments.source.suffix == ".json":
         if arguments.overrides:
             raise UserError(f"{arguments.overrides[0]}: overrides are for a configuration, not for an annotation file")
-        sources = [(arguments.source, arguments.images, None)]
+        sources = [(arguments.source, arguments.images, None, True)]
     else:
         sources = _sources(arguments.source, arguments.overrides)
     findings, indices = [], []
-    for path, images, boundaries in sources:
-        own = check_annotations(path, boundaries)
+    for path, images, boundaries, training in sources:
+        own = check_annotations(path, boundaries, training)
         if not any(finding.level == STOP for finding in own):
             indices.append(AnnotationIndex.open(path))
             if images is not None and not images.is_dir():
@@ -103,8 +103,8 @@ def _check(arguments) -> None:
     sys.exit(1 if any(finding.level == STOP for finding in findings) else 0)
 
 
-def _sources(path: Path, overrides: list[str]) -> list[tuple[Path, Path, tuple[int, ...] | None]]:
-    """(annotation file, image folder, group borders) of a configuration's train and val."""
+def _sources(path: Path, overrides: list[str]) -> list[tuple[Path, Path, tuple[int, ...] | None, bool]]:
+    """(annotation file, image folder, group borders, is it trained on) of a configuration's train and val."""
     from bags.config import load_config
 
     files = sorted(path.glob("[!_]*.yaml")) if path.is_dir() else [path]
@@ -113,8 +113,8 @@ def _sources(path: Path, overrides: list[str]) -> list[tuple[Path, Path, tuple[i
     config = load_config(files[0], overrides)
     data, root = config.data, Path(config.data.root)
     return [
-        (root / data.train, root / data.train_images, config.test.bins),
-        (root / data.val, root / data.val_images, None),
+        (root / data.train, root / data.train_images, config.test.bins, True),
+        (root / data.val, root / data.val_images, None, False),
     ]
 
 

@@ -102,7 +102,7 @@ def run(config: Config, device) -> None:
 
     from bags import build, distributed
     from bags.analysis.tables import write_metrics
-    from bags.data.statistics import CategoryStats
+    from bags.data.statistics import CategoryStats, disagreement
     from bags.engine.checkpoint import load_checkpoint, weights_digest
     from bags.engine.train import train
 
@@ -117,6 +117,8 @@ def run(config: Config, device) -> None:
     stats = CategoryStats.from_index(index)
     if not sum(stats.instance_counts):
         raise UserError(f"{index.path}: `annotations` is empty: there is nothing to train on")
+    if distributed.is_main() and (line := disagreement(index, stats)):
+        print(f"note: {line}", file=sys.stderr)
     loader = build.build_train_loader(config, index, stats)
     validation = build.build_val_dataset(config)
     build.check_categories(stats, validation.index, index.path)

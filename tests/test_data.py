@@ -11,7 +11,7 @@ from PIL import Image
 import bags
 from bags.data.dataset import DetectionDataset, inside, read_image
 from bags.data.samplers import RepeatFactorSampler, ShardSampler, TrainSampler, repeat_factors, stochastic_round
-from bags.data.statistics import CategoryStats, frequency, instance_bin
+from bags.data.statistics import CategoryStats, disagreement, frequency, instance_bin
 from bags.data.transforms import training_transform
 
 COCO = {
@@ -56,6 +56,15 @@ def test_statistics_count_boxes_and_images_without_crowd(coco):
     stats = CategoryStats.from_index(bags.AnnotationIndex.open(coco / "coco.json"))
     assert stats.instance_counts == (2, 0, 1) and stats.image_counts == (1, 0, 1)
     assert CategoryStats.from_dict(json.loads(json.dumps(stats.to_dict()))) == stats
+
+
+def test_counts_of_the_file_that_disagree_are_named(coco):
+    categories = [{**COCO["categories"][0], "instance_count": 9}, {**COCO["categories"][1], "image_count": 1}]
+    index = bags.AnnotationIndex.open(edited(coco, categories=[*categories, COCO["categories"][2]]))
+    line = disagreement(index, CategoryStats.from_index(index))
+    assert "1 of its own counts" in line and "category 90: instance_count 9, counted 1" in line
+    index = bags.AnnotationIndex.open(coco / "coco.json")
+    assert disagreement(index, CategoryStats.from_index(index)) is None
 
 
 def test_frequency_and_bins_by_hand():

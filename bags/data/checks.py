@@ -86,8 +86,12 @@ class Findings:
         return sorted(self.by_kind.values(), key=lambda f: ([STOP, DROP, NOTE].index(f.level), -f.count))
 
 
-def check_annotations(path: Path, boundaries: tuple[int, ...] | None = None) -> list[Finding]:
-    """Everything that can be seen in the JSON. boundaries: group borders, for the training set."""
+def check_annotations(path: Path, boundaries: tuple[int, ...] | None = None, training: bool = True) -> list[Finding]:
+    """Everything that can be seen in the JSON.
+
+    boundaries: group borders. training: also what matters only where one trains on it: counts, groups,
+    images without objects.
+    """
     found = Findings(path)
     try:
         content = read_annotations(path)
@@ -111,10 +115,11 @@ def check_annotations(path: Path, boundaries: tuple[int, ...] | None = None) -> 
         if seen[key] == 2:
             found.add("duplicated annotation", f"annotation {annotation.get('id')}, image {annotation.get('image_id')}")
     with_objects = {image for image, _ in in_images}
-    for image in images:
+    for image in images if training else ():
         if image not in with_objects:
             found.add("image without objects", f"image {image}")
-    _check_counts(categories, instances, Counter(category for _, category in in_images), boundaries, found)
+    if training:
+        _check_counts(categories, instances, Counter(category for _, category in in_images), boundaries, found)
     return found.list()
 
 

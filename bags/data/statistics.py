@@ -56,6 +56,19 @@ class CategoryStats:
         return len(self.category_ids)
 
 
+def disagreement(index: AnnotationIndex, stats: CategoryStats) -> str | None:
+    """One line, where a file's own `instance_count` or `image_count` is not what its annotations add up to."""
+    differing = [
+        f"category {category['id']}: {name} {category[name]}, counted {counted}"
+        for category, *counts in zip(index.categories, stats.instance_counts, stats.image_counts, strict=True)
+        for name, counted in zip(("instance_count", "image_count"), counts, strict=True)
+        if name in category and category[name] != counted
+    ]
+    if not differing:
+        return None
+    return f"{index.path}: {len(differing)} of its own counts differ from its annotations, which count ({differing[0]})"
+
+
 def frequency(image_counts: Sequence[int]) -> np.ndarray:
     """LVIS's letters [C]: 'r' for at most 10 training images, 'c' for at most 100, else 'f'."""
     return np.array(["r", "c", "f"])[np.searchsorted([10, 100], np.asarray(image_counts), side="left")]
