@@ -134,13 +134,22 @@ def test_other_bad_files(tmp_path):
     (tmp_path / "object.json").write_text("{}")
     with pytest.raises(bags.UserError, match="expected a list of detections"):
         bags.evaluate(truth, tmp_path / "object.json")
-    with pytest.raises(bags.UserError, match="nothing to evaluate against"):
+    with pytest.raises(bags.UserError, match="no list `images`"):
         bags.evaluate(tmp_path / "object.json", write_results(tmp_path))
-    content = json.loads(truth.read_text())
-    content["annotations"][0]["bbox"] = "x"
-    truth.write_text(json.dumps(content))
-    with pytest.raises(bags.UserError, match="cannot be evaluated"):
-        bags.evaluate(truth, write_results(tmp_path, (1, 1, 0.5, 0)))
+    results = write_results(tmp_path, (1, 1, 0.5, 0))
+    for change, words in (
+        (lambda c: c["annotations"][0].update(bbox="x"), "annotation 1: bbox"),
+        (lambda c: c["annotations"][0].update(id=2), "id 2 occurs 2 times"),
+        (lambda c: c["annotations"].clear(), "nothing to evaluate against"),
+        (lambda c: c["images"][1].pop("neg_category_ids"), "image 2: no neg_category_ids"),
+        (lambda c: c["categories"][0].update(instance_count="9"), "category 1: instance_count"),
+        (lambda c: c["images"][0].pop("id"), "whole-number id"),
+    ):
+        content = json.loads(write_truth(tmp_path, lvis=True).read_text())
+        change(content)
+        truth.write_text(json.dumps(content))
+        with pytest.raises(bags.UserError, match=words):
+            bags.evaluate(truth, results)
     truth = write_truth(tmp_path)
     with pytest.raises(bags.UserError, match="3 numbers for 2 categories"):
         bags.evaluate(truth, write_results(tmp_path), instance_counts=[1, 2, 3])

@@ -185,6 +185,11 @@ def _id(path: Path, kind: str, entry: dict) -> int:
     return value
 
 
+def unique_ids(path: Path, kind: str, entries: list[dict]) -> np.ndarray:
+    """The entries' ids, int64. Raises UserError where one is no whole number, or occurs twice."""
+    return _unique(path, kind, [_id(path, kind, entry) for entry in entries])
+
+
 def _unique(path: Path, kind: str, ids) -> np.ndarray:
     ids = np.asarray(ids, np.int64)
     values, counts = np.unique(ids, return_counts=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import hotcoco
 import numpy as np
 
-from bags.data.packing import is_box, read_json
+from bags.data.packing import is_box, read_annotations, read_json, unique_ids
 from bags.data.statistics import frequency, instance_bin
 from bags.errors import UserError
 
@@ -41,11 +41,8 @@ def evaluate(
     NaN. Raises UserError for a file that cannot be used.
     """
     annotations, predictions = Path(annotations), Path(predictions)
-    content = read_json(annotations)
-    if not isinstance(content, dict) or not all(content.get(k) for k in ("images", "annotations", "categories")):
-        raise UserError(f"{annotations}: no images, annotations or categories: nothing to evaluate against")
+    content, lvis = _checked_truth(annotations)
     entries = _checked_entries(read_json(predictions), predictions, content)
-    lvis = "neg_category_ids" in content["images"][0]
     limit = max_detections or (300 if lvis else 100)
     try:
         precision, recall = _match(annotations, entries, iou_type, lvis, limit)
@@ -56,6 +53,26 @@ def evaluate(
     letters, bins = _strata(categories, instance_counts, image_counts, boundaries)
     results = _summary(precision, recall, letters, bins, len(boundaries) + 1)
     return results
+
+
+def _checked_truth(path: Path) -> tuple[dict, bool]:
+    """The ground truth, and whether it is LVIS's. Raises UserError for what the engine would stumble over."""
+    content = read_annotations(path)
+    if not content["annotations"]:
+        raise UserError(f"{path}: `annotations` is empty: nothing to evaluate against")
+    for kind in ("images", "annotations", "categories"):
+        unique_ids(path, kind, content[kind])
+    for annotation in content["annotations"]:
+        if not is_box(annotation.get("bbox")):
+            raise UserError(f"{path}: annotation {annotation['id']}: bbox: expected [x, y, width, height]")
+    for category in content["categories"]:
+        if type(category.get("instance_count", 0)) is not int or category.get("frequency", "r") not in ("r", "c", "f"):
+            raise UserError(f"{path}: category {category['id']}: instance_count or frequency (r, c, f) is wrong")
+    federated = ["neg_category_ids" in image for image in content["images"]]
+    if any(federated) != all(federated):
+        image = content["images"][federated.index(False)]["id"]
+        raise UserError(f"{path}: image {image}: no neg_category_ids, which other images have: LVIS or COCO?")
+    return content, all(federated)
 
 
 def per_category_ap(precision: np.ndarray) -> np.ndarray:
