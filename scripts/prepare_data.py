@@ -82,9 +82,11 @@ def _check(arguments) -> None:
     if arguments.source.suffix == ".json":
         if arguments.overrides:
             raise UserError(f"{arguments.overrides[0]}: overrides are for a configuration, not for an annotation file")
-        sources = [(arguments.source, arguments.images, None, True)]
+        sources, exif = [(arguments.source, arguments.images, None, True)], False
     else:
-        sources = _sources(arguments.source, arguments.overrides)
+        if arguments.images:
+            raise UserError("--images goes with an annotation file; a configuration takes data.train_images=...")
+        sources, exif = _sources(arguments.source, arguments.overrides)
     findings, indices = [], []
     for path, images, boundaries, training in sources:
         own = check_annotations(path, boundaries, training)
@@ -92,7 +94,7 @@ def _check(arguments) -> None:
             indices.append(AnnotationIndex.open(path))
             if images is not None and not images.is_dir():
                 raise UserError(f"{images}: no such image folder; set data.root, data.*_images or --images")
-            own += check_images(indices[-1], images, arguments.decode) if images is not None else []
+            own += check_images(indices[-1], images, arguments.decode, exif) if images is not None else []
         findings += own
     if len(sources) == len(indices) == 2:
         findings += check_splits(*indices)
@@ -103,8 +105,8 @@ def _check(arguments) -> None:
     sys.exit(1 if any(finding.level == STOP for finding in findings) else 0)
 
 
-def _sources(path: Path, overrides: list[str]) -> list[tuple[Path, Path, tuple[int, ...] | None, bool]]:
-    """(annotation file, image folder, group borders, is it trained on) of a configuration's train and val."""
+def _sources(path: Path, overrides: list[str]) -> tuple[list[tuple], bool]:
+    """(annotation file, image folder, group borders, is it trained on) of train and val; and data.exif."""
     from bags.config import load_config
 
     files = sorted(path.glob("[!_]*.yaml")) if path.is_dir() else [path]
@@ -112,10 +114,12 @@ def _sources(path: Path, overrides: list[str]) -> list[tuple[Path, Path, tuple[i
         raise UserError(f"{path}: no configuration in there")
     config = load_config(files[0], overrides)
     data, root = config.data, Path(config.data.root)
-    return [
-        (root / data.train, root / data.train_images, config.test.bins, True),
+    borders = getattr(config.classifier, "boundaries", config.test.bins)
+    sources = [
+        (root / data.train, root / data.train_images, borders, True),
         (root / data.val, root / data.val_images, None, False),
     ]
+    return sources, data.exif
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 
 import bags
 from bags.data.checks import DEFECTS, STOP, check_annotations
-from bags.data.coco_lt import make_coco_lt, read_targets
+from bags.data.coco_lt import make_coco_lt, read_image_lists, read_targets
 from bags.data.dataset import DetectionDataset
 from bags.data.lvis import download, unpack
 from bags.data.statistics import instance_bin
@@ -98,6 +98,8 @@ REFUSED = {  # change -> (kind in `check`, words of the refusal)
     "polygon is flat": (annotation(segmentation=[1, 2, 3, 4, 5, 6]), "bad segmentation", "annotation 1: segm"),
     "polygon of odd length": (annotation(segmentation=[[1] * 7]), "bad segmentation", "annotation 1: segm"),
     "polygon of text": (annotation(segmentation=[["1"] * 6]), "bad segmentation", "annotation 1: segm"),
+    "polygon far off": (annotation(segmentation=[[0, 0, 9e8, 0, 9e8, 9e8]]), "bad segmentation", "annotation 1: segm"),
+    "RLE size of fractions": (rle([30.0, 40.0], RLE), "bad segmentation", "annotation 1: segm"),
     "polygon with NaN": (annotation(segmentation=[[float("nan")] * 6]), "bad segmentation", "annotation 1: segm"),
     "segmentation is text": (annotation(segmentation="x"), "bad segmentation", "annotation 1: segm"),
     "RLE of another size": (rle([40, 30], RLE), "bad segmentation", "annotation 1"),
@@ -112,6 +114,7 @@ NOTED = {  # change -> (kind in `check`, does `open` keep the annotation)
     "negative height": (annotation(bbox=[1, 2, 5, -5]), "empty box"),
     "outside": (annotation(bbox=[50, 2, 5, 5]), "box outside image"),
     "across the border": (annotation(bbox=[35, 2, 15, 5]), "box across border"),
+    "polygon elsewhere": (annotation(segmentation=[[50, 2, 60, 2, 60, 9]]), "polygon off the image"),
     "two points": (annotation(segmentation=[[1, 2, 3, 4]]), "short polygon"),
     "id gap": (
         {"categories": [CATEGORIES[0], {"id": 9}], "annotations": [{**ANNOTATION, "category_id": 9}, ANOTHER]},
@@ -175,7 +178,7 @@ def broken(tmp_path):
     (tmp_path / "train/3.png").write_text("no image")
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (20, 10)).save(tmp_path / "train/5.png", exif=exif)
+    Image.new("RGB", (20, 10)).save(tmp_path / "train/5.png", exif=exif)  # 10 x 20 when turned
     Image.effect_noise((20, 10), 50).convert("RGB").save(tmp_path / "train/6.jpg")
     (tmp_path / "train/6.jpg").write_bytes((tmp_path / "train/6.jpg").read_bytes()[:-100])
     for name, categories in (("train", ["a", "b"]), ("val", ["a", "c"])):
@@ -198,8 +201,30 @@ def test_check_looks_at_the_images_and_at_both_splits(broken):
     decoded = fork_script("prepare_data", "check", broken / "c.yaml", "--json", "--decode")
     counts = [f["count"] for f in json.loads(decoded.stdout) if f["kind"] == "unreadable image"]
     assert sum(counts) == 4  # the truncated one too
+    turned = fork_script("prepare_data", "check", broken / "c.yaml", "data.exif=true", "--json")
+    kinds = Counter({f["kind"]: f["count"] for f in json.loads(turned.stdout)})
+    assert kinds["EXIF rotation"] == 0 and kinds["size differs"] == 2  # of the second split; 2.png and now 5.png
     text = fork_script("prepare_data", "check", broken / "c.yaml").stdout
     assert "missing image: 1. Training stops when it comes to it." in text and "image 4: 4.png" in text
+
+
+def test_a_key_given_twice(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"info": 1, "info": 2, ' + json.dumps(CLEAN)[1:])
+    with pytest.raises(bags.UserError, match="given twice"):
+        bags.AnnotationIndex.open(path)
+    assert [finding.kind for finding in check_annotations(path)] == ["file"]
+
+
+def test_file_names_that_are_odd_but_fine(tmp_path):
+    for name in ("Screenshot 9.41.00\u202fAM.png", "a\u00a0b.png", "\U0001f468\u200d\U0001f467.png"):
+        assert bags.AnnotationIndex.open(write(tmp_path, image(file_name=name))).file_name(0) == name
+
+
+def test_a_linked_image_folder_is_the_users_choice(shapes, tmp_path):
+    (tmp_path / "linked").symlink_to(shapes)
+    (shapes / "x.json").write_text((shapes / "x.json").read_text().replace("a.png", "linked/a.png"))
+    assert DetectionDataset(bags.AnnotationIndex.open(shapes / "x.json"), tmp_path)[0][0].shape == (3, 30, 40)
 
 
 def test_check_of_the_embedded_data_and_of_nothing(glyphs, tmp_path):
@@ -312,7 +337,9 @@ def test_coco_lt_hits_every_target(coco_like):
     assert (coco_like / "again.json").read_text() == (coco_like / "lt.json").read_text()
     assert len(bags.AnnotationIndex.open(coco_like / "lt.json").labels) == 449
     only_rare = make_coco_lt(coco_like / "coco.json", coco_like / "few.json", {1: 0, 3: 0, 4: 0, 9: 2})
-    assert only_rare == {9: 2} and len(json.loads((coco_like / "few.json").read_text())["images"]) <= 2
+    assert (
+        only_rare == {1: 0, 3: 0, 4: 0, 9: 2} and len(json.loads((coco_like / "few.json").read_text())["images"]) <= 2
+    )
 
 
 def test_coco_lt_follows_the_authors_list(coco_like):
@@ -329,8 +356,16 @@ def test_coco_lt_follows_the_authors_list(coco_like):
 def test_coco_lt_refusals(coco_like):
     with pytest.raises(bags.UserError, match="category 9 has 30 annotations, its target is 31"):
         make_coco_lt(coco_like / "coco.json", coco_like / "x.json", {1: 1, 3: 1, 4: 1, 9: 31})
-    with pytest.raises(bags.UserError, match="category 9 has no target"):
-        make_coco_lt(coco_like / "coco.json", coco_like / "x.json", {1: 1, 3: 1, 4: 1})
+    for targets in ({1: 1, 3: 1, 4: 1}, {1: 1, 3: 1, 4: 1, 9: 1, 10: 1}):
+        with pytest.raises(bags.UserError, match="without a target"):
+            make_coco_lt(coco_like / "coco.json", coco_like / "x.json", targets)
+    for content in ({"1": 1.9}, {"1": "x"}, {"a": 1}, []):
+        (coco_like / "t.json").write_text(json.dumps(content))
+        with pytest.raises(bags.UserError, match="t.json"):
+            read_targets(coco_like / "t.json")
+    (coco_like / "l.json").write_text('{"1": "123"}')
+    with pytest.raises(bags.UserError, match="lists of image ids"):
+        read_image_lists(coco_like / "l.json")
     done = fork_script("prepare_data", "coco_lt", "--source", coco_like / "coco.json", "--output", coco_like / "x.json")
     assert done.returncode == 2 and "either --targets or --image-lists" in done.stderr
     assert not (coco_like / "x.json").exists()
@@ -356,9 +391,12 @@ class RangeServer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         start = int(self.headers.get("Range", "bytes=0-")[6:].split("-")[0])
         if start >= len(self.content):
-            self.send_error(416)
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(self.content)}")
+            self.end_headers()
             return
         self.send_response(206 if start else 200)
+        self.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
         self.send_header("Content-Length", str(len(self.content) - start))
         self.end_headers()
         end = len(self.content) // 2 if self.broken.pop() else None
@@ -370,7 +408,7 @@ class RangeServer(http.server.BaseHTTPRequestHandler):
 
 
 def test_downloads_resume_and_are_checked(tmp_path):
-    with zipfile.ZipFile(tmp_path / "source.zip", "w") as archive:
+    with zipfile.ZipFile(tmp_path / "source.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("lvis.json", json.dumps(list(range(50_000))))
     RangeServer.content = (tmp_path / "source.zip").read_bytes()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), RangeServer)
@@ -384,13 +422,18 @@ def test_downloads_resume_and_are_checked(tmp_path):
     assert path.read_bytes() == RangeServer.content and not (tmp_path / "a.zip.part").exists()
     shutil.move(path, tmp_path / "a.zip.part")  # killed just before the last rename
     download(url, path)
+    (tmp_path / "b.zip.part").write_bytes(RangeServer.content + b"of something else")
+    with pytest.raises(OSError, match="run this again"):
+        download(url.replace("a.zip", "b.zip"), tmp_path / "b.zip")
+    assert not (tmp_path / "b.zip.part").exists()
     server.shutdown()
     unpack(path, tmp_path, "lvis.json")
     assert json.loads((tmp_path / "lvis.json").read_text())[-1] == 49_999
-    content = bytearray(path.read_bytes())
-    content[len(content) // 3] ^= 255
-    path.write_bytes(content)
     (tmp_path / "lvis.json").unlink()
-    with pytest.raises(bags.UserError, match="damaged"):
-        unpack(path, tmp_path, "lvis.json")
-    assert not (tmp_path / "lvis.json").exists()
+    for place in range(3, 9):
+        content = bytearray(RangeServer.content)
+        content[len(content) * place // 10] ^= 255
+        path.write_bytes(content)
+        with pytest.raises(bags.UserError, match="damaged"):
+            unpack(path, tmp_path, "lvis.json")
+        assert not list(tmp_path.glob("lvis.json*"))

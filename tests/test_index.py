@@ -123,10 +123,23 @@ def test_a_copy_with_another_time_is_not_packed_again(file):
     times = {p.name: p.stat().st_mtime_ns for p in index.cache.glob("*.npy")}
     os.utime(file, ns=(1, 1))
     again = bags.AnnotationIndex.open(file)
+    state = json.loads((again.cache / "about.json").read_text())["state"]
+    assert state[1] == 1  # noted, so that the next open need not read the file
     assert times == {p.name: p.stat().st_mtime_ns for p in again.cache.glob("*.npy")}
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "about", "empty"])
+def test_same_size_and_time_but_other_content(file):
+    before = bags.AnnotationIndex.open(file)
+    stat = file.stat()
+    text = file.read_text()
+    changed = text.replace('"bbox": [1', '"bbox": [2', 1)
+    assert changed != text and len(changed) == len(text)
+    file.write_text(changed)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert not np.array_equal(bags.AnnotationIndex.open(file).boxes, before.boxes)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "about", "empty", "files"])
 def test_a_torn_cache_is_made_again(file, damage):
     expected = arrays_of(bags.AnnotationIndex.open(file))
     cache = file.with_name("a.json.index")
@@ -136,6 +149,9 @@ def test_a_torn_cache_is_made_again(file, damage):
         (cache / "labels.npy").unlink()
     elif damage == "about":
         (cache / "about.json").write_text('{"format": 1, ')
+    elif damage == "files":
+        about = json.loads((cache / "about.json").read_text())
+        (cache / "about.json").write_text(json.dumps({**about, "files": []}))
     else:
         shutil.rmtree(cache)
         cache.mkdir()
@@ -170,24 +186,40 @@ def only_below(folder):
     return mkdtemp
 
 
-def open_and_sum(path, results):
-    results.put(float(bags.AnnotationIndex.open(path).boxes.sum()))
+def open_and_look(path, barrier, results):
+    packed = []
+    real = bags.data.index.pack
+    bags.data.index.pack = lambda path: packed.append(1) or real(path)
+    barrier.wait()
+    index = bags.AnnotationIndex.open(path)
+    deleted = "(deleted)" in "".join(line for line in open("/proc/self/maps") if str(path.parent) in line)
+    results.put((float(index.boxes.sum()), len(packed), deleted))
 
 
-def test_processes_that_open_at_once_agree(tmp_path):
+@pytest.mark.parametrize("annotations", [20, 3000])
+def test_processes_that_open_at_once_make_it_once_and_share_it(tmp_path, annotations):
     path = tmp_path / "a.json"
-    path.write_text(json.dumps(random_content(annotations=3000)))
+    path.write_text(json.dumps(random_content(annotations=annotations)))
     context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    processes = [context.Process(target=open_and_sum, args=(path, results)) for _ in range(4)]
+    results, barrier = context.Queue(), context.Barrier(4)
+    processes = [context.Process(target=open_and_look, args=(path, barrier, results)) for _ in range(4)]
     for process in processes:
         process.start()
-    sums = [results.get(timeout=60) for _ in processes]
+    found = [results.get(timeout=60) for _ in processes]
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert len(set(sums)) == 1
+    assert len({total for total, _, _ in found}) == 1 and sum(packed for _, packed, _ in found) == 1
+    assert not any(deleted for _, _, deleted in found)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.json.index"]
+
+
+def test_left_overs_of_a_killed_build_are_removed(file):
+    left_over = file.with_name(".a.json.index.abc123")
+    left_over.mkdir()
+    bags.AnnotationIndex.open(file)
+    assert sorted(p.name for p in file.parent.iterdir()) == ["a.json", "a.json.index"]
+    assert file.with_name("a.json.index").stat().st_mode & 0o055 == 0o055
 
 
 def test_a_failed_build_leaves_nothing_behind(tmp_path):

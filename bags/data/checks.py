@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from bags.data.dataset import image_path, read_image
+from bags.data.dataset import image_path, leads_out, read_image
 from bags.data.index import AnnotationIndex
-from bags.data.packing import file_name_of, is_box, is_number, read_annotations, rle_fits
+from bags.data.packing import POLYGON_LIMIT, file_name_of, is_box, is_number, read_annotations, rle_fits
 from bags.data.statistics import instance_bin
 from bags.errors import UserError
 
@@ -38,6 +38,7 @@ DEFECTS = {  # kind -> (level, what training does)
     "empty box": (DROP, "the object is left out: no width or no height"),
     "box outside image": (DROP, "the object is left out"),
     "box across border": (NOTE, "the box is clipped to the image"),
+    "polygon off the image": (NOTE, "none: what lies outside is not drawn"),
     "short polygon": (DROP, "the polygon, of fewer than three points, is left out"),
     "duplicated annotation": (NOTE, "the same object is learnt, and counted, more than once"),
     "duplicated file name": (NOTE, "the image is seen more than once"),
@@ -152,7 +153,7 @@ def _check_images(path: Path, images: dict[int, dict], found: Findings) -> None:
         except UserError as error:
             found.add("file name", error)
             continue
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if leads_out(name):
             found.add("file name", f"image {key}: {name} leads out of the image folder")
         names[name] += 1
         if names[name] == 2:
@@ -197,13 +198,17 @@ def _check_box(box: object, size: tuple[int, int] | None, where: str, found: Fin
 def _check_segmentation(value: object, size: tuple[int, int] | None, where: str, found: Findings) -> None:
     if isinstance(value, list):
         for ring in value:
-            if not (isinstance(ring, list) and len(ring) % 2 == 0 and all(is_number(v) and abs(v) < 1e9 for v in ring)):
+            valid = isinstance(ring, list) and len(ring) % 2 == 0 and all(map(is_number, ring))
+            if not valid or (len(ring) >= 6 and not all(abs(v) < POLYGON_LIMIT for v in ring)):
                 found.add("bad segmentation", f"{where}: polygon {ring!r}")
             elif len(ring) < 6:
                 found.add("short polygon", f"{where}: {ring}")
+            elif size and not (_meets(ring[::2], size[0]) and _meets(ring[1::2], size[1])):
+                found.add("polygon off the image", f"{where}: {ring}")
     elif isinstance(value, dict):
         counts = value.get("counts")
-        if size and value.get("size") != [size[1], size[0]]:
+        own = value.get("size")
+        if not (isinstance(own, list) and all(type(side) is int for side in own)) or (size and own != [*size[::-1]]):
             found.add("bad segmentation", f"{where}: RLE of size {value.get('size')!r} in {size[0]} x {size[1]}")
         elif isinstance(counts, list):
             if not all(type(c) is int and c >= 0 for c in counts) or (size and sum(counts) != math.prod(size)):
@@ -214,6 +219,10 @@ def _check_segmentation(value: object, size: tuple[int, int] | None, where: str,
             found.add("bad segmentation", f"{where}: RLE counts do not add up to the image's pixels")
     elif value is not None:
         found.add("bad segmentation", f"{where}: {value!r}")
+
+
+def _meets(values: list[float], side: int) -> bool:
+    return max(values) > 0 and min(values) < side
 
 
 def _check_counts(categories, instances, in_images, boundaries, found: Findings) -> None:
@@ -230,8 +239,11 @@ def _check_counts(categories, instances, in_images, boundaries, found: Findings)
                 found.add("empty group", f"no category has {low} to {high} training instances")
 
 
-def check_images(index: AnnotationIndex, folder: Path, decode: bool = False) -> list[Finding]:
-    """Every image file: its presence, its size, its EXIF orientation; `decode`: also all of its pixels."""
+def check_images(index: AnnotationIndex, folder: Path, decode: bool = False, exif: bool = False) -> list[Finding]:
+    """Every image file: its presence, its size, its EXIF orientation.
+
+    decode: also all of its pixels. exif: as training does, turn it first.
+    """
     found = Findings(folder)
     for position in tqdm(range(len(index)), desc=f"images of {index.path.name}", unit="image"):
         name, key = index.file_name(position), index.image_ids[position]
@@ -249,9 +261,11 @@ def check_images(index: AnnotationIndex, folder: Path, decode: bool = False) -> 
             found.add("unreadable image", f"image {key}: {name} ({error})")
         else:
             height, width = index.image_sizes[position].tolist()
+            if exif and orientation in (5, 6, 7, 8):
+                size = size[::-1]
             if size != (width, height):
                 found.add("size differs", f"image {key}: {name} has {size[0]} x {size[1]}, the JSON {width} x {height}")
-            if orientation != 1:
+            if orientation != 1 and not exif:
                 found.add("EXIF rotation", f"image {key}: {name}, orientation {orientation}")
     return found.list()
 

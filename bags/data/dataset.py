@@ -24,7 +24,7 @@ class DetectionDataset(Dataset):
 
     image   float32 [3, H, W], RGB in 0..1
     target  boxes float32 [K, 4] (x1, y1, x2, y2 pixels, inside the image, at least 1e-3 wide and
-            high), labels int64 [K] in 1..C, image_id int; with `masks` also masks uint8 [K, H, W].
+            high before any resizing), labels int64 [K] in 1..C, image_id int; with `masks` also masks uint8 [K, H, W].
             Crowd regions are left out.
 
     transform: see `training_transform`; None leaves images as they are. exif: turn images as their EXIF
@@ -125,10 +125,14 @@ def image_path(folder: Path, name: str) -> Path:
 
 def inside(folder: Path, name: str) -> Path:
     """The path of `name` below `folder`; a name that leads out of it raises UserError."""
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if leads_out(name):
         raise UserError(f"file name '{name}' leads out of the image folder {folder}")
-    return path
+    return folder / name
+
+
+def leads_out(name: str) -> bool:
+    """Whether a file name is absolute or climbs. (Links that the user made inside the folder may lead anywhere.)"""
+    return Path(name).is_absolute() or ".." in Path(name).parts
 
 
 def read_image(path: Path, exif: bool = False) -> Image.Image:

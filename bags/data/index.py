@@ -5,7 +5,9 @@ can be written (`train.json` -> `train.json.index/`), else below the user's cach
 variable BAGS_CACHE names another place for all of them. Later opens only map that folder.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
@@ -20,7 +22,7 @@ import numpy as np
 from bags.data.packing import gather, offsets, pack, ranges
 from bags.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 ARRAYS = {  # name -> (type, columns); lengths: I images, A annotations, C categories, see AnnotationIndex
     "category_ids": (np.int64, 0),
     "image_ids": (np.int64, 0),
@@ -93,22 +95,20 @@ class AnnotationIndex:
         Raises UserError that names the file and the entry at fault.
         """
         path = Path(path)
-        try:
-            stat = path.stat()
-        except OSError:
-            raise UserError(f"{path}: no such file; check data.root and the names below it") from None
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; check data.root and the names below it")
         folders = _cache_folders(path)
         for folder in folders:
-            index = _open_cache(folder, path, stat)
+            index = _open_cache(folder, path)
             if index is not None:
                 return index
-        digest = _digest(path)
         for folder in folders:
-            index = _store(folder, path, stat, digest)
-            if index is not None:
-                return index
+            try:
+                return _make(folder, path)
+            except OSError as error:  # a place that cannot be written, or is full
+                reason = error
         places = " or ".join(str(folder.parent) for folder in folders)
-        raise UserError(f"{path}: its index cannot be written to {places}: set BAGS_CACHE to a folder that can be")
+        raise UserError(f"{path}: its index cannot be written to {places} ({reason}): set BAGS_CACHE to another folder")
 
     @property
     def category_names(self) -> list[str]:
@@ -182,8 +182,14 @@ def _cache_folders(path: Path) -> list[Path]:
     unique = f"{path.name}.{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}.index"
     if os.environ.get("BAGS_CACHE"):
         return [Path(os.environ["BAGS_CACHE"], unique)]
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "bags")
-    return [path.with_name(f"{path.name}.index"), user / unique]
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return [path.with_name(f"{path.name}.index"), Path(user, "bags", unique)]
+
+
+def _state(path: Path) -> list[int]:
+    """What changes with the file, at the latest when it is copied or written."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _digest(path: Path) -> str:
@@ -191,19 +197,29 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _open_cache(folder: Path, path: Path, stat: os.stat_result) -> AnnotationIndex | None:
+def _open_cache(folder: Path, path: Path) -> AnnotationIndex | None:
     """The index in a folder, if it is whole and of this file as it is now."""
     try:
         about = json.loads((folder / "about.json").read_text())
-        if about["format"] != FORMAT or about["size"] != stat.st_size:
-            return None
-        if about["time"] != stat.st_mtime_ns and about["sha256"] != _digest(path):
+        if about["format"] != FORMAT:
             return None
         if any((folder / f"{name}.npy").stat().st_size != size for name, size in about["files"].items()):
             return None
+        state = _state(path)
+        if about["state"] != state:
+            if about["state"][0] != state[0] or about["sha256"] != _digest(path):
+                return None
+            with contextlib.suppress(OSError):  # the same content: need not be read again the next time
+                _write(folder, {**about, "state": state})
         return _map(folder, path)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _write(folder: Path, about: dict) -> None:
+    temporary = folder / f"about.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(about))
+    os.replace(temporary, folder / "about.json")
 
 
 def _map(folder: Path, path: Path) -> AnnotationIndex:
@@ -213,44 +229,41 @@ def _map(folder: Path, path: Path) -> AnnotationIndex:
     return AnnotationIndex(path=path, categories=about["categories"], cache=folder, **{**empty, **arrays})
 
 
-def _store(folder: Path, path: Path, stat: os.stat_result, digest: str) -> AnnotationIndex | None:
-    """Packs the file into a folder of its own, which then takes its place in one step.
+def _make(folder: Path, path: Path) -> AnnotationIndex:
+    """Packs the file into a folder of its own, which then takes its place. Raises OSError where that cannot be written.
 
-    None where the place cannot be written. Several processes may do this at once: the last one wins,
-    with the same content.
+    One process does this at a time; the others wait, and find it made.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder.parent, os.O_RDONLY)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        index = _open_cache(folder, path)
+        if index is not None:
+            return index
+        for left_over in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError:
-        return None
-    try:
-        packed = pack(path)
-        categories = packed.pop("categories")
-        files = {}
-        for name, values in packed.items():
-            if len(values):  # an empty file cannot be mapped
-                np.save(temporary / f"{name}.npy", values)
-                files[name] = (temporary / f"{name}.npy").stat().st_size
-        about = {"format": FORMAT, "source": str(path), "size": stat.st_size, "time": stat.st_mtime_ns,
-                 "sha256": digest, "files": files, "categories": categories}  # fmt: skip
-        (temporary / "about.json").write_text(json.dumps(about))
-        _replace(temporary, folder)
-        return _map(folder, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    """Moves a folder to a name that may be taken, by an older one or by another process's."""
-    for _ in range(100):
         try:
+            os.chmod(temporary, 0o755)  # other users of the dataset share it
+            state, digest = _state(path), _digest(path)
+            packed = pack(path)
+            categories, files = packed.pop("categories"), {}
+            for name, values in packed.items():
+                if len(values):  # an empty file cannot be mapped
+                    with (temporary / f"{name}.npy").open("wb") as file:
+                        np.save(file, values)
+                        file.flush()
+                        os.fsync(file.fileno())
+                        files[name] = file.tell()
+            about = {"format": FORMAT, "source": str(path), "state": state, "sha256": digest, "files": files}
+            _write(temporary, {**about, "categories": categories})
+            if folder.exists():
+                os.replace(folder, temporary.with_name(f"{temporary.name}.old"))
             os.replace(temporary, folder)
-            return
-        except OSError:  # not empty
-            with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as old:
-                try:
-                    os.replace(folder, Path(old, "old"))
-                except FileNotFoundError:
-                    continue
-    raise UserError(f"{folder}: cannot be replaced; remove it")
+            return _map(folder, path)
+        finally:
+            for rest in (temporary, temporary.with_name(f"{temporary.name}.old")):
+                shutil.rmtree(rest, ignore_errors=True)
+    finally:
+        os.close(lock)

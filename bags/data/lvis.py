@@ -3,10 +3,13 @@
 Command:  python scripts/prepare_data.py lvis --root data/lvis --version v1
 """
 
+import http.client
 import os
+import shutil
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 from tqdm import tqdm
@@ -44,7 +47,7 @@ def fetch_lvis(root: Path, version: str, images: bool = True) -> list[str]:
         archive = root / url.rsplit("/", 1)[1]
         try:
             download(url, archive)
-        except (urllib.error.URLError, OSError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise UserError(
                 f"{root / name}: missing, and {url} cannot be fetched ({error}); fetch it elsewhere and "
                 f"put the archive at {archive}, then run this again"
@@ -65,12 +68,19 @@ def download(url: str, path: Path) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # asked for what lies behind the end: the part is whole
+        if error.code != 416:
             raise
-        os.replace(part, path)
-        return
-    with response, part.open("ab" if response.status == 206 else "wb") as file:
-        done = done if response.status == 206 else 0
+        whole = error.headers.get("Content-Range", "").rpartition("/")[2]
+        if whole == str(done):  # asked for what lies behind the end: the part is whole
+            os.replace(part, path)
+            return
+        part.unlink()
+        raise OSError(f"{part} was not a part of it and is removed; run this again") from None
+    resumes = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {done}-")
+    if response.status == 206 and not resumes:
+        raise OSError(f"the server sent {response.headers.get('Content-Range')}, not what follows byte {done}")
+    with response, part.open("ab" if resumes else "wb") as file:
+        done = done if resumes else 0
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else None
         with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=path.name) as bar:
@@ -84,15 +94,16 @@ def download(url: str, path: Path) -> None:
 
 def unpack(archive: Path, root: Path, name: str) -> None:
     """Checks an archive and extracts the file or folder `name`, which appears when complete."""
+    temporary = root / f"{name}.partial"
     try:
         with zipfile.ZipFile(archive) as file:
             members = [m for m in file.namelist() if m == name or m.startswith(f"{name}/")]
             if not members or any(".." in Path(m).parts or Path(m).is_absolute() for m in members):
                 raise UserError(f"{archive}: holds no {name}, or names that lead out of the folder; remove it")
-            temporary = root / f"{name}.partial"
             for member in tqdm(members, desc=f"unpacking {archive.name}", unit="file"):
                 file.extract(member, temporary)  # checks the CRC-32
             os.replace(temporary / name, root / name)
-            temporary.rmdir()
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(f"{archive}: damaged ({error}); remove it and run this again") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -3,6 +3,7 @@
 import array
 import json
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from bags.errors import UserError
 
 LISTS = ("images", "annotations", "categories")
 NUMBERS = {int, float}
-LIMIT = 1e9  # coordinates beyond this are no pixels
+LIMIT = 1e9  # coordinates of boxes beyond this are no pixels
+POLYGON_LIMIT = 2**17  # ... of polygons: drawing one takes memory in proportion to its length
 
 # --------------------------------------------------------------------------- JSON
 
@@ -42,15 +44,10 @@ def read_json(path: Path) -> object:
 
 
 def read_annotations(path: Path) -> dict:
-    """The whole content of an annotation file; UserError where it has not the three lists of objects."""
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a COCO or LVIS annotation object, found a {type(content).__name__}")
-    for key in LISTS:
-        if not isinstance(content.get(key), list):
-            raise UserError(f"{path}: {NO_LIST.format(key)}")
-        for position, entry in enumerate(content[key]):
-            _need_object(path, key, position, entry)
+    """The three lists of an annotation file; UserError where they are not there, or hold no objects."""
+    content = {key: [] for key in LISTS}
+    for key, entry in stream(path):
+        content[key].append(entry)
     for key in ("images", "categories"):
         if not content[key]:
             raise UserError(f"{path}: {EMPTY.format(key)}")
@@ -211,7 +208,7 @@ def file_name_of(path: Path, image: dict) -> str:
     name = image.get("file_name")
     if name is None and isinstance(image.get("coco_url"), str):
         name = "/".join(image["coco_url"].split("/")[-2:])
-    if not isinstance(name, str) or not name or "\0" in name or not name.isprintable():
+    if not isinstance(name, str) or not name or any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
         raise UserError(f"{path}: image {image['id']}: expected a file_name (or coco_url), found {name!r:.60}")
     return name
 
@@ -320,11 +317,11 @@ class _Annotations:
         self._refuse(~(np.abs(boxes) < LIMIT).all(1), "bbox holds a number that is not finite")
         points, point_starts = np.asarray(self.points, np.float32), offsets(self.ring_lengths)
         ring_starts, rle_starts = offsets(self.ring_counts), offsets(self.rle_lengths)
-        bad = np.flatnonzero(~(np.abs(points) < LIMIT))
+        bad = np.flatnonzero(~(np.abs(points) < POLYGON_LIMIT))
         rings = np.searchsorted(point_starts, bad, side="right") - 1
         odd = np.zeros(len(ids), bool)
         odd[np.searchsorted(ring_starts, rings, side="right") - 1] = True
-        self._refuse(odd, "segmentation holds a number that is not finite")
+        self._refuse(odd, f"segmentation: expected points within {POLYGON_LIMIT} pixels")
         rle_sizes = np.asarray(self.rle_sizes, np.int64).reshape(-1, 2)
         differs = (rle_sizes != sizes[owners]).any(1) & (np.asarray(self.rle_lengths) > 0)
         self._refuse(differs, "segmentation: the RLE has another size than the image")

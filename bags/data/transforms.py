@@ -15,8 +15,8 @@ def training_transform(
     """(PIL image, boxes) -> (float [3, H, W] RGB in 0..1, boxes).
 
     flip: probability of mirroring. short_sides: one of them, or with `any_between` any whole number from
-    the first to the last, becomes the shorter side in pixels, unless that makes the longer exceed
-    `long_side`; none: the size stays.
+    the first to the last, becomes the shorter side (to within a pixel), unless that makes the longer
+    exceed `long_side`; none: the size stays.
     """
     steps: list[v2.Transform] = [v2.ToImage()]
     if short_sides:
