@@ -17,7 +17,20 @@ from bags.classifiers.groups import assign_groups, within_group_weights
 from bags.classifiers.ncm import NearestClassMean
 from bags.classifiers.softmax import ReweightedSoftmax, Softmax, class_weights
 from bags.classifiers.tau_norm import TauNorm
-from bags.config import (
+from bags.config import config_from_dict, override_config
+from bags.data.dataset import DetectionDataset, collate
+from bags.data.index import AnnotationIndex
+from bags.data.samplers import RepeatFactorSampler, ShardSampler, TrainSampler, repeat_factors
+from bags.data.statistics import CategoryStats
+from bags.data.transforms import training_transform
+from bags.detectors.backbones import build_backbone, load_backbone_weights
+from bags.detectors.faster_rcnn import faster_rcnn
+from bags.engine.checkpoint import load_checkpoint, load_weights
+from bags.engine.predict import predict
+from bags.errors import UserError
+from bags.evaluation.detection_ap import evaluate
+from bags.evaluation.proposal_accuracy import ProposalAccuracy
+from bags.sections import (
     ClassifierConfig,
     Config,
     GroupSoftmaxConfig,
@@ -29,21 +42,7 @@ from bags.config import (
     TailOnlyConfig,
     TauNormConfig,
     UniformConfig,
-    config_from_dict,
-    override_config,
 )
-from bags.data.dataset import DetectionDataset, collate
-from bags.data.index import AnnotationIndex
-from bags.data.samplers import RepeatFactorSampler, ShardSampler, TrainSampler, repeat_factors
-from bags.data.statistics import CategoryStats
-from bags.data.transforms import training_transform
-from bags.detectors.backbones import SmallFPN, resnet_fpn
-from bags.detectors.faster_rcnn import faster_rcnn
-from bags.engine.checkpoint import load_checkpoint, load_weights
-from bags.engine.predict import predict
-from bags.errors import UserError
-from bags.evaluation.detection_ap import evaluate
-from bags.evaluation.proposal_accuracy import ProposalAccuracy
 
 
 def open_index(config: Config, split: str) -> AnnotationIndex:
@@ -146,21 +145,21 @@ def build_detector(config: Config, stats: CategoryStats) -> nn.Module:
     `detector(images)` a list of {boxes, scores, labels}, as torchvision's detectors do.
     """
     detector, rpn, roi, test = config.detector, config.detector.rpn, config.detector.roi, config.test
-    if detector.backbone == "small":
-        levels = 2 if len(rpn.anchor_sizes) == 2 else 3
-        backbone = SmallFPN(detector.fpn_channels, levels)
-    else:
-        backbone, levels = resnet_fpn(detector.backbone, detector.fpn_channels), 5
-    if len(rpn.anchor_sizes) != levels:
+    levels = 2 if len(rpn.anchor_sizes) == 2 else 3
+    backbone = build_backbone(
+        detector.backbone, detector.fpn_channels, levels, detector.frozen_batch_norm, detector.frozen_stages
+    )
+    if len(rpn.anchor_sizes) != len(backbone.strides):
         raise UserError(
-            f"{config.name}: detector.rpn.anchor_sizes: expected {levels} lists, one for each pyramid level "
-            f"of backbone {detector.backbone}, got {len(rpn.anchor_sizes)}"
+            f"{config.name}: detector.rpn.anchor_sizes: expected {len(backbone.strides)} lists, one for each pyramid "
+            f"level of backbone {detector.backbone}, got {len(rpn.anchor_sizes)}"
         )
     return faster_rcnn(
         backbone,
         lambda *features: build_classifier(config.classifier, *features, stats),
         anchor_sizes=rpn.anchor_sizes,
         aspect_ratios=rpn.aspect_ratios,
+        fixed_strides=rpn.strides == "fixed",
         rpn_batch_size=rpn.batch_size,
         train_proposals=rpn.train_proposals,
         test_proposals=rpn.test_proposals,
@@ -175,6 +174,8 @@ def build_detector(config: Config, stats: CategoryStats) -> nn.Module:
         nms_threshold=test.nms_threshold,
         max_detections=test.max_detections,
         resize_in_training=not config.data.short_sides,
+        image_mean=detector.image_mean,
+        image_std=detector.image_std,
     )
 
 
@@ -186,6 +187,8 @@ def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stat
     """
     path = config.init_file
     if path is None:
+        if config.detector.backbone_weights:
+            load_backbone_weights(detector.backbone, config.detector.backbone, config.detector.backbone_weights)
         return list(detector.state_dict())
     checkpoint = load_checkpoint(path)
     saved_stats = CategoryStats.from_dict(checkpoint["stats"], path)

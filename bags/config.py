@@ -9,232 +9,22 @@ wrong types and impossible values raise `UserError` before any data is read.
 import dataclasses
 import math
 import typing
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import yaml
 
 from bags.errors import UserError
-from bags.typed_yaml import convert, merge, parse_yaml, read_tree
-
-# --------------------------------------------------------------------------- sections
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which files. Relative paths are relative to `root`; `root` to the working directory."""
-
-    name: str = "dataset"  # the dataset's folder below `output`
-    root: str = "."
-    train: str = "train.json"
-    val: str = "val.json"
-    train_images: str = "."  # folder that the file names of `train` are relative to
-    val_images: str = "."
-    glyphs: Literal["glyphs-100", "glyphs-1230"] | None = None  # embedded preset, made in `root` if absent
-    aspect_batches: bool = True  # training batches of wide or of other images only
-    empty_images: bool = False  # also train on images without annotations
-    short_sides: tuple[int, ...] = ()  # training: one of these shorter sides (pixels); none: detector.min_size
-    any_short_side: bool = False  # ... or any from the first to the last
-    long_side: int = 1333  # ... unless that makes the longer side exceed this
-    exif: bool = False  # turn images as their EXIF orientation says (COCO: no)
-    flip: float = 0.5  # probability of a horizontal flip; 0 where mirrored objects change their class
-    workers: int = 2  # loader processes per rank; 0 loads in the training process
-
-
-@dataclass(frozen=True)
-class RPNConfig:
-    """Region proposal network. Sizes in pixels of the resized image, one tuple per FPN level."""
-
-    anchor_sizes: tuple[tuple[int, ...], ...] = ((32,), (64,), (128,), (256,), (512,))
-    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    batch_size: int = 256  # anchors per image in the loss
-    train_proposals: int = 2000
-    test_proposals: int = 1000
-
-
-@dataclass(frozen=True)
-class RoIConfig:
-    """Second stage."""
-
-    batch_size: int = 512  # proposals per image in the loss
-    positive_fraction: float = 0.25
-    sampling_ratio: int = 2  # RoIAlign samples per bin side
-    fc: int = 1024  # width of the two box-head layers
-    class_agnostic: bool = False  # one box regression for all categories
-
-
-@dataclass(frozen=True)
-class DetectorConfig:
-    """Which network, and the weights it starts from."""
-
-    framework: Literal["faster_rcnn"] = "faster_rcnn"
-    backbone: Literal["small", "resnet18", "resnet50"] = "resnet50"
-    fpn_channels: int = 256
-    min_size: int = 800  # shorter side after resizing, unless that makes the longer exceed max_size
-    max_size: int = 1333
-    init_from: str | None = None  # a checkpoint, or `row:NAME`, the run NAME beside this one
-    reset_classifier: bool = False  # do not take the classifier from init_from even where it fits
-    rpn: RPNConfig = field(default_factory=RPNConfig)
-    roi: RoIConfig = field(default_factory=RoIConfig)
-
-
-@dataclass(frozen=True)
-class SoftmaxConfig:
-    """Plain softmax cross entropy (Eq. 1-2)."""
-
-    name: Literal["softmax"] = "softmax"
-
-
-@dataclass(frozen=True)
-class GroupSoftmaxConfig:
-    """Balanced Group Softmax (Eq. 3-5)."""
-
-    name: Literal["group_softmax"] = "group_softmax"
-    boundaries: tuple[int, ...] = (10, 100, 1000)  # training instances
-    others_ratio: float | Literal["n", "all"] = 8.0  # beta
-    background_group: bool = True  # b in Table 4
-    others: bool = True  # o in Table 4
-    group_weights: tuple[float, ...] | None = None  # factors of the groups' losses, the background group's first
-    reweight: bool = False  # samples of a group weighted by 1/n within it
-
-
-@dataclass(frozen=True)
-class ReweightedSoftmaxConfig:
-    """Softmax cross entropy weighted by training counts."""
-
-    name: Literal["reweighted_softmax"] = "reweighted_softmax"
-    weighting: Literal["inverse", "effective_number", "effective_number_clipped"] = "inverse"
-    beta: float = 0.999  # of the effective number
-
-
-@dataclass(frozen=True)
-class SigmoidFocalConfig:
-    """Sigmoid focal loss at proposal level."""
-
-    name: Literal["sigmoid_focal"] = "sigmoid_focal"
-    gamma: float = 2.0
-    alpha: float = 0.25
-
-
-@dataclass(frozen=True)
-class NCMConfig:
-    """Nearest class mean; takes a trained softmax, trains nothing."""
-
-    name: Literal["ncm"] = "ncm"
-    features: Literal["fc", "conv"] = "fc"
-    scale: float = 1.0  # of the cosine similarities
-
-
-@dataclass(frozen=True)
-class TauNormConfig:
-    """tau-normalisation; takes a trained softmax, trains nothing."""
-
-    name: Literal["tau_norm"] = "tau_norm"
-    tau: float = 1.0
-    select: Literal["none", "foreground", "foreground_tail"] = "none"  # which proposals take the new scores
-    background: bool = True  # normalise the background's vector too
-    tail_below: int = 100  # training instances, for foreground_tail
-
-
-@dataclass(frozen=True)
-class UniformConfig:
-    """Every image once per epoch."""
-
-    name: Literal["uniform"] = "uniform"
-
-
-@dataclass(frozen=True)
-class RepeatFactorConfig:
-    """Images repeated by their rarest category."""
-
-    name: Literal["repeat_factor"] = "repeat_factor"
-    threshold: float = 0.001  # fraction of images below which a category is repeated
-    released: bool = False  # the paper's code: 1 + ceil(factor) copies
-
-
-@dataclass(frozen=True)
-class TailOnlyConfig:
-    """Images and annotations of rare categories alone."""
-
-    name: Literal["tail_only"] = "tail_only"
-    below: int = 100  # training instances
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Trained part and schedule."""
-
-    part: Literal["all", "head", "cls", "none"] = "all"  # head: the box branch after RoIAlign
-    epochs: int = 12
-    batch_size: int = 16  # images, over all ranks
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.02
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    milestones: tuple[float, ...] = (8, 11)  # epochs after which lr is multiplied by gamma
-    gamma: float = 0.1
-    warmup_iterations: int = 500
-    warmup_factor: float = 1 / 3
-    clip_norm: float = 35.0  # gradient norm; 0 does not clip
-    log_every: int = 20  # iterations
-    checkpoint_every: int = 200  # iterations; and at the end
-
-
-@dataclass(frozen=True)
-class TestConfig:
-    """Inference and evaluation."""
-
-    __test__ = False  # not a test, whatever pytest thinks of the name
-
-    batch_size: int = 1  # images per rank
-    score_threshold: float = 0.0
-    nms_threshold: float = 0.5
-    max_detections: int = 300
-    bins: tuple[int, ...] = (10, 100, 1000)  # training instances, for AP1, AP2, ...
-
-
-ClassifierConfig = (
-    SoftmaxConfig | GroupSoftmaxConfig | ReweightedSoftmaxConfig | SigmoidFocalConfig | NCMConfig | TauNormConfig
+from bags.sections import (
+    Config,
+    GroupSoftmaxConfig,
+    NCMConfig,
+    RepeatFactorConfig,
+    ReweightedSoftmaxConfig,
+    SigmoidFocalConfig,
+    TailOnlyConfig,
+    TauNormConfig,
 )
-SamplerConfig = UniformConfig | RepeatFactorConfig | TailOnlyConfig
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything that a run depends on."""
-
-    name: str = "config"  # the run's folder below the dataset's; the file's stem
-    data: DataConfig = field(default_factory=DataConfig)
-    detector: DetectorConfig = field(default_factory=DetectorConfig)
-    classifier: ClassifierConfig = field(default_factory=SoftmaxConfig)
-    sampler: SamplerConfig = field(default_factory=UniformConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    test: TestConfig = field(default_factory=TestConfig)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0
-    output: str = "runs"
-
-    @property
-    def run_folder(self) -> Path:
-        """`<output>/<dataset>/<config>`: where this run keeps its files."""
-        return Path(self.output, self.data.name, self.name)
-
-    @property
-    def init_row(self) -> str | None:
-        """The NAME of `init_from: row:NAME`, else None."""
-        source = self.detector.init_from or ""
-        return source.removeprefix("row:") if source.startswith("row:") else None
-
-    @property
-    def init_file(self) -> Path | None:
-        """The checkpoint that the weights come from, else None."""
-        if self.init_row is not None:
-            return self.run_folder.with_name(self.init_row) / "last.pth"
-        return Path(self.detector.init_from) if self.detector.init_from else None
-
-
-# --------------------------------------------------------------------------- public calls
+from bags.typed_yaml import convert, merge, parse_yaml, read_tree
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -328,6 +118,16 @@ def _check(config: Config, source: str) -> None:
     for key in ("fpn_channels", "min_size", "max_size"):
         need(1 <= getattr(detector, key) < 2**15, f"detector.{key}", f"1 to 32767, got {getattr(detector, key)}")
     need(detector.max_size >= detector.min_size, "detector.max_size", f"min_size or more, got {detector.max_size}")
+    most = 0 if detector.backbone == "small" else 3
+    need(0 <= detector.frozen_stages <= most, "detector.frozen_stages", f"0 to {most}, got {detector.frozen_stages}")
+    for key in ("image_mean", "image_std"):
+        values = getattr(detector, key)
+        need(
+            len(values) == 3 and all(0 <= v < 256 for v in values), f"detector.{key}", f"3 numbers, got {list(values)}"
+        )
+    need(min(detector.image_std) > 0, "detector.image_std", f"numbers above 0, got {list(detector.image_std)}")
+    imagenet = detector.backbone_weights is None or detector.backbone != "small"
+    need(imagenet, "detector.backbone_weights", "a backbone of torchvision's: there are none for small")
     for key in ("batch_size", "train_proposals", "test_proposals"):
         need(getattr(rpn, key) >= 1, f"detector.rpn.{key}", f"1 or more, got {getattr(rpn, key)}")
     sizes = [size for level in rpn.anchor_sizes for size in level]

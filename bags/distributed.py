@@ -58,6 +58,16 @@ def barrier() -> None:
         dist.barrier()
 
 
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """The main process runs the block before the others do."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
+
+
 def share_buffers(model: torch.nn.Module) -> None:
     """Gives all ranks the main process's buffers (batch normalisation statistics)."""
     if dist.is_initialized():

@@ -21,8 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bags.config import Config, config_to_dict, load_config, save_config
+from bags.config import config_to_dict, load_config, save_config
 from bags.errors import UserError, run_script
+from bags.sections import Config
 
 
 def main() -> None:
@@ -126,7 +127,8 @@ def run(config: Config, device) -> None:
         raise UserError(f"{validation.index.path}: `annotations` is empty: there is nothing to evaluate on")
     torch.manual_seed(config.seed)
     detector = build.build_detector(config, stats)
-    build.initialise(detector, config, index, stats)
+    with distributed.main_first():  # it may fetch weights
+        build.initialise(detector, config, index, stats)
     detector.to(device, memory_format=torch.channels_last)
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)

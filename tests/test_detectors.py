@@ -21,11 +21,11 @@ from bags.build import (
 )
 from bags.classifiers.base import BoxFeatures
 from bags.classifiers.softmax import class_weights
-from bags.config import GroupSoftmaxConfig, NCMConfig, ReweightedSoftmaxConfig, SigmoidFocalConfig, TauNormConfig
 from bags.data.statistics import CategoryStats
 from bags.detectors.postprocess import select_detections
 from bags.detectors.roi_heads import RoIHeads, box_loss
 from bags.engine.optim import build_optimizer, epoch_at, learning_rate, set_trained_part, train_mode
+from bags.sections import GroupSoftmaxConfig, NCMConfig, ReweightedSoftmaxConfig, SigmoidFocalConfig, TauNormConfig
 
 STATS = CategoryStats((1, 2, 3), ("a", "b", "c"), (500, 50, 5), (300, 40, 5))
 

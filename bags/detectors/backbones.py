@@ -1,10 +1,83 @@
 """Images -> feature pyramid."""
 
+import pickle
+from pathlib import Path
+
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
 from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from bags.errors import UserError
+
+STRIDES = {"small": (4, 8, 16), "resnet": (4, 8, 16, 32, 64), "mobilenet": (32, 32, 64)}
+
+
+def build_backbone(name: str, channels: int, levels: int, frozen_batch_norm: bool, frozen_stages: int) -> nn.Module:
+    """A backbone with pyramid, untrained. Attributes: out_channels, `strides` of its levels (pixels), and
+    `roi_levels`, the names of those that RoIs are taken from (the last one that torchvision adds is not).
+
+    name: small, or a ResNet, ResNeXt or MobileNet of torchvision. levels: of `small` alone, 2 or 3.
+    frozen_batch_norm: statistics and affine parameters stay as loaded (eps 1e-5).
+    frozen_stages: the stem and that many of the following stages are not trained; 0 trains all.
+    """
+    if name == "small":
+        backbone = SmallFPN(channels, levels)
+        backbone.strides = STRIDES["small"][:levels]
+        backbone.roi_levels = list(map(str, range(levels)))
+        return backbone
+    norm = torchvision.ops.FrozenBatchNorm2d if frozen_batch_norm else nn.BatchNorm2d
+    family = "mobilenet" if name.startswith("mobilenet") else "resnet"
+    if family == "resnet":
+        trainable = 5 if frozen_stages == 0 else 4 - frozen_stages
+        backbone = resnet_fpn_backbone(backbone_name=name, weights=None, norm_layer=norm, trainable_layers=trainable)
+    else:
+        trainable = 6 - frozen_stages if frozen_stages else 6
+        backbone = mobilenet_backbone(
+            backbone_name=name, fpn=True, norm_layer=norm, weights=None, trainable_layers=trainable
+        )
+    if channels != backbone.out_channels:
+        widths = [block[0].in_channels for block in backbone.fpn.inner_blocks]
+        backbone.fpn = FeaturePyramidNetwork(widths, channels, LastLevelMaxPool())
+        backbone.out_channels = channels
+    backbone.strides = STRIDES[family]
+    backbone.roi_levels = list(map(str, range(len(backbone.strides) - 1)))
+    return backbone
+
+
+def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
+    """Loads a classifier's weights: `source` is a name of torchvision's (IMAGENET1K_V1; fetched, its hash
+    checked), or a file with a state dict of torchvision's model `name`.
+
+    Raises UserError for anything that does not hold exactly this backbone's weights.
+    """
+    if Path(source).suffix in (".pth", ".pt"):
+        try:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise UserError(f"{source}: no such file; detector.backbone_weights names it") from None
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+            raise UserError(f"{source}: not a file of weights, or damaged ({type(error).__name__})") from None
+    else:
+        weights = torchvision.models.get_model_weights(name)
+        if source not in weights.__members__:
+            known = ", ".join(weights.__members__)
+            raise UserError(f"detector.backbone_weights: {source}: expected a .pth file or one of: {known}")
+        try:
+            state = weights[source].get_state_dict(progress=True, check_hash=True)
+        except OSError as error:
+            raise UserError(f"{weights[source].url}: cannot be fetched ({error}); name a local file instead") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{source}: not a state dict of {name}")
+    state = {key.removeprefix("features."): value for key, value in state.items()}
+    own = backbone.body.state_dict()
+    odd = [key for key, value in own.items() if key not in state or state[key].shape != value.shape]
+    odd = [key for key in odd if not key.endswith("num_batches_tracked")]
+    if odd:
+        raise UserError(f"{source}: not the weights of {name}: {odd[0]} is missing or of another shape")
+    backbone.body.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
 
 
 class SmallFPN(nn.Module):
@@ -44,16 +117,3 @@ def _conv(width_in: int, width: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(width_in, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
     )
-
-
-def resnet_fpn(name: str, channels: int) -> nn.Module:
-    """torchvision's ResNet with a pyramid at strides 4..64, from scratch: nothing frozen, batch norm trained."""
-    backbone = resnet_fpn_backbone(
-        backbone_name=name, weights=None, trainable_layers=5, norm_layer=torch.nn.BatchNorm2d
-    )
-    if channels != backbone.out_channels:
-        widths = [block.in_channels for block in (m[0] for m in backbone.fpn.inner_blocks)]
-        extra = torchvision.ops.feature_pyramid_network.LastLevelMaxPool()
-        backbone.fpn = FeaturePyramidNetwork(widths, channels, extra)
-        backbone.out_channels = channels
-    return backbone

@@ -12,13 +12,25 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
 from bags.classifiers.base import BoxFeatures, ProposalClassifier
+from bags.detectors.anchors import FixedStrideAnchors
 from bags.detectors.roi_heads import RoIHeads
 
 POOLED = 7  # RoIAlign output side
 
 
 class FasterRCNN(GeneralizedRCNN):
-    """torchvision's two-stage detector; `roi_heads` is ours."""
+    """torchvision's two-stage detector; `roi_heads` is ours.
+
+    What of the backbone is frozen at construction stays so, whatever part is trained (`frozen_parameters`).
+    """
+
+    def __init__(self, backbone, rpn, roi_heads, transform):
+        super().__init__(backbone, rpn, roi_heads, transform)
+        self._frozen = [p for p in backbone.parameters() if not p.requires_grad]
+
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """Parameters that are never trained."""
+        return self._frozen
 
     @torch.no_grad()
     def training_proposals(
@@ -37,6 +49,7 @@ def faster_rcnn(
     *,
     anchor_sizes: tuple[tuple[int, ...], ...],
     aspect_ratios: tuple[float, ...],
+    fixed_strides: bool = True,
     rpn_batch_size: int,
     train_proposals: int,
     test_proposals: int,
@@ -51,18 +64,23 @@ def faster_rcnn(
     nms_threshold: float,
     max_detections: int,
     resize_in_training: bool = True,
+    image_mean: tuple[float, ...] = (0.485, 0.456, 0.406),
+    image_std: tuple[float, ...] = (0.229, 0.224, 0.225),
 ) -> FasterRCNN:
     """A detector with torchvision's calling convention.
 
     `detector(images, targets)` gives a dict of losses in training mode and a list of
     {boxes, scores, labels} in evaluation mode; images are [3, H, W] float RGB in 0..1.
     make_classifier(fc, pooled) builds the classifier, from the numbers per proposal in BoxFeatures.
-    The last pyramid level that torchvision's ResNets add ("pool") serves the RPN only. Raises
-    ValueError where anchors and levels differ.
+    The backbone is one of `build_backbone`. fixed_strides: anchors lie on the levels' own strides, else on
+    those that torchvision derives. Raises ValueError where anchors and levels differ.
     """
-    rpn = _region_proposal_network(
-        backbone.out_channels, anchor_sizes, aspect_ratios, rpn_batch_size, train_proposals, test_proposals
-    )
+    ratios = (aspect_ratios,) * len(anchor_sizes)
+    if fixed_strides:
+        anchors = FixedStrideAnchors(anchor_sizes, ratios, backbone.strides)
+    else:
+        anchors = AnchorGenerator(anchor_sizes, ratios)
+    rpn = _region_proposal_network(backbone.out_channels, anchors, rpn_batch_size, train_proposals, test_proposals)
     classifier = make_classifier(fc, backbone.out_channels * POOLED**2)
     regressed = 1 if class_agnostic else classifier.num_categories + 1
     box_head = TwoMLPHead(backbone.out_channels * POOLED**2, fc)
@@ -70,7 +88,7 @@ def faster_rcnn(
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         nn.init.zeros_(layer.bias)
     roi_heads = RoIHeads(
-        MultiScaleRoIAlign(["0", "1", "2", "3"][: len(anchor_sizes)], POOLED, sampling_ratio),
+        MultiScaleRoIAlign(backbone.roi_levels, POOLED, sampling_ratio),
         box_head,
         classifier,
         nn.Linear(fc, 4 * regressed),
@@ -83,18 +101,15 @@ def faster_rcnn(
         nms_thresh=nms_threshold,
         detections_per_img=max_detections,
     )
-    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    mean, std = list(image_mean), list(image_std)
     transform = GeneralizedRCNNTransform(min_size, max_size, mean, std, _skip_resize=not resize_in_training)
     return FasterRCNN(backbone, rpn, roi_heads, transform)
 
 
-def _region_proposal_network(
-    channels, anchor_sizes, aspect_ratios, batch_size, train_proposals, test_proposals
-) -> RegionProposalNetwork:
-    anchors = AnchorGenerator(anchor_sizes, (aspect_ratios,) * len(anchor_sizes))
+def _region_proposal_network(channels, anchors, batch_size, train_proposals, test_proposals) -> RegionProposalNetwork:
     per_cell = anchors.num_anchors_per_location()
     if len(set(per_cell)) > 1:
-        raise ValueError(f"anchor_sizes: expected equally many sizes per level, got {anchor_sizes}")
+        raise ValueError(f"anchor_sizes: expected equally many sizes per level, got {anchors.sizes}")
     kept = {"training": train_proposals, "testing": test_proposals}
     return RegionProposalNetwork(
         anchors,

@@ -9,8 +9,8 @@ import torch
 from tqdm import tqdm
 
 from bags import distributed
-from bags.config import TrainConfig
 from bags.errors import UserError
+from bags.sections import TrainConfig
 
 
 class JsonLog:

@@ -7,16 +7,18 @@ import torch
 from torch import nn
 
 from bags.classifiers.base import ProposalClassifier
-from bags.config import TrainConfig
+from bags.sections import TrainConfig
 
 
 def set_trained_part(model: nn.Module, part: str) -> None:
     """Chooses the parameters that are trained.
 
-    `all`: every one; `head`: the box branch after RoIAlign (shared layers, classifier, box regression);
-    `cls`: those of ProposalClassifier modules; `none`: nothing.
+    `all`: every one but the model's `frozen_parameters()`; `head`: the box branch after RoIAlign (shared
+    layers, classifier, box regression); `cls`: those of ProposalClassifier modules; `none`: nothing.
     """
     model.requires_grad_(part == "all")
+    for parameter in model.frozen_parameters() if hasattr(model, "frozen_parameters") else ():
+        parameter.requires_grad_(False)
     if part == "head":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("roi_heads.") and not name.startswith("roi_heads.mask"))

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from bags import distributed
 from bags.classifiers.base import BoxFeatures, ProposalClassifier
-from bags.config import TrainConfig
 from bags.engine.checkpoint import load_latest, save_checkpoint
 from bags.engine.metrics import Monitor
 from bags.engine.optim import build_optimizer, epoch_at, learning_rate, set_trained_part, train_mode
 from bags.errors import UserError
+from bags.sections import TrainConfig
 
 
 def train_one_epoch(

@@ -1,0 +1,27 @@
+"""Anchors at fixed strides."""
+
+import torch
+from torch import Tensor
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+
+
+class FixedStrideAnchors(AnchorGenerator):
+    """torchvision's anchors, centred on multiples of each level's own stride.
+
+    torchvision derives strides from the sizes of image and feature map, rounded down: at a side of 800
+    its P6 gets 61 for 64, and its anchors drift by up to 36 pixels across the image. strides: one per
+    level, in pixels.
+    """
+
+    def __init__(self, sizes, aspect_ratios, strides: tuple[int, ...]):
+        super().__init__(sizes, aspect_ratios)
+        self.strides = strides
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Anchors of each image, [all, 4] x1, y1, x2, y2 in pixels of the padded batch."""
+        device, dtype = feature_maps[0].device, feature_maps[0].dtype
+        strides = [[torch.full((), stride, dtype=torch.int64, device=device)] * 2 for stride in self.strides]
+        self.set_cell_anchors(dtype, device)
+        levels = self.grid_anchors([maps.shape[-2:] for maps in feature_maps], strides)
+        return [torch.cat(levels)] * len(image_list.image_sizes)

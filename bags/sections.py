@@ -1,0 +1,227 @@
+"""What a configuration holds: one frozen dataclass per section, every key with its default."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which files. Relative paths are relative to `root`; `root` to the working directory."""
+
+    name: str = "dataset"  # the dataset's folder below `output`
+    root: str = "."
+    train: str = "train.json"
+    val: str = "val.json"
+    train_images: str = "."  # folder that the file names of `train` are relative to
+    val_images: str = "."
+    glyphs: Literal["glyphs-100", "glyphs-1230"] | None = None  # embedded preset, made in `root` if absent
+    aspect_batches: bool = True  # training batches of wide or of other images only
+    empty_images: bool = False  # also train on images without annotations
+    short_sides: tuple[int, ...] = ()  # training: one of these shorter sides (pixels); none: detector.min_size
+    any_short_side: bool = False  # ... or any from the first to the last
+    long_side: int = 1333  # ... unless that makes the longer side exceed this
+    exif: bool = False  # turn images as their EXIF orientation says (COCO: no)
+    flip: float = 0.5  # probability of a horizontal flip; 0 where mirrored objects change their class
+    workers: int = 2  # loader processes per rank; 0 loads in the training process
+
+
+@dataclass(frozen=True)
+class RPNConfig:
+    """Region proposal network. Sizes in pixels of the resized image, one tuple per FPN level."""
+
+    anchor_sizes: tuple[tuple[int, ...], ...] = ((32,), (64,), (128,), (256,), (512,))
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    strides: Literal["fixed", "derived"] = "fixed"  # of the anchors; derived: rounded, as torchvision does
+    batch_size: int = 256  # anchors per image in the loss
+    train_proposals: int = 2000
+    test_proposals: int = 1000
+
+
+@dataclass(frozen=True)
+class RoIConfig:
+    """Second stage."""
+
+    batch_size: int = 512  # proposals per image in the loss
+    positive_fraction: float = 0.25
+    sampling_ratio: int = 2  # RoIAlign samples per bin side
+    fc: int = 1024  # width of the two box-head layers
+    class_agnostic: bool = False  # one box regression for all categories
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """Which network, and the weights it starts from."""
+
+    framework: Literal["faster_rcnn"] = "faster_rcnn"
+    backbone: Literal[
+        "small", "resnet18", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d",
+        "mobilenet_v2", "mobilenet_v3_large",
+    ] = "resnet50"  # fmt: skip
+    backbone_weights: str | None = None  # IMAGENET1K_V1, or a file; where nothing comes from init_from
+    frozen_batch_norm: bool = False  # statistics and affine parameters stay as loaded
+    frozen_stages: int = 0  # stem and that many stages are not trained; 0: all are
+    image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of RGB in 0..1, as backbone_weights expect
+    image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    fpn_channels: int = 256
+    min_size: int = 800  # shorter side after resizing, unless that makes the longer exceed max_size
+    max_size: int = 1333
+    init_from: str | None = None  # a checkpoint, or `row:NAME`, the run NAME beside this one
+    reset_classifier: bool = False  # do not take the classifier from init_from even where it fits
+    rpn: RPNConfig = field(default_factory=RPNConfig)
+    roi: RoIConfig = field(default_factory=RoIConfig)
+
+
+@dataclass(frozen=True)
+class SoftmaxConfig:
+    """Plain softmax cross entropy (Eq. 1-2)."""
+
+    name: Literal["softmax"] = "softmax"
+
+
+@dataclass(frozen=True)
+class GroupSoftmaxConfig:
+    """Balanced Group Softmax (Eq. 3-5)."""
+
+    name: Literal["group_softmax"] = "group_softmax"
+    boundaries: tuple[int, ...] = (10, 100, 1000)  # training instances
+    others_ratio: float | Literal["n", "all"] = 8.0  # beta
+    background_group: bool = True  # b in Table 4
+    others: bool = True  # o in Table 4
+    group_weights: tuple[float, ...] | None = None  # factors of the groups' losses, the background group's first
+    reweight: bool = False  # samples of a group weighted by 1/n within it
+
+
+@dataclass(frozen=True)
+class ReweightedSoftmaxConfig:
+    """Softmax cross entropy weighted by training counts."""
+
+    name: Literal["reweighted_softmax"] = "reweighted_softmax"
+    weighting: Literal["inverse", "effective_number", "effective_number_clipped"] = "inverse"
+    beta: float = 0.999  # of the effective number
+
+
+@dataclass(frozen=True)
+class SigmoidFocalConfig:
+    """Sigmoid focal loss at proposal level."""
+
+    name: Literal["sigmoid_focal"] = "sigmoid_focal"
+    gamma: float = 2.0
+    alpha: float = 0.25
+
+
+@dataclass(frozen=True)
+class NCMConfig:
+    """Nearest class mean; takes a trained softmax, trains nothing."""
+
+    name: Literal["ncm"] = "ncm"
+    features: Literal["fc", "conv"] = "fc"
+    scale: float = 1.0  # of the cosine similarities
+
+
+@dataclass(frozen=True)
+class TauNormConfig:
+    """tau-normalisation; takes a trained softmax, trains nothing."""
+
+    name: Literal["tau_norm"] = "tau_norm"
+    tau: float = 1.0
+    select: Literal["none", "foreground", "foreground_tail"] = "none"  # which proposals take the new scores
+    background: bool = True  # normalise the background's vector too
+    tail_below: int = 100  # training instances, for foreground_tail
+
+
+@dataclass(frozen=True)
+class UniformConfig:
+    """Every image once per epoch."""
+
+    name: Literal["uniform"] = "uniform"
+
+
+@dataclass(frozen=True)
+class RepeatFactorConfig:
+    """Images repeated by their rarest category."""
+
+    name: Literal["repeat_factor"] = "repeat_factor"
+    threshold: float = 0.001  # fraction of images below which a category is repeated
+    released: bool = False  # the paper's code: 1 + ceil(factor) copies
+
+
+@dataclass(frozen=True)
+class TailOnlyConfig:
+    """Images and annotations of rare categories alone."""
+
+    name: Literal["tail_only"] = "tail_only"
+    below: int = 100  # training instances
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trained part and schedule."""
+
+    part: Literal["all", "head", "cls", "none"] = "all"  # head: the box branch after RoIAlign
+    epochs: int = 12
+    batch_size: int = 16  # images, over all ranks
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    milestones: tuple[float, ...] = (8, 11)  # epochs after which lr is multiplied by gamma
+    gamma: float = 0.1
+    warmup_iterations: int = 500
+    warmup_factor: float = 1 / 3
+    clip_norm: float = 35.0  # gradient norm; 0 does not clip
+    log_every: int = 20  # iterations
+    checkpoint_every: int = 200  # iterations; and at the end
+
+
+@dataclass(frozen=True)
+class TestConfig:
+    """Inference and evaluation."""
+
+    __test__ = False  # not a test, whatever pytest thinks of the name
+
+    batch_size: int = 1  # images per rank
+    score_threshold: float = 0.0
+    nms_threshold: float = 0.5
+    max_detections: int = 300
+    bins: tuple[int, ...] = (10, 100, 1000)  # training instances, for AP1, AP2, ...
+
+
+ClassifierConfig = (
+    SoftmaxConfig | GroupSoftmaxConfig | ReweightedSoftmaxConfig | SigmoidFocalConfig | NCMConfig | TauNormConfig
+)
+SamplerConfig = UniformConfig | RepeatFactorConfig | TailOnlyConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on."""
+
+    name: str = "config"  # the run's folder below the dataset's; the file's stem
+    data: DataConfig = field(default_factory=DataConfig)
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    classifier: ClassifierConfig = field(default_factory=SoftmaxConfig)
+    sampler: SamplerConfig = field(default_factory=UniformConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    test: TestConfig = field(default_factory=TestConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+    output: str = "runs"
+
+    @property
+    def run_folder(self) -> Path:
+        """`<output>/<dataset>/<config>`: where this run keeps its files."""
+        return Path(self.output, self.data.name, self.name)
+
+    @property
+    def init_row(self) -> str | None:
+        """The NAME of `init_from: row:NAME`, else None."""
+        source = self.detector.init_from or ""
+        return source.removeprefix("row:") if source.startswith("row:") else None
+
+    @property
+    def init_file(self) -> Path | None:
+        """The checkpoint that the weights come from, else None."""
+        if self.init_row is not None:
+            return self.run_folder.with_name(self.init_row) / "last.pth"
+        return Path(self.detector.init_from) if self.detector.init_from else None
