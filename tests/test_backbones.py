@@ -85,7 +85,7 @@ def test_anchors_lie_on_their_strides():
     for stride, own, a, b in zip(STRIDES["resnet"], maps, ours[0].split(counts), theirs[0].split(counts), strict=True):
         centres = (a[:, :2] + a[:, 2:]).reshape(-1, 3, 2)[:, 1] / 2  # of ratio 1
         assert centres[1].tolist() == [stride, 0] and centres[own.shape[-1]].tolist() == [0, stride]
-        assert torch.equal(a, b) == (stride < 32)
+        assert torch.equal(a, b) == (stride < 64)
     whole = ImageList(torch.zeros(1, 3, 128, 192), [(128, 192)])
     maps = [torch.zeros(1, 1, 128 // s, 192 // s) for s in STRIDES["resnet"]]
     ours, theirs = FixedStrideAnchors(sizes, ratios, STRIDES["resnet"]), AnchorGenerator(sizes, ratios)

@@ -1,6 +1,5 @@
 """Images -> feature pyramid."""
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -54,11 +53,11 @@ def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
     Raises UserError for anything that does not hold exactly this backbone's weights.
     """
     if Path(source).suffix in (".pth", ".pt"):
+        if not Path(source).exists():
+            raise UserError(f"{source}: no such file; detector.backbone_weights names it")
         try:
             state = torch.load(source, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise UserError(f"{source}: no such file; detector.backbone_weights names it") from None
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        except Exception as error:  # whatever a file can do to a parser
             raise UserError(f"{source}: not a file of weights, or damaged ({type(error).__name__})") from None
     else:
         weights = torchvision.models.get_model_weights(name)
