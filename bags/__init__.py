@@ -6,13 +6,21 @@ _PUBLIC = {
     "AnnotationIndex": "bags.data.index",
     "CategoryStats": "bags.data.statistics",
     "GroupSoftmax": "bags.classifiers.group_softmax",
+    "NearestClassMean": "bags.classifiers.ncm",
+    "ProposalAccuracy": "bags.evaluation.proposal_accuracy",
+    "ReweightedSoftmax": "bags.classifiers.softmax",
+    "SigmoidFocal": "bags.classifiers.focal",
     "Softmax": "bags.classifiers.softmax",
+    "TauNorm": "bags.classifiers.tau_norm",
     "UserError": "bags.errors",
     "assign_groups": "bags.classifiers.groups",
     "build_detector": "bags.build",
+    "class_weights": "bags.classifiers.softmax",
     "evaluate": "bags.evaluation.detection_ap",
     "load_config": "bags.config",
     "load_detector": "bags.build",
+    "repeat_factors": "bags.data.samplers",
+    "within_group_weights": "bags.classifiers.groups",
 }
 __all__ = list(_PUBLIC)
 
