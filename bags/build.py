@@ -77,7 +77,8 @@ def build_train_loader(config: Config, index: AnnotationIndex, stats: CategorySt
             sampler = TrainSampler(len(index), batch_size, seed, wide)
     transform = training_transform(data.flip, data.short_sides, data.any_short_side, data.long_side)
     images = Path(data.root) / data.train_images
-    return _loader(config, DetectionDataset(index, images, transform, exif=data.exif), sampler)
+    masks = config.detector.framework == "mask_rcnn"
+    return _loader(config, DetectionDataset(index, images, transform, masks, data.exif), sampler)
 
 
 def build_val_loader(config: Config, dataset: DetectionDataset) -> DataLoader:
@@ -176,6 +177,7 @@ def build_detector(config: Config, stats: CategoryStats) -> nn.Module:
         resize_in_training=not config.data.short_sides,
         image_mean=detector.image_mean,
         image_std=detector.image_std,
+        masks=detector.framework == "mask_rcnn",
     )
 
 
@@ -227,7 +229,8 @@ def check_categories(stats: CategoryStats, index: AnnotationIndex, source: Path)
 def predict_and_evaluate(
     detector: nn.Module, config: Config, stats: CategoryStats, dataset: DetectionDataset, predictions: Path, device
 ) -> dict[str, float]:
-    """Writes the results file of a dataset, then scores it: `evaluate`'s numbers and proposal accuracies.
+    """Writes the results file of a dataset, then scores it: `evaluate`'s numbers (those of masks as
+    `mask_AP`, ...) and proposal accuracies.
 
     Every rank takes its share of the images; the numbers are complete in the main process only.
     """
@@ -244,14 +247,20 @@ def predict_and_evaluate(
     accuracy.counts = distributed.total(accuracy.counts.to(device)).cpu()
     if not distributed.is_main():
         return {}
-    results = evaluate(
-        Path(config.data.root) / config.data.val,
-        predictions,
-        instance_counts=stats.instance_counts,
-        image_counts=stats.image_counts,
-        boundaries=config.test.bins,
-        max_detections=config.test.max_detections,
-    )
+    results = {}
+    for iou_type, prefix in (("bbox", ""), ("segm", "mask_")):
+        if iou_type == "segm" and config.detector.framework != "mask_rcnn":
+            continue
+        found = evaluate(
+            Path(config.data.root) / config.data.val,
+            predictions,
+            iou_type,
+            instance_counts=stats.instance_counts,
+            image_counts=stats.image_counts,
+            boundaries=config.test.bins,
+            max_detections=config.test.max_detections,
+        )
+        results |= {f"{prefix}{name}": value for name, value in found.items()}
     return results | accuracy.summary(stats.instance_counts, config.test.bins)
 
 

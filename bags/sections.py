@@ -53,7 +53,7 @@ class RoIConfig:
 class DetectorConfig:
     """Which network, and the weights it starts from."""
 
-    framework: Literal["faster_rcnn"] = "faster_rcnn"
+    framework: Literal["faster_rcnn", "mask_rcnn"] = "faster_rcnn"
     backbone: Literal[
         "small", "resnet18", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d",
         "mobilenet_v2", "mobilenet_v3_large",

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision.models.detection import _utils, roi_heads
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, fasterrcnn_mobilenet_v3_large_fpn
+from torchvision.models.detection.mask_rcnn import maskrcnn_resnet50_fpn
 from torchvision.ops import clip_boxes_to_image, nms
 
 import bags
@@ -211,6 +212,35 @@ def test_proposals_are_judged_in_the_pixels_of_the_original_image(tmp_path):
         detector, config, STATS, build_val_dataset(config), tmp_path / "p.json", torch.device("cpu")
     )
     assert (found["ACC"], found["ACC2"], found["ACCbg"]) == (1, 1, 1)
+
+
+def test_mask_detector_agrees_with_torchvisions(tmp_path):
+    """The same weights in torchvision's Mask R-CNN heads and in ours: equal losses and masks."""
+    torch.manual_seed(0)
+    peer = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, min_size=64, max_size=96, num_classes=4)
+    theirs, classifier = peer.roi_heads, bags.Softmax(1024, 3)
+    classifier.linear.load_state_dict(theirs.box_predictor.cls_score.state_dict())
+    ours = RoIHeads(
+        theirs.box_roi_pool, theirs.box_head, classifier, theirs.box_predictor.bbox_pred,
+        fg_iou_thresh=0.5, bg_iou_thresh=0.5, batch_size_per_image=512, positive_fraction=0.25, bbox_reg_weights=None,
+        score_thresh=0.05, nms_thresh=0.5, detections_per_img=100, mask_roi_pool=theirs.mask_roi_pool,
+        mask_head=theirs.mask_head, mask_predictor=theirs.mask_predictor,
+    )  # fmt: skip
+    masks = torch.zeros(2, 64, 80, dtype=torch.uint8)
+    masks[0, 4:40, 4:30], masks[1, 10:60, 20:60] = 1, 1
+    boxes = torch.tensor([[4.0, 4, 30, 40], [20, 10, 60, 60]])
+    image, target = [torch.rand(3, 64, 80)], [{"boxes": boxes, "labels": torch.tensor([1, 3]), "masks": masks}]
+    results = []
+    for mode in (True, False):  # both in training first, which moves the statistics of batch normalisation
+        for heads in (theirs, ours):
+            peer.roi_heads = heads
+            torch.manual_seed(3)
+            results.append(peer.train(mode)(image, target))
+    expected, losses, [detected], [own] = results
+    assert losses["loss_mask"].item() == pytest.approx(expected["loss_mask"].item(), rel=1e-5)
+    assert losses["loss_classifier"].item() == pytest.approx(expected["loss_classifier"].item(), rel=1e-5)
+    for key in ("boxes", "scores", "labels", "masks"):
+        assert torch.allclose(own[key], detected[key], atol=1e-5), key
 
 
 def test_part_head_trains_the_box_branch(tmp_path):

@@ -13,6 +13,7 @@ import torch
 import yaml
 from conftest import ROOT, ROWS, metrics, read_lines, run_script
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 
 def test_train_shows_the_comparison(job):
@@ -99,6 +100,31 @@ def test_two_ranks(job, tmp_path):
     assert not list((tmp_path / "tiny").glob("*/predictions.json.rank*"))
     done = run_script("evaluate", tmp_path / "tiny/softmax/last.pth", "--json")  # both ranks had the saved weights
     assert json.loads(done.stdout) == pytest.approx(metrics(tmp_path, "softmax"))
+
+
+def test_mask_rcnn_by_one_key(job, tmp_path):
+    """Boxes and masks are learnt, written, scored and drawn; BAGS starts from it, and moves its classifier alone."""
+    configs, runs, _ = job
+    arguments = ["detector.framework=mask_rcnn", f"output={tmp_path}"]
+    done = run_script("train", configs / "softmax.yaml", configs / "bags.yaml", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "mask mAP" in done.stdout
+    log = read_lines(tmp_path / "tiny/softmax/log.jsonl")
+    assert log[-1]["loss_mask"] < log[0]["loss_mask"]
+    entries = json.loads((tmp_path / "tiny/softmax/predictions.json").read_text())
+    largest = max(entries, key=lambda entry: coco_mask.area(entry["segmentation"]))
+    mask = coco_mask.decode(largest["segmentation"])
+    assert mask.shape == (64, 64) and mask.sum() > 20
+    x, y, w, h = largest["bbox"]
+    rows, columns = mask.nonzero()
+    assert x - 2 <= columns.min() and columns.max() <= x + w + 2 and y - 2 <= rows.min() and rows.max() <= y + h + 2
+    numbers = metrics(tmp_path, "bags")
+    assert {"mask_AP", "mask_AP1", "AP", "ACC"} <= numbers.keys()
+    states = [torch.load(tmp_path / "tiny" / r / "last.pth", weights_only=True)["model"] for r in ("softmax", "bags")]
+    moved = {key for key, value in states[1].items() if key not in states[0] or not torch.equal(value, states[0][key])}
+    assert all("classifier" in key for key in moved)
+    done = run_script("evaluate", tmp_path / "tiny/bags/last.pth", "--json", "--output", tmp_path / "again")
+    assert json.loads(done.stdout) == pytest.approx(numbers)
 
 
 def test_seeds_give_mean_and_deviation(job, tmp_path):

@@ -9,8 +9,10 @@ from pathlib import Path
 from bags.analysis.paper import PaperTable
 from bags.errors import UserError
 
-COLUMNS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf", "AP50", "AP_tail", "AP_head")
-TITLES = {"AP": "mAP", "AP_tail": "tail", "AP_head": "head"}
+COLUMNS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf", "AP50", "AP_tail", "AP_head",
+           "mask_AP", "mask_AP_tail", "mask_AP_head")  # fmt: skip
+TITLES = {"AP": "mAP", "AP_tail": "tail", "AP_head": "head", "mask_AP": "mask mAP", "mask_AP_tail": "mask tail",
+          "mask_AP_head": "mask head"}  # fmt: skip
 PUBLISHED = "published, LVIS v0.5"
 AGAIN = "remove it and give the training command again: only the evaluation is run"
 

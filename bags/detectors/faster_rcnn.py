@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
@@ -66,6 +67,7 @@ def faster_rcnn(
     resize_in_training: bool = True,
     image_mean: tuple[float, ...] = (0.485, 0.456, 0.406),
     image_std: tuple[float, ...] = (0.229, 0.224, 0.225),
+    masks: bool = False,
 ) -> FasterRCNN:
     """A detector with torchvision's calling convention.
 
@@ -73,7 +75,9 @@ def faster_rcnn(
     {boxes, scores, labels} in evaluation mode; images are [3, H, W] float RGB in 0..1.
     make_classifier(fc, pooled) builds the classifier, from the numbers per proposal in BoxFeatures.
     The backbone is one of `build_backbone`. fixed_strides: anchors lie on the levels' own strides, else on
-    those that torchvision derives. Raises ValueError where anchors and levels differ.
+    those that torchvision derives. masks: Mask R-CNN, with a mask for each category; targets then hold
+    masks [K, H, W], and detections masks [K, 1, H, W] in 0..1. Raises ValueError where anchors and
+    levels differ.
     """
     ratios = (aspect_ratios,) * len(anchor_sizes)
     if fixed_strides:
@@ -87,6 +91,7 @@ def faster_rcnn(
     for layer in (box_head.fc6, box_head.fc7):  # torchvision's default shrinks features from scratch
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         nn.init.zeros_(layer.bias)
+    mask_branch = _mask_branch(backbone, classifier.num_categories + 1) if masks else {}
     roi_heads = RoIHeads(
         MultiScaleRoIAlign(backbone.roi_levels, POOLED, sampling_ratio),
         box_head,
@@ -100,10 +105,21 @@ def faster_rcnn(
         score_thresh=score_threshold,
         nms_thresh=nms_threshold,
         detections_per_img=max_detections,
+        **mask_branch,
     )
     mean, std = list(image_mean), list(image_std)
     transform = GeneralizedRCNNTransform(min_size, max_size, mean, std, _skip_resize=not resize_in_training)
     return FasterRCNN(backbone, rpn, roi_heads, transform)
+
+
+def _mask_branch(backbone: nn.Module, labels: int) -> dict[str, nn.Module]:
+    """Four convolutions and a deconvolution, as in Mask R-CNN; their width is the pyramid's."""
+    width = backbone.out_channels
+    return {
+        "mask_roi_pool": MultiScaleRoIAlign(backbone.roi_levels, 14, 2),
+        "mask_head": MaskRCNNHeads(width, (width,) * 4, 1),
+        "mask_predictor": MaskRCNNPredictor(width, width, labels),
+    }
 
 
 def _region_proposal_network(channels, anchors, batch_size, train_proposals, test_proposals) -> RegionProposalNetwork:

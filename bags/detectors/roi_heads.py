@@ -15,7 +15,7 @@ from bags.detectors.postprocess import select_detections
 
 
 class RoIHeads(torchvision_roi_heads.RoIHeads):
-    """Box branch: proposals -> losses (training) or detections."""
+    """Box branch, and torchvision's mask branch if it is given: proposals -> losses (training) or detections."""
 
     report_proposals = False  # what `evaluation.proposal_accuracy` looks at
 
@@ -35,15 +35,23 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         """Returns (detections, losses); one of them is empty.
 
         proposals: per image [R_i, 4] in pixels of the resized image, whose sizes (height, width)
-        are `image_shapes`. A detection holds boxes [K, 4], scores [K] and labels [K] in 1..C; where
-        `report_proposals` is set, also proposals [R_i, 4] in 0..1 of the image's width and height,
-        and proposal_labels [R_i], the label of highest score (0: background).
+        are `image_shapes`. A detection holds boxes [K, 4], scores [K] and labels [K] in 1..C; with a mask
+        branch also masks [K, 1, 28, 28] in 0..1, of the box and its label; where `report_proposals` is
+        set, also proposals [R_i, 4] in 0..1 of the image's width and height, and proposal_labels [R_i],
+        the label of highest score (0: background).
         """
         if self.training:
             return [], self._losses(features, proposals, image_shapes, targets)
         box_features = self._features(features, proposals, image_shapes)
         scores = self.classifier.probs(self.classifier(box_features))
-        return self._detect(scores, self.box_regressor(box_features.fc), proposals, image_shapes), {}
+        detections = self._detect(scores, self.box_regressor(box_features.fc), proposals, image_shapes)
+        if self.has_mask():
+            boxes = [detection["boxes"] for detection in detections]
+            logits = self._mask_logits(features, boxes, image_shapes)
+            masks = torchvision_roi_heads.maskrcnn_inference(logits, [detection["labels"] for detection in detections])
+            for detection, mask in zip(detections, masks, strict=True):
+                detection["masks"] = mask
+        return detections, {}
 
     def training_proposals(self, features, proposals, image_shapes, targets):
         """(classifier, BoxFeatures, labels [R]) of the proposals that a training step would sample."""
@@ -56,11 +64,26 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
 
     def _losses(self, features, proposals, image_shapes, targets) -> dict[str, Tensor]:
         self.check_targets(targets)
-        proposals, _, labels, regression_targets = self.select_training_samples(proposals, targets)
-        box_features, labels = self._features(features, proposals, image_shapes), torch.cat(labels)
-        losses = self.classifier.loss(self.classifier(box_features), labels)
+        proposals, matched, labels, regression_targets = self.select_training_samples(proposals, targets)
+        box_features, all_labels = self._features(features, proposals, image_shapes), torch.cat(labels)
+        losses = self.classifier.loss(self.classifier(box_features), all_labels)
         regression = self.box_regressor(box_features.fc)
-        return {**losses, "loss_box_reg": box_loss(regression, labels, torch.cat(regression_targets))}
+        losses = {**losses, "loss_box_reg": box_loss(regression, all_labels, torch.cat(regression_targets))}
+        if self.has_mask():  # on the foreground proposals alone
+            positive = [torch.where(own > 0)[0] for own in labels]
+            boxes, objects = ([x[p] for x, p in zip(values, positive, strict=True)] for values in (proposals, matched))
+            losses["loss_mask"] = torchvision_roi_heads.maskrcnn_loss(
+                self._mask_logits(features, boxes, image_shapes),
+                boxes,
+                [target["masks"] for target in targets],
+                [target["labels"] for target in targets],
+                objects,
+            )
+        return losses
+
+    def _mask_logits(self, features, boxes, image_shapes) -> Tensor:
+        """[all boxes, C + 1, 28, 28]; channel 0, of the background, is not used."""
+        return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)))
 
     def _detect(self, scores, regression, proposals, image_shapes) -> list[dict[str, Tensor]]:
         counts = [len(p) for p in proposals]

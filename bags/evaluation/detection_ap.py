@@ -43,6 +43,9 @@ def evaluate(
     annotations, predictions = Path(annotations), Path(predictions)
     content, lvis = _checked_truth(annotations)
     entries = _checked_entries(read_json(predictions), predictions, content)
+    bare = next((k for k, entry in enumerate(entries) if iou_type == "segm" and "segmentation" not in entry), None)
+    if bare is not None:
+        raise UserError(f"{predictions}: detection {bare}: no segmentation: these are results of boxes")
     limit = max_detections or (300 if lvis else 100)
     try:
         precision, recall = _match(annotations, entries, iou_type, lvis, limit)
