@@ -12,7 +12,8 @@ from pycocotools.cocoeval import COCOeval
 from test_classifiers import REFERENCE, needs_reference
 
 import bags
-from bags.analysis.tables import render_table, spread
+from bags.analysis.paper import PAPER
+from bags.analysis.tables import render_paper_table, render_table, spread
 from bags.analysis.weight_norms import rank_correlation
 from bags.evaluation.proposal_accuracy import ProposalAccuracy, assign_labels
 
@@ -166,6 +167,18 @@ def test_tables():
         "| bags    |      50.0 |   - |",
     ]
     assert spread([0.5, math.nan], ".2f") == "0.50"
+
+
+def test_published_numbers_stand_below_ours():
+    table = PAPER["1"]
+    runs = {row.config: [dict.fromkeys(table.columns, 0.5)] for row in table.rows}
+    lines = render_paper_table(table, runs, published=True).splitlines()
+    assert lines[0] == table.title and len(lines) == 2 + 2 + 15 + 14  # the control is not in the paper
+    softmax, published = lines[4:6]
+    assert softmax.startswith("| (1) softmax") and "published, LVIS v0.5 (1) softmax" in published
+    numbers = [float(cell) for cell in published.strip("| ").split("|")[1:]]
+    assert numbers == list(table.rows[0].published)
+    assert "published" not in render_paper_table(table, runs, published=False)
 
 
 def test_rank_correlation():

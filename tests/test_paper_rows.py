@@ -39,7 +39,7 @@ def test_tables_of_the_paper_run_what_is_missing(paper_job):
         assert text.count("complete, not run again") >= 2  # softmax and bags
         for row, line in zip(PAPER[table].rows, lines[2:], strict=True):
             value = metrics(runs, row.config)["AP"]
-            assert line.split("|")[2].strip() == f"{100 * value:.1f}"
+            assert line.split("|")[2].strip() == f"{100 * value:.2f}"
     names = {row.config for table in PAPER.values() for row in table.rows}
     trained = sorted(names - {"tau_norm", "tau_norm_select", "ncm_fc", "ncm_conv"})
     digests = {weights_digest(load_checkpoint(runs / "tiny" / name / "last.pth")) for name in trained}

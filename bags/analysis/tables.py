@@ -48,10 +48,10 @@ def render_paper_table(table: PaperTable, runs: dict[str, list[dict[str, float]]
         if published and row.published:
             numbers = zip(table.columns, row.published, strict=True)
             rows[f"  {PUBLISHED} {row.title}"] = [{column: value / 100 for column, value in numbers}]
-    return f"{table.title}\n\n{render_table(rows, table.columns)}"
+    return f"{table.title}\n\n{render_table(rows, table.columns, decimals=2)}"
 
 
-def render_table(rows: dict[str, list[dict[str, float]]], columns: Sequence[str] = COLUMNS) -> str:
+def render_table(rows: dict[str, list[dict[str, float]]], columns: Sequence[str] = COLUMNS, decimals: int = 1) -> str:
     """Markdown. `rows` maps a method to its metrics, one dict per seed; several give mean +- deviation.
 
     Of `columns`, those that no row has are left out.
@@ -59,15 +59,12 @@ def render_table(rows: dict[str, list[dict[str, float]]], columns: Sequence[str]
     columns = [c for c in columns if any(c in run for runs in rows.values() for run in runs)]
     table = [["method", *(TITLES.get(c, c) for c in columns)]]
     for name, runs in rows.items():
-        table.append([name, *(_cell([run.get(c, math.nan) for run in runs]) for c in columns)])
+        cells = ([100 * run.get(column, math.nan) for run in runs] for column in columns)
+        table.append([name, *(spread(values, f".{decimals}f") for values in cells)])
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = ["| " + " | ".join(_pad(row, widths)) + " |" for row in table]
     lines.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
     return "\n".join(lines)
-
-
-def _cell(values: list[float]) -> str:
-    return spread([100 * v for v in values], ".1f")
 
 
 def spread(values: list[float], form: str) -> str:
