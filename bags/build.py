@@ -237,6 +237,7 @@ def predict_and_evaluate(
     accuracy = ProposalAccuracy(stats.num_categories)
 
     def observe(image: torch.Tensor, target: dict, detection: dict) -> None:
+        """Judges one image's proposals, in its own pixels."""
         proposals = detection["proposals"].cpu() * torch.tensor(image.shape[:0:-1]).repeat(2)
         accuracy.update(proposals, detection["proposal_labels"], target["boxes"], target["labels"])
 

@@ -9,6 +9,7 @@ wrong types and impossible values raise `UserError` before any data is read.
 import dataclasses
 import math
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -16,6 +17,7 @@ import yaml
 from bags.errors import UserError
 from bags.sections import (
     Config,
+    DetectorConfig,
     GroupSoftmaxConfig,
     NCMConfig,
     RepeatFactorConfig,
@@ -69,6 +71,7 @@ def config_to_dict(config: Config) -> dict:
     """The resolved configuration as plain values: what YAML and a checkpoint hold."""
 
     def plain(value):
+        """Dataclasses as dicts, tuples as lists."""
         if dataclasses.is_dataclass(value):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return [plain(v) for v in value] if isinstance(value, tuple) else value
@@ -86,16 +89,30 @@ def save_config(config: Config, path: str | Path) -> None:
 
 # --------------------------------------------------------------------------- values
 
+Need = Callable[[bool, str, str], None]  # (holds, key, what was expected)
+
 
 def _check(config: Config, source: str) -> None:
     """Values that have the right type and still cannot work."""
-    classifier, train, data, test = config.classifier, config.train, config.data, config.test
-    detector, rpn, roi = config.detector, config.detector.rpn, config.detector.roi
 
     def need(holds: bool, key: str, expected: str) -> None:
+        """Refuses a value that does not hold."""
         if not holds:
             raise UserError(f"{source}: {key}: expected {expected}")
 
+    _check_data(config, need)
+    _check_detector(config.detector, need)
+    _check_schedule(config, need)
+    _check_methods(config, need)
+
+
+def _need_rising(need: Need, key: str, values: tuple[int, ...]) -> None:
+    ascending = all(a < b for a, b in zip((0, *values), values, strict=False))
+    need(bool(values) and ascending and values[-1] < 2**62, key, f"rising numbers above 0, got {list(values)}")
+
+
+def _check_data(config: Config, need: Need) -> None:
+    data = config.data
     for key in ("name", "data.name"):
         value = config.name if key == "name" else data.name
         need(value not in ("", ".", "..") and not set(value) & set("/\\\0"), key, f"a folder name, got {value!r}")
@@ -108,13 +125,10 @@ def _check(config: Config, source: str) -> None:
          f"rising numbers above 0, got {list(sides)}")  # fmt: skip
     need(data.long_side >= max(sides, default=1), "data.long_side", f"short_sides or more, got {data.long_side}")
     need(0 <= data.workers <= 64, "data.workers", f"0 to 64, got {data.workers}")
-    for key in ("epochs", "batch_size", "log_every", "checkpoint_every"):
-        need(1 <= getattr(train, key) < 10**6, f"train.{key}", f"1 to 999999, got {getattr(train, key)}")
-    need(0 < train.lr < math.inf, "train.lr", f"a number above 0, got {train.lr}")
-    for key in ("momentum", "weight_decay", "gamma", "warmup_factor"):
-        need(0 <= getattr(train, key) <= 1, f"train.{key}", f"0 to 1, got {getattr(train, key)}")
-    need(0 <= train.clip_norm < math.inf, "train.clip_norm", f"0 (no clipping) or more, got {train.clip_norm}")
-    need(train.warmup_iterations >= 0, "train.warmup_iterations", f"0 or more, got {train.warmup_iterations}")
+
+
+def _check_detector(detector: DetectorConfig, need: Need) -> None:
+    rpn, roi = detector.rpn, detector.roi
     for key in ("fpn_channels", "min_size", "max_size"):
         need(1 <= getattr(detector, key) < 2**15, f"detector.{key}", f"1 to 32767, got {getattr(detector, key)}")
     need(detector.max_size >= detector.min_size, "detector.max_size", f"min_size or more, got {detector.max_size}")
@@ -136,8 +150,6 @@ def _check(config: Config, source: str) -> None:
          f"a list per pyramid level, each of equally many sizes above 0, got {rpn.anchor_sizes}")  # fmt: skip
     ratios = rpn.aspect_ratios
     need(bool(ratios) and min(ratios) > 0, "detector.rpn.aspect_ratios", f"numbers above 0, got {ratios}")
-    rising_milestones = all(0 < a < b for a, b in zip(train.milestones, (*train.milestones[1:], math.inf), strict=True))
-    need(rising_milestones, "train.milestones", f"rising epochs above 0, got {list(train.milestones)}")
     ratio = roi.sampling_ratio
     need(0 <= ratio <= 64, "detector.roi.sampling_ratio", f"0 (adaptive) to 64, got {ratio}")
     need(roi.batch_size >= 1, "detector.roi.batch_size", f"1 or more, got {roi.batch_size}")
@@ -145,15 +157,37 @@ def _check(config: Config, source: str) -> None:
     need(
         0 < roi.positive_fraction <= 1, "detector.roi.positive_fraction", f"above 0, to 1, got {roi.positive_fraction}"
     )
+
+
+def _check_schedule(config: Config, need: Need) -> None:
+    train, test = config.train, config.test
+    for key in ("epochs", "batch_size", "log_every", "checkpoint_every"):
+        need(1 <= getattr(train, key) < 10**6, f"train.{key}", f"1 to 999999, got {getattr(train, key)}")
+    need(0 < train.lr < math.inf, "train.lr", f"a number above 0, got {train.lr}")
+    for key in ("momentum", "weight_decay", "gamma", "warmup_factor"):
+        need(0 <= getattr(train, key) <= 1, f"train.{key}", f"0 to 1, got {getattr(train, key)}")
+    need(0 <= train.clip_norm < math.inf, "train.clip_norm", f"0 (no clipping) or more, got {train.clip_norm}")
+    need(train.warmup_iterations >= 0, "train.warmup_iterations", f"0 or more, got {train.warmup_iterations}")
+    rising_milestones = all(0 < a < b for a, b in zip(train.milestones, (*train.milestones[1:], math.inf), strict=True))
+    need(rising_milestones, "train.milestones", f"rising epochs above 0, got {list(train.milestones)}")
+    need(train.part == "all" or config.detector.init_from is not None, "detector.init_from",
+         f"a checkpoint: with train.part={train.part} the rest of the detector would stay random")  # fmt: skip
+    row = config.init_row
+    need(row != config.name, "detector.init_from", "another row than this one")
+    need(row is None or (row and not set(row) & set("/\\")), "detector.init_from", f"row:NAME, got row:{row}")
     need(test.batch_size >= 1, "test.batch_size", f"1 or more, got {test.batch_size}")
     limit = test.max_detections
     need(1 <= limit <= 10**6, "test.max_detections", f"1 to 1000000, got {limit}")
     need(0 <= test.score_threshold < 1, "test.score_threshold", f"0 <= threshold < 1, got {test.score_threshold}")
     need(0 < test.nms_threshold <= 1, "test.nms_threshold", f"above 0, to 1, got {test.nms_threshold}")
-    rising = [("test.bins", test.bins)]
+    _need_rising(need, "test.bins", test.bins)
+
+
+def _check_methods(config: Config, need: Need) -> None:
+    classifier, train = config.classifier, config.train
     match classifier:
         case GroupSoftmaxConfig(boundaries=boundaries, others_ratio=beta, group_weights=weights):
-            rising.append(("classifier.boundaries", boundaries))
+            _need_rising(need, "classifier.boundaries", boundaries)
             need(isinstance(beta, str) or 0 <= beta < math.inf, "classifier.others_ratio", f"0 or more, got {beta}")
             number = len(boundaries) + 2
             usable = weights is None or (len(weights) == number and all(0 <= w < math.inf for w in weights))
@@ -175,11 +209,3 @@ def _check(config: Config, source: str) -> None:
             need(0 < threshold <= 1, "sampler.threshold", f"above 0, to 1, got {threshold}")
         case TailOnlyConfig(below=below):
             need(below >= 1, "sampler.below", f"1 or more, got {below}")
-    for key, values in rising:
-        ascending = all(a < b for a, b in zip((0, *values), values, strict=False))
-        need(bool(values) and ascending and values[-1] < 2**62, key, f"rising numbers above 0, got {list(values)}")
-    need(train.part == "all" or config.detector.init_from is not None, "detector.init_from",
-         f"a checkpoint: with train.part={train.part} the rest of the detector would stay random")  # fmt: skip
-    row = config.init_row
-    need(row != config.name, "detector.init_from", "another row than this one")
-    need(row is None or (row and not set(row) & set("/\\")), "detector.init_from", f"row:NAME, got row:{row}")

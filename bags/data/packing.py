@@ -86,6 +86,7 @@ def _stream(path: Path, text: str) -> Iterator[tuple[str, dict]]:
     skip = re.compile(r"[ \t\r\n]*").match
 
     def expect(characters: str, at: int) -> tuple[str, int]:
+        """The next character, one of these, and the place after it."""
         at = skip(text, at).end()
         if text[at : at + 1] not in tuple(characters):
             raise json.JSONDecodeError(f"expected {' or '.join(characters)}", text, at)
@@ -363,6 +364,7 @@ class _Annotations:
 
 
 def offsets(lengths) -> np.ndarray:
+    """Where each of consecutive runs starts, and the end: int64 [runs + 1]."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 

@@ -87,10 +87,7 @@ def faster_rcnn(
     rpn = _region_proposal_network(backbone.out_channels, anchors, rpn_batch_size, train_proposals, test_proposals)
     classifier = make_classifier(fc, backbone.out_channels * POOLED**2)
     regressed = 1 if class_agnostic else classifier.num_categories + 1
-    box_head = TwoMLPHead(backbone.out_channels * POOLED**2, fc)
-    for layer in (box_head.fc6, box_head.fc7):  # torchvision's default shrinks features from scratch
-        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        nn.init.zeros_(layer.bias)
+    box_head = _box_head(backbone.out_channels, fc)
     mask_branch = _mask_branch(backbone, classifier.num_categories + 1) if masks else {}
     roi_heads = RoIHeads(
         MultiScaleRoIAlign(backbone.roi_levels, POOLED, sampling_ratio),
@@ -110,6 +107,14 @@ def faster_rcnn(
     mean, std = list(image_mean), list(image_std)
     transform = GeneralizedRCNNTransform(min_size, max_size, mean, std, _skip_resize=not resize_in_training)
     return FasterRCNN(backbone, rpn, roi_heads, transform)
+
+
+def _box_head(channels: int, fc: int) -> TwoMLPHead:
+    head = TwoMLPHead(channels * POOLED**2, fc)
+    for layer in (head.fc6, head.fc7):  # torchvision's default shrinks features from scratch
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.zeros_(layer.bias)
+    return head
 
 
 def _mask_branch(backbone: nn.Module, labels: int) -> dict[str, nn.Module]:

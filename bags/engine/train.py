@@ -61,6 +61,7 @@ def to_device(images: list[torch.Tensor], targets: list[dict], device: torch.dev
     images = [image.to(device, non_blocking=True) for image in images]
 
     def moved(target: dict) -> dict:
+        """One target on the device."""
         return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in target.items()}
 
     return images, [moved(target) for target in targets]
@@ -80,6 +81,7 @@ def fit_classifiers(model: nn.Module, loader: DataLoader, device: torch.device, 
     train_mode(model)
 
     def batches(classifier: ProposalClassifier) -> Iterator[tuple[BoxFeatures, torch.Tensor]]:
+        """What one classifier is fitted to."""
         bar = tqdm(loader, desc=f"{title}: fit", unit="batch", disable=not distributed.is_main())
         for iteration, (images, targets) in enumerate(bar):
             distributed.seed_rank(seed * 1_000_003 + iteration, device)
@@ -89,6 +91,21 @@ def fit_classifiers(model: nn.Module, loader: DataLoader, device: torch.device, 
 
     for classifier in wanted:
         classifier.fit(batches(classifier))
+
+
+def _resume(model: nn.Module, optimizer: torch.optim.Optimizer | None, folder: Path, stats: dict) -> dict | None:
+    """Loads the folder's latest checkpoint, if there is one, and returns it."""
+    saved = load_latest(folder)
+    if saved is None:
+        return None
+    if saved["stats"] != stats:
+        raise UserError(f"{folder}: the training annotations have changed since this run began: remove the folder")
+    if type(saved.get("iteration")) is not int or (optimizer and "optimizer" not in saved):
+        raise UserError(f"{folder}: its checkpoint is not a run's own (no iteration or optimizer in it): remove it")
+    model.load_state_dict(saved["model"])
+    if optimizer:
+        optimizer.load_state_dict(saved["optimizer"])
+    return saved
 
 
 def train(
@@ -114,23 +131,16 @@ def train(
     sampler.start(0)
     epochs = [0, *itertools.accumulate(sampler.batches_in(epoch) for epoch in range(config.epochs))]
     total = epochs[-1] if trainable else 0
-    done, saved = 0, load_latest(folder)
-    if saved is not None:
-        if saved["stats"] != about["stats"]:
-            raise UserError(f"{folder}: the training annotations have changed since this run began: remove the folder")
-        if type(saved.get("iteration")) is not int or (trainable and "optimizer" not in saved):
-            raise UserError(f"{folder}: its checkpoint is not a run's own (no iteration or optimizer in it): remove it")
-        model.load_state_dict(saved["model"])
-        done = saved["iteration"]
-        if trainable:
-            optimizer.load_state_dict(saved["optimizer"])
-    elif not trainable:
+    saved = _resume(model, optimizer, folder, about["stats"])
+    done = saved["iteration"] if saved else 0
+    if saved is None and not trainable:
         fit_classifiers(model, loader, device, seed, title)
     parallel = model
     if trainable and distributed.world_size() > 1:
         parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
 
     def save(iteration: int) -> None:
+        """Writes `last.pth`."""
         if distributed.is_main():
             state = {"model": model.state_dict(), "iteration": iteration}
             if trainable:
@@ -140,6 +150,7 @@ def train(
     with Monitor(folder, title, config, done, total) as monitor:
 
         def after_step(iteration: int, losses: dict[str, torch.Tensor], lr: float) -> None:
+            """Logs, and saves now and then."""
             steps = iteration + 1
             saves = steps % config.checkpoint_every == 0 and steps < total
             monitor.step(iteration, epoch_at(epochs, steps), losses, lr, check=saves)
