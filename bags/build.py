@@ -77,8 +77,10 @@ def build_train_loader(config: Config, index: AnnotationIndex, stats: CategorySt
             sampler = TrainSampler(len(index), batch_size, seed, wide)
     transform = training_transform(data.flip, data.short_sides, data.any_short_side, data.long_side)
     images = Path(data.root) / data.train_images
-    masks = config.detector.framework == "mask_rcnn"
-    return _loader(config, DetectionDataset(index, images, transform, masks, data.exif), sampler)
+    semantic = Path(data.root) / data.train_semantic if data.train_semantic else None
+    masks = config.detector.has_masks
+    dataset = DetectionDataset(index, images, transform, masks, data.exif, semantic, data.semantic_classes)
+    return _loader(config, dataset, sampler)
 
 
 def build_val_loader(config: Config, dataset: DetectionDataset) -> DataLoader:
@@ -148,7 +150,12 @@ def build_detector(config: Config, stats: CategoryStats) -> nn.Module:
     detector, rpn, roi, test = config.detector, config.detector.rpn, config.detector.roi, config.test
     levels = 2 if len(rpn.anchor_sizes) == 2 else 3
     backbone = build_backbone(
-        detector.backbone, detector.fpn_channels, levels, detector.frozen_batch_norm, detector.frozen_stages
+        detector.backbone,
+        detector.fpn_channels,
+        levels,
+        detector.frozen_batch_norm,
+        detector.frozen_stages,
+        detector.deformable_stages,
     )
     if len(rpn.anchor_sizes) != len(backbone.strides):
         raise UserError(
@@ -158,9 +165,10 @@ def build_detector(config: Config, stats: CategoryStats) -> nn.Module:
     return faster_rcnn(
         backbone,
         lambda *features: build_classifier(config.classifier, *features, stats),
+        framework=detector.framework,
+        conventions=detector.conventions,
         anchor_sizes=rpn.anchor_sizes,
         aspect_ratios=rpn.aspect_ratios,
-        fixed_strides=rpn.strides == "fixed",
         rpn_batch_size=rpn.batch_size,
         train_proposals=rpn.train_proposals,
         test_proposals=rpn.test_proposals,
@@ -169,6 +177,7 @@ def build_detector(config: Config, stats: CategoryStats) -> nn.Module:
         sampling_ratio=roi.sampling_ratio,
         fc=roi.fc,
         class_agnostic=roi.class_agnostic,
+        semantic_classes=config.data.semantic_classes if config.data.train_semantic else stats.num_categories + 1,
         min_size=detector.min_size,
         max_size=detector.max_size,
         score_threshold=test.score_threshold,
@@ -177,7 +186,6 @@ def build_detector(config: Config, stats: CategoryStats) -> nn.Module:
         resize_in_training=not config.data.short_sides,
         image_mean=detector.image_mean,
         image_std=detector.image_std,
-        masks=detector.framework == "mask_rcnn",
     )
 
 
@@ -250,7 +258,7 @@ def predict_and_evaluate(
         return {}
     results = {}
     for iou_type, prefix in (("bbox", ""), ("segm", "mask_")):
-        if iou_type == "segm" and config.detector.framework != "mask_rcnn":
+        if iou_type == "segm" and not config.detector.has_masks:
             continue
         found = evaluate(
             Path(config.data.root) / config.data.val,

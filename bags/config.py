@@ -124,6 +124,9 @@ def _check_data(config: Config, need: Need) -> None:
     need(all(0 < a <= b for a, b in zip(sides, sides[1:] or sides, strict=False)), "data.short_sides",
          f"rising numbers above 0, got {list(sides)}")  # fmt: skip
     need(data.long_side >= max(sides, default=1), "data.long_side", f"short_sides or more, got {data.long_side}")
+    need(1 <= data.semantic_classes <= 255, "data.semantic_classes", f"1 to 255, got {data.semantic_classes}")
+    need(data.train_semantic is None or config.detector.framework == "htc", "data.train_semantic",
+         f"detector.framework htc: {config.detector.framework} has no semantic branch")  # fmt: skip
     need(0 <= data.workers <= 64, "data.workers", f"0 to 64, got {data.workers}")
 
 
@@ -142,6 +145,15 @@ def _check_detector(detector: DetectorConfig, need: Need) -> None:
     need(min(detector.image_std) > 0, "detector.image_std", f"numbers above 0, got {list(detector.image_std)}")
     imagenet = detector.backbone_weights is None or detector.backbone != "small"
     need(imagenet, "detector.backbone_weights", "a backbone of torchvision's: there are none for small")
+    stages = detector.deformable_stages
+    resnet = detector.backbone.startswith("resne")
+    need(not stages or resnet, "detector.deformable_stages", f"a ResNet: {detector.backbone} cannot have them")
+    need(set(stages) <= {1, 2, 3, 4} and list(stages) == sorted(set(stages)), "detector.deformable_stages",
+         f"rising numbers of 1 to 4, got {list(stages)}")  # fmt: skip
+    need(roi.class_agnostic or not detector.is_cascade, "detector.roi.class_agnostic",
+         f"true: the stages of {detector.framework} have one box regression for all categories")  # fmt: skip
+    need(detector.init_from or not detector.other_categories, "detector.init_from",
+         "a checkpoint: detector.other_categories says what to take from it")  # fmt: skip
     for key in ("batch_size", "train_proposals", "test_proposals"):
         need(getattr(rpn, key) >= 1, f"detector.rpn.{key}", f"1 or more, got {getattr(rpn, key)}")
     sizes = [size for level in rpn.anchor_sizes for size in level]

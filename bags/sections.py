@@ -15,6 +15,8 @@ class DataConfig:
     val: str = "val.json"
     train_images: str = "."  # folder that the file names of `train` are relative to
     val_images: str = "."
+    train_semantic: str | None = None  # htc: folder of PNG label maps of `train`; none: painted from the masks
+    semantic_classes: int = 183  # labels in those maps; 255 marks pixels without one
     glyphs: Literal["glyphs-100", "glyphs-1230"] | None = None  # embedded preset, made in `root` if absent
     aspect_batches: bool = True  # training batches of wide or of other images only
     empty_images: bool = False  # also train on images without annotations
@@ -32,7 +34,6 @@ class RPNConfig:
 
     anchor_sizes: tuple[tuple[int, ...], ...] = ((32,), (64,), (128,), (256,), (512,))
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    strides: Literal["fixed", "derived"] = "fixed"  # of the anchors; derived: rounded, as torchvision does
     batch_size: int = 256  # anchors per image in the loss
     train_proposals: int = 2000
     test_proposals: int = 1000
@@ -46,19 +47,21 @@ class RoIConfig:
     positive_fraction: float = 0.25
     sampling_ratio: int = 2  # RoIAlign samples per bin side
     fc: int = 1024  # width of the two box-head layers
-    class_agnostic: bool = False  # one box regression for all categories
+    class_agnostic: bool = False  # one box regression for all categories; cascades need it
 
 
 @dataclass(frozen=True)
 class DetectorConfig:
     """Which network, and the weights it starts from."""
 
-    framework: Literal["faster_rcnn", "mask_rcnn"] = "faster_rcnn"
+    framework: Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "htc"] = "faster_rcnn"
+    conventions: Literal["standard", "torchvision", "released"] = "standard"  # released: those of the paper's models
     backbone: Literal[
         "small", "resnet18", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d",
         "mobilenet_v2", "mobilenet_v3_large",
     ] = "resnet50"  # fmt: skip
     backbone_weights: str | None = None  # IMAGENET1K_V1, or a file; where nothing comes from init_from
+    deformable_stages: tuple[int, ...] = ()  # ResNet stages, of 1 to 4, whose 3x3 convolutions are deformable
     frozen_batch_norm: bool = False  # statistics and affine parameters stay as loaded
     frozen_stages: int = 0  # stem and that many stages are not trained; 0: all are
     image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of RGB in 0..1, as backbone_weights expect
@@ -67,9 +70,20 @@ class DetectorConfig:
     min_size: int = 800  # shorter side after resizing, unless that makes the longer exceed max_size
     max_size: int = 1333
     init_from: str | None = None  # a checkpoint, or `row:NAME`, the run NAME beside this one
+    other_categories: bool = False  # init_from knows others: what depends on categories starts new
     reset_classifier: bool = False  # do not take the classifier from init_from even where it fits
     rpn: RPNConfig = field(default_factory=RPNConfig)
     roi: RoIConfig = field(default_factory=RoIConfig)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the framework learns and predicts masks."""
+        return self.framework in ("mask_rcnn", "cascade_mask_rcnn", "htc")
+
+    @property
+    def is_cascade(self) -> bool:
+        """Whether the framework has several second stages."""
+        return self.framework in ("cascade_rcnn", "cascade_mask_rcnn", "htc")
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def test_anchors_lie_on_their_strides():
 
 def test_strides_are_a_choice(tmp_path):
     assert type(detector(tmp_path).rpn.anchor_generator) is FixedStrideAnchors
-    assert type(detector(tmp_path, "detector.rpn.strides=derived").rpn.anchor_generator) is AnchorGenerator
+    assert type(detector(tmp_path, "detector.conventions=torchvision").rpn.anchor_generator) is AnchorGenerator
 
 
 # --------------------------------------------------------------------------- weights

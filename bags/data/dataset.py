@@ -24,11 +24,12 @@ class DetectionDataset(Dataset):
 
     image   float32 [3, H, W], RGB in 0..1
     target  boxes float32 [K, 4] (x1, y1, x2, y2 pixels, inside the image, at least 1e-3 wide and
-            high before any resizing), labels int64 [K] in 1..C, image_id int; with `masks` also masks uint8 [K, H, W].
-            Crowd regions are left out.
+            high before any resizing), labels int64 [K] in 1..C, image_id int; with `masks` also masks uint8 [K, H, W],
+            with `semantic` also semantic uint8 [H, W]. Crowd regions are left out.
 
     transform: see `training_transform`; None leaves images as they are. exif: turn images as their EXIF
     orientation says (COCO's annotations ignore it). masks: objects without a segmentation are left out too.
+    semantic: folder of label maps, a PNG named as each image, labels 0 .. semantic_classes-1 and 255 for none.
     """
 
     def __init__(
@@ -38,12 +39,17 @@ class DetectionDataset(Dataset):
         transform: v2.Transform | None = None,
         masks: bool = False,
         exif: bool = False,
+        semantic: Path | None = None,
+        semantic_classes: int = 183,
     ):
         self.index, self.folder = index, Path(image_folder)
         self.transform = transform or training_transform()
         self.masks, self.exif = masks, exif
+        self.semantic, self.semantic_classes = semantic, semantic_classes
         if not self.folder.is_dir():
             raise UserError(f"{self.folder}: no such image folder; set data.root or data.*_images")
+        if semantic and not semantic.is_dir():
+            raise UserError(f"{semantic}: no such folder of label maps; set data.root or data.train_semantic")
 
     def __len__(self) -> int:
         return len(self.index)
@@ -56,14 +62,17 @@ class DetectionDataset(Dataset):
         # One box more than there are objects tells where the left half of the image went.
         boxes = torch.cat([target["boxes"], torch.tensor([[0, 0, width / 2, height]])])
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
+        maps = [tv_tensors.Mask(self._label_map(position, (height, width)))] if self.semantic else []
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            image, boxes = self.transform(image, boxes)
+            image, boxes, *maps = self.transform(image, boxes, *maps)
         boxes = boxes.as_subclass(Tensor)
         target["boxes"] = boxes[:-1]
         if self.masks:
             mirrored = bool(boxes[-1, 0] > 0)
             target["masks"] = self._masks(kept, (height, width), tuple(image.shape[1:]), mirrored)
+        if maps:
+            target["semantic"] = maps[0].as_subclass(Tensor)[0]
         return image.as_subclass(Tensor), target
 
     def read(self, position: int) -> tuple[Image.Image, dict]:
@@ -98,6 +107,24 @@ class DetectionDataset(Dataset):
                 "scripts/prepare_data.py check lists all such images"
             )
         return image
+
+    def _label_map(self, position: int, size: tuple[int, int]) -> Tensor:
+        """Labels of an image's pixels, uint8 [1, H, W]; size is (height, width)."""
+        path = image_path(self.semantic, self.index.file_name(position)).with_suffix(".png")
+        try:
+            with Image.open(path) as image:
+                labels = np.array(image)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such label map; data.train_semantic=null paints it from the masks") from None
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{path}: not a readable image ({error})") from None
+        if labels.shape != size or labels.dtype != np.uint8:
+            expected = f"one byte for each of {size[1]} x {size[0]} pixels"
+            raise UserError(f"{path}: expected {expected}, got {labels.dtype} of shape {labels.shape}")
+        highest = int(labels[labels != 255].max(initial=0))
+        if highest >= self.semantic_classes:
+            raise UserError(f"{path}: label {highest}, but data.semantic_classes is {self.semantic_classes}")
+        return torch.from_numpy(labels)[None]
 
     def _masks(self, annotations: np.ndarray, old: tuple[int, int], new: tuple[int, int], mirrored: bool) -> Tensor:
         """Masks of annotations at the final size, uint8 [K, H, W]; sizes are (height, width)."""

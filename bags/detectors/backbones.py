@@ -1,12 +1,13 @@
 """Images -> feature pyramid."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import DeformConv2d, FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from bags.errors import UserError
@@ -14,13 +15,21 @@ from bags.errors import UserError
 STRIDES = {"small": (4, 8, 16), "resnet": (4, 8, 16, 32, 64), "mobilenet": (32, 32, 64)}
 
 
-def build_backbone(name: str, channels: int, levels: int, frozen_batch_norm: bool, frozen_stages: int) -> nn.Module:
+def build_backbone(
+    name: str,
+    channels: int,
+    levels: int,
+    frozen_batch_norm: bool,
+    frozen_stages: int,
+    deformable_stages: Sequence[int] = (),
+) -> nn.Module:
     """A backbone with pyramid, untrained. Attributes: out_channels, `strides` of its levels (pixels), and
     `roi_levels`, the names of those that RoIs are taken from (the last one that torchvision adds is not).
 
     name: small, or a ResNet, ResNeXt or MobileNet of torchvision. levels: of `small` alone, 2 or 3.
     frozen_batch_norm: statistics and affine parameters stay as loaded (eps 1e-5).
     frozen_stages: the stem and that many of the following stages are not trained; 0 trains all.
+    deformable_stages: stages of a ResNet, of 1 to 4, whose 3x3 convolutions are deformable.
     """
     if name == "small":
         backbone = SmallFPN(channels, levels)
@@ -32,6 +41,10 @@ def build_backbone(name: str, channels: int, levels: int, frozen_batch_norm: boo
     if family == "resnet":
         trainable = 5 if frozen_stages == 0 else 4 - frozen_stages
         backbone = resnet_fpn_backbone(backbone_name=name, weights=None, norm_layer=norm, trainable_layers=trainable)
+        for stage in deformable_stages:
+            for block in backbone.body[f"layer{stage}"]:
+                block.conv2 = DeformableConv(block.conv2)
+                block.conv2.requires_grad_(stage > frozen_stages)
     else:
         trainable = 6 - frozen_stages if frozen_stages else 6
         backbone = mobilenet_backbone(
@@ -73,10 +86,29 @@ def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
     state = {key.removeprefix("features."): value for key, value in state.items()}
     own = backbone.body.state_dict()
     odd = [key for key, value in own.items() if key not in state or state[key].shape != value.shape]
-    odd = [key for key in odd if not key.endswith("num_batches_tracked")]
+    odd = [key for key in odd if not key.endswith("num_batches_tracked") and ".offsets." not in key]
     if odd:
         raise UserError(f"{source}: not the weights of {name}: {odd[0]} is missing or of another shape")
     backbone.body.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
+
+
+class DeformableConv(DeformConv2d):
+    """A 3x3 convolution whose nine taps move by learnt offsets (Dai et al. 2017); it starts as the plain one."""
+
+    def __init__(self, plain: nn.Conv2d):
+        """Takes the shape and the weights of `plain`."""
+        geometry = {name: getattr(plain, name) for name in ("stride", "padding", "dilation")}
+        super().__init__(
+            plain.in_channels, plain.out_channels, 3, groups=plain.groups, bias=plain.bias is not None, **geometry
+        )
+        self.load_state_dict(plain.state_dict())
+        self.offsets = nn.Conv2d(plain.in_channels, 18, 3, **geometry)  # (y, x) of each tap, row by row
+        nn.init.zeros_(self.offsets.weight)
+        nn.init.zeros_(self.offsets.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, in_channels, H, W] -> [B, out_channels, H', W']."""
+        return super().forward(features, self.offsets(features))
 
 
 class SmallFPN(nn.Module):

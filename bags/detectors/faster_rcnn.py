@@ -1,22 +1,23 @@
-"""Faster R-CNN from torchvision's parts around any `ProposalClassifier`."""
+"""Faster, Mask and Cascade R-CNN and HTC: torchvision's parts put together around any `ProposalClassifier`."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign
 
 from bags.classifiers.base import BoxFeatures, ProposalClassifier
-from bags.detectors.anchors import FixedStrideAnchors
+from bags.detectors.cascade import STAGES, CascadeRoIHeads, Stage
+from bags.detectors.conventions import CONVENTIONS, Conventions
+from bags.detectors.htc import HTCRoIHeads, SemanticBranch, fuse_semantic
 from bags.detectors.roi_heads import RoIHeads
 
 POOLED = 7  # RoIAlign output side
+MASK_POOLED = 14  # ... of the mask branch, whose masks have twice that
 
 
 class FasterRCNN(GeneralizedRCNN):
@@ -33,6 +34,10 @@ class FasterRCNN(GeneralizedRCNN):
         """Parameters that are never trained."""
         return self._frozen
 
+    def classifiers(self) -> list[ProposalClassifier]:
+        """One for each stage."""
+        return [module for module in self.roi_heads.modules() if isinstance(module, ProposalClassifier)]
+
     @torch.no_grad()
     def training_proposals(
         self, images: list[Tensor], targets: list[dict]
@@ -48,9 +53,10 @@ def faster_rcnn(
     backbone: nn.Module,
     make_classifier: Callable[[int, int], ProposalClassifier],
     *,
+    framework: str = "faster_rcnn",
+    conventions: str = "standard",
     anchor_sizes: tuple[tuple[int, ...], ...],
     aspect_ratios: tuple[float, ...],
-    fixed_strides: bool = True,
     rpn_batch_size: int,
     train_proposals: int,
     test_proposals: int,
@@ -59,6 +65,7 @@ def faster_rcnn(
     sampling_ratio: int,
     fc: int,
     class_agnostic: bool,
+    semantic_classes: int = 0,
     min_size: int,
     max_size: int,
     score_threshold: float,
@@ -67,46 +74,88 @@ def faster_rcnn(
     resize_in_training: bool = True,
     image_mean: tuple[float, ...] = (0.485, 0.456, 0.406),
     image_std: tuple[float, ...] = (0.229, 0.224, 0.225),
-    masks: bool = False,
 ) -> FasterRCNN:
     """A detector with torchvision's calling convention.
 
     `detector(images, targets)` gives a dict of losses in training mode and a list of
     {boxes, scores, labels} in evaluation mode; images are [3, H, W] float RGB in 0..1.
-    make_classifier(fc, pooled) builds the classifier, from the numbers per proposal in BoxFeatures.
-    The backbone is one of `build_backbone`. fixed_strides: anchors lie on the levels' own strides, else on
-    those that torchvision derives. masks: Mask R-CNN, with a mask for each category; targets then hold
-    masks [K, H, W], and detections masks [K, 1, H, W] in 0..1. Raises ValueError where anchors and
-    levels differ.
+    make_classifier(fc, pooled) builds the classifier of a stage, from the numbers per proposal in BoxFeatures.
+    The backbone is one of `build_backbone`.
+    framework: faster_rcnn, mask_rcnn, cascade_rcnn, cascade_mask_rcnn or htc. Those with masks take targets with
+    masks [K, H, W], and detections hold masks [K, 1, H, W] in 0..1; htc also takes `semantic` (see SemanticBranch).
+    conventions: a name in CONVENTIONS. semantic_classes: labels of htc's semantic branch.
+    Raises ValueError where anchors and levels differ, and for a cascade that is not class-agnostic.
     """
-    ratios = (aspect_ratios,) * len(anchor_sizes)
-    if fixed_strides:
-        anchors = FixedStrideAnchors(anchor_sizes, ratios, backbone.strides)
-    else:
-        anchors = AnchorGenerator(anchor_sizes, ratios)
-    rpn = _region_proposal_network(backbone.out_channels, anchors, rpn_batch_size, train_proposals, test_proposals)
-    classifier = make_classifier(fc, backbone.out_channels * POOLED**2)
-    regressed = 1 if class_agnostic else classifier.num_categories + 1
-    box_head = _box_head(backbone.out_channels, fc)
-    mask_branch = _mask_branch(backbone, classifier.num_categories + 1) if masks else {}
-    roi_heads = RoIHeads(
-        MultiScaleRoIAlign(backbone.roi_levels, POOLED, sampling_ratio),
-        box_head,
-        classifier,
-        nn.Linear(fc, 4 * regressed),
-        fg_iou_thresh=0.5,
-        bg_iou_thresh=0.5,
+    parts = CONVENTIONS[conventions]
+    anchors = parts.anchors(anchor_sizes, (aspect_ratios,) * len(anchor_sizes), backbone.strides)
+    rpn = _region_proposal_network(
+        parts, backbone.out_channels, anchors, rpn_batch_size, train_proposals, test_proposals
+    )
+    second_stage = partial(
+        _second_stage,
+        parts,
+        framework,
+        backbone,
+        make_classifier,
+        fc,
+        class_agnostic,
+        sampling_ratio,
         batch_size_per_image=roi_batch_size,
         positive_fraction=positive_fraction,
-        bbox_reg_weights=None,
         score_thresh=score_threshold,
         nms_thresh=nms_threshold,
         detections_per_img=max_detections,
-        **mask_branch,
     )
+    if framework in ("faster_rcnn", "mask_rcnn"):
+        roi_heads = second_stage(STAGES[0])
+    else:
+        if not class_agnostic:
+            raise ValueError("class_agnostic: the stages of a cascade have one box regression for all categories")
+        stages, weights = [second_stage(of) for of in STAGES], [of.loss_weight for of in STAGES]
+        if framework == "htc":
+            width = backbone.out_channels
+            semantic = SemanticBranch(width, backbone.strides, semantic_classes, parts.semantic_padding)
+            roi_heads = HTCRoIHeads(stages, weights, width, semantic)
+        else:
+            roi_heads = CascadeRoIHeads(stages, weights)
     mean, std = list(image_mean), list(image_std)
-    transform = GeneralizedRCNNTransform(min_size, max_size, mean, std, _skip_resize=not resize_in_training)
+    transform = parts.transform(min_size, max_size, mean, std, _skip_resize=not resize_in_training)
     return FasterRCNN(backbone, rpn, roi_heads, transform)
+
+
+def _second_stage(
+    parts: Conventions,
+    framework: str,
+    backbone: nn.Module,
+    make_classifier: Callable[[int, int], ProposalClassifier],
+    fc: int,
+    class_agnostic: bool,
+    sampling_ratio: int,
+    of: Stage,
+    **settings,
+) -> RoIHeads:
+    """The heads of one stage; `settings` are torchvision's."""
+    classifier = make_classifier(fc, backbone.out_channels * POOLED**2)
+    labels = classifier.num_categories + 1
+    box_pool = parts.roi_align(backbone.roi_levels, POOLED, sampling_ratio)
+    masks = {}
+    if framework in ("mask_rcnn", "cascade_mask_rcnn", "htc"):
+        masks = _mask_branch(parts, backbone, labels)
+    if framework == "htc":
+        box_pool = fuse_semantic(box_pool, parts, sampling_ratio)
+        masks["mask_roi_pool"] = fuse_semantic(masks["mask_roi_pool"], parts, 2)
+    return RoIHeads(
+        box_pool,
+        _box_head(backbone.out_channels, fc),
+        classifier,
+        nn.Linear(fc, 4 if class_agnostic else 4 * labels),
+        parts,
+        fg_iou_thresh=of.iou,
+        bg_iou_thresh=of.iou,
+        bbox_reg_weights=tuple(1 / deviation for deviation in of.deviations),
+        **settings,
+        **masks,
+    )
 
 
 def _box_head(channels: int, fc: int) -> TwoMLPHead:
@@ -117,22 +166,24 @@ def _box_head(channels: int, fc: int) -> TwoMLPHead:
     return head
 
 
-def _mask_branch(backbone: nn.Module, labels: int) -> dict[str, nn.Module]:
+def _mask_branch(parts: Conventions, backbone: nn.Module, labels: int) -> dict[str, nn.Module]:
     """Four convolutions and a deconvolution, as in Mask R-CNN; their width is the pyramid's."""
     width = backbone.out_channels
     return {
-        "mask_roi_pool": MultiScaleRoIAlign(backbone.roi_levels, 14, 2),
+        "mask_roi_pool": parts.roi_align(backbone.roi_levels, MASK_POOLED, 2),
         "mask_head": MaskRCNNHeads(width, (width,) * 4, 1),
         "mask_predictor": MaskRCNNPredictor(width, width, labels),
     }
 
 
-def _region_proposal_network(channels, anchors, batch_size, train_proposals, test_proposals) -> RegionProposalNetwork:
+def _region_proposal_network(
+    parts: Conventions, channels: int, anchors, batch_size: int, train_proposals: int, test_proposals: int
+) -> RegionProposalNetwork:
     per_cell = anchors.num_anchors_per_location()
     if len(set(per_cell)) > 1:
         raise ValueError(f"anchor_sizes: expected equally many sizes per level, got {anchors.sizes}")
     kept = {"training": train_proposals, "testing": test_proposals}
-    return RegionProposalNetwork(
+    return parts.rpn(
         anchors,
         RPNHead(channels, per_cell[0]),
         fg_iou_thresh=0.7,

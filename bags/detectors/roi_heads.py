@@ -1,9 +1,11 @@
 """The second stage around a `ProposalClassifier`.
 
 torchvision fixes softmax in the training loss and in the postprocessing of its RoIHeads. This
-subclass keeps its matcher, sampler, RoIAlign and box coder, and leaves loss and scores to the
-classifier. Shape shorthand: R proposals of the batch, C categories; label 0 is the background.
+subclass keeps its sampler and matching, and leaves loss and scores to the classifier. Shape
+shorthand: R proposals of the batch, R_i of one image, C categories; label 0 is the background.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,22 @@ from torch import Tensor, nn
 from torchvision.models.detection import roi_heads as torchvision_roi_heads
 
 from bags.classifiers.base import BoxFeatures, ProposalClassifier
+from bags.detectors.conventions import STANDARD, Conventions
 from bags.detectors.postprocess import select_detections
+
+
+class Samples(NamedTuple):
+    """The proposals that a training step looks at; one tensor per image."""
+
+    boxes: list[Tensor]  # [R_i, 4] x1, y1, x2, y2 in pixels of the resized image
+    labels: list[Tensor]  # [R_i] in 0..C
+    matched: list[Tensor]  # [R_i] position of the matched object in its image
+    deltas: list[Tensor]  # [R_i, 4] from the box to the matched object
+    is_object: list[Tensor]  # [R_i] bool: no proposal but an object's own box, added to learn from
+
+    def foreground(self) -> "Samples":
+        """Those of label 1 and above."""
+        return Samples(*([v[own > 0] for v, own in zip(values, self.labels, strict=True)] for values in self))
 
 
 class RoIHeads(torchvision_roi_heads.RoIHeads):
@@ -19,11 +36,22 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
 
     report_proposals = False  # what `evaluation.proposal_accuracy` looks at
 
-    def __init__(self, box_roi_pool, box_head, classifier: ProposalClassifier, box_regressor: nn.Linear, **settings):
+    def __init__(
+        self,
+        box_roi_pool: nn.Module,
+        box_head: nn.Module,
+        classifier: ProposalClassifier,
+        box_regressor: nn.Linear,
+        conventions: Conventions = STANDARD,
+        **settings,
+    ):
         """`settings` are torchvision's; box_regressor has 4 outputs, or 4 * (C + 1)."""
         super().__init__(box_roi_pool, box_head, box_predictor=None, **settings)
         self.classifier = classifier
         self.box_regressor = box_regressor
+        self.conventions = conventions
+        self.proposal_matcher = conventions.matcher(settings["fg_iou_thresh"], settings["bg_iou_thresh"])
+        self.box_coder = conventions.box_coder(self.box_coder.weights)
 
     def forward(
         self,
@@ -41,58 +69,95 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         the label of highest score (0: background).
         """
         if self.training:
-            return [], self._losses(features, proposals, image_shapes, targets)
-        box_features = self._features(features, proposals, image_shapes)
+            samples = self.sample(proposals, targets)
+            box_features = self.box_features(features, samples.boxes, image_shapes)
+            losses = self.box_losses(box_features, self.box_regressor(box_features.fc), samples)
+            if self.has_mask():
+                samples = samples.foreground()
+                pooled = self.mask_roi_pool(features, samples.boxes, image_shapes)
+                losses["loss_mask"] = self.mask_loss(self.mask_head(pooled), samples, targets)
+            return [], losses
+        box_features = self.box_features(features, proposals, image_shapes)
         scores = self.classifier.probs(self.classifier(box_features))
-        detections = self._detect(scores, self.box_regressor(box_features.fc), proposals, image_shapes)
+        detections = self.detect(scores, self.box_regressor(box_features.fc), proposals, image_shapes)
         if self.has_mask():
-            boxes = [detection["boxes"] for detection in detections]
-            logits = self._mask_logits(features, boxes, image_shapes)
-            masks = torchvision_roi_heads.maskrcnn_inference(logits, [detection["labels"] for detection in detections])
-            for detection, mask in zip(detections, masks, strict=True):
-                detection["masks"] = mask
+            pooled = self.mask_roi_pool(features, [detection["boxes"] for detection in detections], image_shapes)
+            labels = torch.cat([detection["labels"] for detection in detections])
+            add_masks(detections, self.mask_logits(self.mask_head(pooled), labels).sigmoid())
         return detections, {}
 
     def training_proposals(self, features, proposals, image_shapes, targets):
-        """(classifier, BoxFeatures, labels [R]) of the proposals that a training step would sample."""
-        proposals, _, labels, _ = self.select_training_samples(proposals, targets)
-        return [(self.classifier, self._features(features, proposals, image_shapes), torch.cat(labels))]
+        """[(classifier, BoxFeatures, labels [R])] of the proposals that a training step would sample."""
+        samples = self.sample(proposals, targets)
+        return [(self.classifier, self.box_features(features, samples.boxes, image_shapes), torch.cat(samples.labels))]
 
-    def _features(self, features, proposals, image_shapes) -> BoxFeatures:
-        pooled = self.box_roi_pool(features, proposals, image_shapes)
+    def sample(self, proposals: list[Tensor], targets: list[dict]) -> Samples:
+        """Adds the objects' boxes [K, 4] to the proposals, matches, and draws `batch_size_per_image` of each image."""
+        self.check_targets(targets)
+        objects = [target["boxes"].to(proposals[0].dtype) for target in targets]
+        counts = [len(boxes) for boxes in proposals]
+        boxes = self.add_gt_proposals(proposals, objects)
+        matched, labels = self.assign_targets_to_proposals(boxes, objects, [target["labels"] for target in targets])
+        drawn = self.subsample(labels)
+        boxes, matched, labels = ([v[d] for v, d in zip(x, drawn, strict=True)] for x in (boxes, matched, labels))
+        # In an image without objects all is background, and the deltas are not used.
+        goals = [o[m] if len(o) else b for o, m, b in zip(objects, matched, boxes, strict=True)]
+        is_object = [d >= count for d, count in zip(drawn, counts, strict=True)]
+        return Samples(boxes, labels, matched, list(self.box_coder.encode(goals, boxes)), is_object)
+
+    def box_features(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes) -> BoxFeatures:
+        """What the classifier and the box regression see of the boxes."""
+        pooled = self.box_roi_pool(features, boxes, image_shapes)
         return BoxFeatures(pooled, self.box_head(pooled))
 
-    def _losses(self, features, proposals, image_shapes, targets) -> dict[str, Tensor]:
-        self.check_targets(targets)
-        proposals, matched, labels, regression_targets = self.select_training_samples(proposals, targets)
-        box_features, all_labels = self._features(features, proposals, image_shapes), torch.cat(labels)
-        losses = self.classifier.loss(self.classifier(box_features), all_labels)
-        regression = self.box_regressor(box_features.fc)
-        losses = {**losses, "loss_box_reg": box_loss(regression, all_labels, torch.cat(regression_targets))}
-        if self.has_mask():  # on the foreground proposals alone
-            positive = [torch.where(own > 0)[0] for own in labels]
-            boxes, objects = ([x[p] for x, p in zip(values, positive, strict=True)] for values in (proposals, matched))
-            losses["loss_mask"] = torchvision_roi_heads.maskrcnn_loss(
-                self._mask_logits(features, boxes, image_shapes),
-                boxes,
-                [target["masks"] for target in targets],
-                [target["labels"] for target in targets],
-                objects,
-            )
-        return losses
+    def box_losses(self, box_features: BoxFeatures, regression: Tensor, samples: Samples) -> dict[str, Tensor]:
+        """The classifier's losses and loss_box_reg."""
+        labels, deltas = torch.cat(samples.labels), torch.cat(samples.deltas)
+        losses = self.classifier.loss(self.classifier(box_features), labels)
+        return {**losses, "loss_box_reg": box_loss(regression, labels, deltas, self.conventions.box_beta)}
 
-    def _mask_logits(self, features, boxes, image_shapes) -> Tensor:
-        """[all boxes, C + 1, 28, 28]; channel 0, of the background, is not used."""
-        return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)))
+    def mask_logits(self, mask_features: Tensor, labels: Tensor) -> Tensor:
+        """Outputs of the mask head [K, width, 14, 14] -> logits [K, 28, 28], each for its own label [K] in 1..C alone.
 
-    def _detect(self, scores, regression, proposals, image_shapes) -> list[dict[str, Tensor]]:
-        counts = [len(p) for p in proposals]
+        The other C channels of the predictor are not computed: at 1,203 categories they would be gigabytes.
+        """
+        predictor = self.mask_predictor
+        hidden = predictor.relu(predictor.conv5_mask(mask_features))
+        weight, bias = predictor.mask_fcn_logits.weight[labels, :, 0, 0], predictor.mask_fcn_logits.bias[labels]
+        return torch.einsum("kchw,kc->khw", hidden, weight) + bias[:, None, None]
+
+    def mask_loss(self, mask_features: Tensor, samples: Samples, targets: list[dict]) -> Tensor:
+        """Mean binary cross entropy over the masks of foreground `samples`, whose features are [K, width, 14, 14]."""
+        logits = self.mask_logits(mask_features, torch.cat(samples.labels))
+        if not len(logits):
+            return logits.sum() * 0
+        goals = [
+            self.conventions.mask_targets(target["masks"], boxes, matched, logits.shape[-1])
+            for target, boxes, matched in zip(targets, samples.boxes, samples.matched, strict=True)
+        ]
+        return F.binary_cross_entropy_with_logits(logits.float(), torch.cat(goals))
+
+    @torch.no_grad()
+    def refine(self, boxes: list[Tensor], regression: Tensor, image_shapes: list[tuple[int, int]]) -> list[Tensor]:
+        """Boxes moved by this stage's regression [R, 4], inside their images."""
+        moved = self.box_coder.decode_single(regression, torch.cat(boxes)).split([len(b) for b in boxes])
+        return [self.conventions.clip(own, shape) for own, shape in zip(moved, image_shapes, strict=True)]
+
+    def detect(self, scores: Tensor, regression: Tensor, boxes: list[Tensor], image_shapes) -> list[dict[str, Tensor]]:
+        """Detections of each image from the scores [R, C+1] and the regression of its boxes."""
+        counts = [len(p) for p in boxes]
         detections = []
-        for image in zip(scores.split(counts), regression.split(counts), proposals, image_shapes, strict=True):
-            boxes, best, labels = select_detections(
-                *image, self.box_coder, self.score_thresh, self.nms_thresh, self.detections_per_img
+        for image in zip(scores.split(counts), regression.split(counts), boxes, image_shapes, strict=True):
+            found, best, labels = select_detections(
+                *image,
+                self.box_coder,
+                self.score_thresh,
+                self.nms_thresh,
+                self.detections_per_img,
+                self.conventions.clip,
+                self.conventions.least_side,
             )
-            detections.append({"boxes": boxes, "scores": best, "labels": labels})
+            detections.append({"boxes": found, "scores": best, "labels": labels})
             if self.report_proposals:
                 own_scores, _, own, (height, width) = image
                 detections[-1]["proposals"] = own / own.new_tensor([width, height, width, height])
@@ -100,10 +165,20 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         return detections
 
 
-def box_loss(regression: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """Smooth L1 (beta 1, as in the paper's code) over the foreground's deltas [R, 4 or 4 * (C+1)], divided by R."""
+def add_masks(detections: list[dict[str, Tensor]], probabilities: Tensor) -> None:
+    """Gives each detection its share of the masks [K, 28, 28], as [K_i, 1, 28, 28]."""
+    counts = [len(detection["labels"]) for detection in detections]
+    for detection, masks in zip(detections, probabilities.split(counts), strict=True):
+        detection["masks"] = masks[:, None]
+
+
+def box_loss(regression: Tensor, labels: Tensor, targets: Tensor, beta: float = 1.0) -> Tensor:
+    """Smooth L1 over the foreground's deltas [R, 4 or 4 * (C+1)], summed and divided by R.
+
+    beta: where it turns linear; 1 in the paper's code, 1/9 in torchvision.
+    """
     positive = torch.where(labels > 0)[0]
     deltas = regression.unflatten(1, (-1, 4))
     deltas = deltas[positive, labels[positive] if deltas.shape[1] > 1 else 0]
-    loss = F.smooth_l1_loss(deltas.float(), targets[positive], beta=1.0, reduction="sum")
+    loss = F.smooth_l1_loss(deltas.float(), targets[positive], beta=beta, reduction="sum")
     return loss / max(len(labels), 1)

@@ -13,15 +13,16 @@ from bags.sections import TrainConfig
 def set_trained_part(model: nn.Module, part: str) -> None:
     """Chooses the parameters that are trained.
 
-    `all`: every one but the model's `frozen_parameters()`; `head`: the box branch after RoIAlign (shared
-    layers, classifier, box regression); `cls`: those of ProposalClassifier modules; `none`: nothing.
+    `all`: every one but the model's `frozen_parameters()`; `head`: the box branches after RoIAlign (shared
+    layers, classifiers, box regression); `cls`: those of ProposalClassifier modules; `none`: nothing.
     """
     model.requires_grad_(part == "all")
     for parameter in model.frozen_parameters() if hasattr(model, "frozen_parameters") else ():
         parameter.requires_grad_(False)
     if part == "head":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith("roi_heads.") and not name.startswith("roi_heads.mask"))
+            other = ("mask_" in name) or ("semantic." in name)
+            parameter.requires_grad_(name.startswith("roi_heads.") and not other)
     if part == "cls":
         for module in model.modules():
             if isinstance(module, ProposalClassifier):

@@ -1,0 +1,74 @@
+"""The numeric conventions of a detector: which variant of each part its numbers assume.
+
+Published detectors differ in details that their weights were trained with: where anchors lie, how a box
+is clipped, which proposals match, how masks are pasted. A preset names one choice of all of them; the
+code that puts a detector together takes the parts from it and asks no further questions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.roi_heads import project_masks_on_boxes
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image
+
+from bags.detectors.anchors import FixedStrideAnchors
+
+
+class Transform(GeneralizedRCNNTransform):
+    """torchvision's normalisation, resizing and padding; `semantic` label maps [H, W] of targets follow (nearest)."""
+
+    def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
+        """One image [3, H, W] and its target, at the size that min_size and max_size ask for."""
+        image, target = super().resize(image, target)
+        if target is not None and "semantic" in target and target["semantic"].shape != image.shape[-2:]:
+            labels = target["semantic"][None, None].float()
+            target["semantic"] = F.interpolate(labels, size=image.shape[-2:])[0, 0].to(target["semantic"].dtype)
+        return image, target
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """Parts with torchvision's calling conventions; boxes are continuous x1, y1, x2, y2 in pixels everywhere.
+
+    anchors           (sizes, aspect_ratios, strides) -> anchor generator
+    rpn               as torchvision's RegionProposalNetwork
+    matcher           (foreground IoU, background IoU) -> which object a proposal belongs to
+    box_coder         (weights) -> deltas to boxes and back
+    clip              (boxes [..., 4], (height, width)) -> boxes inside the image
+    least_side        detections narrower or lower are dropped (pixels)
+    roi_align         (level names, output side, samples per bin side) -> pooling over the pyramid
+    transform         (min_size, max_size, mean, std, _skip_resize=...) -> resizing there and back
+    mask_targets      (masks, boxes, matched objects, side) -> targets [K, side, side] in 0..1
+    box_beta          where smooth L1 of the second stage turns from square to linear
+    semantic_padding  label of the padding in semantic maps (255 is ignored)
+    """
+
+    anchors: Callable[..., AnchorGenerator] = FixedStrideAnchors
+    rpn: type[RegionProposalNetwork] = RegionProposalNetwork
+    matcher: Callable[[float, float], Matcher] = Matcher
+    box_coder: Callable[[tuple[float, ...]], BoxCoder] = BoxCoder
+    clip: Callable[[Tensor, tuple[int, int]], Tensor] = clip_boxes_to_image
+    least_side: float = 1e-2
+    roi_align: Callable[..., nn.Module] = MultiScaleRoIAlign
+    transform: type[GeneralizedRCNNTransform] = Transform
+    mask_targets: Callable[[Tensor, Tensor, Tensor, int], Tensor] = project_masks_on_boxes
+    box_beta: float = 1.0
+    semantic_padding: int = 255
+
+
+def _torchvision_anchors(sizes, aspect_ratios, strides) -> AnchorGenerator:
+    """Strides are derived from the sizes of image and feature maps, rounded down."""
+    return AnchorGenerator(sizes, aspect_ratios)
+
+
+STANDARD = Conventions()
+CONVENTIONS = {
+    "standard": STANDARD,
+    "torchvision": replace(STANDARD, anchors=_torchvision_anchors, box_beta=1 / 9),
+}
