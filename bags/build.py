@@ -192,7 +192,8 @@ def build_detector(config: Config, stats: CategoryStats) -> nn.Module:
 def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stats: CategoryStats) -> list[str]:
     """Loads `detector.init_from`, if any; returns the names of the parameters that stay new.
 
-    The classifier's layer is taken where its rows stand for the same labels, in the same groups.
+    The classifier's layer is taken where its rows stand for the same labels, in the same groups. With
+    `detector.other_categories` everything that depends on categories stays new.
     Raises UserError where the checkpoint is of other categories or of another detector.
     """
     path = config.init_file
@@ -202,12 +203,16 @@ def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stat
         return list(detector.state_dict())
     checkpoint = load_checkpoint(path)
     saved_stats = CategoryStats.from_dict(checkpoint["stats"], path)
-    check_categories(saved_stats, index, path)
     saved = config_from_dict(checkpoint["config"], f"{path}: config").classifier
     same = _columns(saved, saved_stats.instance_counts) == _columns(config.classifier, stats.instance_counts)
-    skip = "classifier." if config.detector.reset_classifier or not same else None
+    skip = ["classifier."] if config.detector.reset_classifier or not same else []
+    if config.detector.other_categories:
+        skip = ["classifier.", "mask_fcn_logits.", "semantic.logits."]
+        skip += [] if config.detector.roi.class_agnostic else ["box_regressor."]
+    else:
+        check_categories(saved_stats, index, path)
     new = load_weights(detector, checkpoint, skip)
-    foreign = [name for name in new if "classifier." not in name]
+    foreign = [name for name in new if not any(part in name for part in ("classifier.", *skip))]
     if config.train.part == "none" and any("classifier.linear." in name for name in new):
         raise UserError(
             f"{path}: with train.part=none the classifier {config.classifier.name} needs trained weights, but those of "
@@ -230,7 +235,8 @@ def check_categories(stats: CategoryStats, index: AnnotationIndex, source: Path)
         theirs_first, ours_first = (f"id {c[0]} '{c[1]}'" if c else "none" for c in first)
         raise UserError(
             f"{source}: has {len(theirs)} categories, not the {len(ours)} of {index.path}; first "
-            f"difference: {theirs_first} against {ours_first}. Use the dataset it was trained on"
+            f"difference: {theirs_first} against {ours_first}. Use the dataset it was trained on "
+            "(to start training from other categories: detector.other_categories=true)"
         )
 
 

@@ -5,7 +5,7 @@
     python scripts/tables.py runs/glyphs-100/softmax runs/glyphs-100/bags
     python scripts/tables.py --paper 1 configs/glyphs-100          # the paper's table; runs what is missing
 
-`--paper` is 1, 4 or fig4; it takes section.key=value overrides and --seeds as train.py does. Without
+`--paper` is 1, 2, 3, 4 or fig4; it takes section.key=value overrides and --seeds as train.py does. Without
 it, figures are written to `figures` beside the first seed's run folders: weight_norms.png (the paper's
 Figures 1 and 3 for these runs) and predictions.png (validation images, every run's boxes).
 """
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders, or folders of them; with --paper a folder of configs")
     parser.add_argument("--no-figures", action="store_true", help="print the table only")
-    parser.add_argument("--paper", help="a table of the paper: 1, 4 or fig4")
+    parser.add_argument("--paper", help="a table of the paper: 1, 2, 3, 4 or fig4")
     parser.add_argument("--seeds", help="with --paper: comma-separated, for mean and deviation")
     arguments = parser.parse_intermixed_args()
     if arguments.paper:

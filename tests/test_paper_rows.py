@@ -1,5 +1,7 @@
 """`make table TABLE=...`: every row of the paper, as a user runs it, on tiny data."""
 
+import json
+import math
 import os
 import shutil
 import subprocess
@@ -7,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, metrics, run_script
+from conftest import ROOT, metrics, read_lines, run_script
 
 from bags.analysis.paper import PAPER
 from bags.engine.checkpoint import load_checkpoint, weights_digest
@@ -22,10 +24,13 @@ def paper_job(job, tmp_path_factory):
     shutil.copytree(ROOT / "configs/glyphs-100/paper", folder / "configs/paper")
     shutil.copytree(runs, folder / "runs")
     printed = {}
-    for table in ("1", "4", "fig4"):
+    for table in PAPER:
         done = run_script("tables", "--paper", table, folder / "configs", f"output={folder / 'runs'}")
         assert done.returncode == 0, done.stderr
         printed[table] = done.stdout
+    rows = [folder / "configs/paper" / f"{name}.yaml" for name in ("cascade_mask", "cascade_mask_bags")]
+    done = run_script("train", *rows, f"output={folder / 'runs'}")  # not in the paper
+    assert done.returncode == 0, done.stderr
     return folder / "configs", folder / "runs", printed
 
 
@@ -36,7 +41,7 @@ def test_tables_of_the_paper_run_what_is_missing(paper_job):
         lines = [line for line in text.splitlines() if line.startswith("|")]
         assert [line.split("|")[1].strip() for line in lines[2:]] == [row.title for row in PAPER[table].rows]
         assert "published, LVIS" not in text and ("ACCbg" in text) == (table == "1")
-        assert text.count("complete, not run again") >= 2  # softmax and bags
+        assert (text.count("complete, not run again") >= 2) == (table != "3")  # softmax and bags
         for row, line in zip(PAPER[table].rows, lines[2:], strict=True):
             value = metrics(runs, row.config)["AP"]
             assert line.split("|")[2].strip() == f"{100 * value:.2f}"
@@ -70,6 +75,27 @@ def test_whole_detector_rows_start_from_the_baseline(paper_job):
             assert changed == layer
         elif row != "softmax":
             assert layer < changed and "backbone.stem.0.weight" in changed
+
+
+@pytest.mark.parametrize("row", ["large", "cascade", "cascade_mask", "mask", "htc", "htc_dcn"])
+def test_frameworks_train_and_evaluate(paper_job, row):
+    """Every loss and number is there and finite; BAGS moves the classifier of every stage, and nothing else."""
+    _, runs, _ = paper_job
+    base, bags = (
+        torch.load(runs / "tiny" / name / "last.pth", weights_only=True)["model"] for name in (row, f"{row}_bags")
+    )
+    stages = 3 if row.startswith(("cascade", "htc")) else 1
+    changed = {key for key, value in bags.items() if key not in base or not torch.equal(value, base[key])}
+    assert len(changed) == 2 * stages and all(".classifier.linear." in key for key in changed)
+    step = read_lines(runs / "tiny" / row / "log.jsonl")[-1]
+    masks = stages if row in ("cascade_mask", "mask", "htc", "htc_dcn") else 0
+    for part, number in (("classifier", stages), ("box_reg", stages), ("mask", masks), ("semantic", "htc" in row)):
+        assert sum(name.startswith(f"loss_{part}") for name in step) == number
+    for name in (row, f"{row}_bags"):
+        assert all(math.isfinite(v) for v in metrics(runs, name).values() if v is not None)
+        assert ("mask_AP" in metrics(runs, name)) == (masks > 0)
+        entries = json.loads((runs / "tiny" / name / "predictions.json").read_text())
+        assert entries and all(("segmentation" in entry) == (masks > 0) for entry in entries)
 
 
 def test_two_ranks_fit_what_one_rank_fits(paper_job, tmp_path):

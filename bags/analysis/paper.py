@@ -1,8 +1,9 @@
-"""The paper's tables: which configuration is which row, and what was published for LVIS v0.5 (R50-FPN)."""
+"""The paper's tables: which configuration is which row, and what was published for LVIS v0.5."""
 
 from dataclasses import dataclass
 
 AP = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf")
+MASK_AP = tuple(f"mask_{name}" for name in AP)
 ACC = ("ACC", "ACC1", "ACC2", "ACC3", "ACC4", "ACCbg")
 
 
@@ -59,6 +60,42 @@ PAPER = {
                 (21.61, 0.35, 20.07, 23.43, 29.16, 6.18, 20.99, 28.54, 92.43, 0.00, 13.19, 20.62, 38.98, 95.91)),
             Row("(14) BAGS", "bags", (*_BAGS, 93.71, 2.06, 7.50, 22.07, 35.88, 97.41)),
             Row("control: softmax-cls", "softmax_retrained"),
+        ),
+    ),
+    "2": PaperTable(
+        "Table 2: a stronger backbone (ResNeXt-101-64x4d) and a stronger framework",
+        AP,
+        (
+            Row("Faster R50", "softmax", _BASELINE),
+            Row("Faster R50, BAGS", "bags", _BAGS),
+            Row("Faster X101", "large", (24.63, 0.79, 22.37, 27.45, 32.73, 5.80, 24.54, 32.25)),
+            Row("Faster X101, BAGS", "large_bags", (27.83, 14.99, 28.07, 27.93, 32.02, 18.78, 27.32, 32.07)),
+            Row("Cascade X101", "cascade", (27.16, 0.00, 24.06, 31.09, 36.17, 4.84, 27.22, 36.00)),
+            Row("Cascade X101, BAGS", "cascade_bags", (32.77, 19.03, 36.10, 31.13, 34.96, 28.24, 32.11, 35.41)),
+        ),
+    ),
+    "3": PaperTable(
+        "Table 3: instance segmentation; boxes, then masks",
+        (*AP, *MASK_AP),
+        (
+            Row("(7) Mask R50", "mask",
+                (20.78, 0.00, 15.88, 24.61, 30.51, 3.28, 18.99, 30.00,
+                 20.68, 0.00, 17.06, 23.66, 29.62, 3.73, 19.95, 28.37)),
+            Row("(8) BAGS", "mask_bags",
+                (25.76, 9.65, 26.20, 26.09, 30.45, 15.03, 25.45, 30.42,
+                 26.25, 12.81, 28.28, 25.15, 29.61, 17.97, 26.91, 28.74)),
+            Row("(9) HTC X101", "htc",
+                (31.28, 5.02, 31.71, 33.24, 37.21, 12.39, 32.58, 37.18,
+                 29.28, 5.11, 30.34, 30.62, 34.37, 12.11, 31.32, 33.58)),
+            Row("(10) BAGS", "htc_bags",
+                (33.68, 19.95, 36.14, 32.82, 36.06, 25.43, 34.12, 36.42,
+                 31.20, 17.33, 33.87, 30.34, 33.29, 23.40, 32.34, 32.89)),
+            Row("(11) HTC X101-MS-DCN", "htc_dcn",
+                (34.61, 5.80, 35.36, 36.87, 40.50, 14.24, 35.98, 41.03,
+                 31.94, 5.56, 33.07, 33.75, 37.02, 13.67, 34.04, 36.62)),
+            Row("(12) BAGS", "htc_dcn_bags",
+                (37.71, 24.40, 40.30, 36.67, 40.00, 29.43, 37.78, 40.92,
+                 34.39, 21.07, 36.69, 33.71, 36.61, 26.79, 35.04, 36.61)),
         ),
     ),
     "4": PaperTable(

@@ -11,8 +11,7 @@ from bags.errors import UserError
 
 COLUMNS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf", "AP50", "AP_tail", "AP_head",
            "mask_AP", "mask_AP_tail", "mask_AP_head")  # fmt: skip
-TITLES = {"AP": "mAP", "AP_tail": "tail", "AP_head": "head", "mask_AP": "mask mAP", "mask_AP_tail": "mask tail",
-          "mask_AP_head": "mask head"}  # fmt: skip
+TITLES = {"AP": "mAP", "AP_tail": "tail", "AP_head": "head", "mask_AP": "mask mAP"}
 PUBLISHED = "published, LVIS v0.5"
 AGAIN = "remove it and give the training command again: only the evaluation is run"
 
@@ -57,7 +56,7 @@ def render_table(rows: dict[str, list[dict[str, float]]], columns: Sequence[str]
     Of `columns`, those that no row has are left out.
     """
     columns = [c for c in columns if any(c in run for runs in rows.values() for run in runs)]
-    table = [["method", *(TITLES.get(c, c) for c in columns)]]
+    table = [["method", *(_title(c) for c in columns)]]
     for name, runs in rows.items():
         cells = ([100 * run.get(column, math.nan) for run in runs] for column in columns)
         table.append([name, *(spread(values, f".{decimals}f") for values in cells)])
@@ -65,6 +64,13 @@ def render_table(rows: dict[str, list[dict[str, float]]], columns: Sequence[str]
     lines = ["| " + " | ".join(_pad(row, widths)) + " |" for row in table]
     lines.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
     return "\n".join(lines)
+
+
+def _title(column: str) -> str:
+    if column in TITLES:
+        return TITLES[column]
+    plain = column.removeprefix("mask_")
+    return column if plain == column else f"mask {TITLES.get(plain, plain)}"
 
 
 def spread(values: list[float], form: str) -> str:

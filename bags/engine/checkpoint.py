@@ -10,6 +10,7 @@ import os
 import pickle
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -85,16 +86,16 @@ def weights_digest(checkpoint: dict) -> str:
     return digest.hexdigest()
 
 
-def load_weights(model: nn.Module, checkpoint: dict, skip: str | None = None) -> list[str]:
+def load_weights(model: nn.Module, checkpoint: dict, skip: Sequence[str] = ()) -> list[str]:
     """Copies the parameters that fit by name and shape; returns the names of those that stay new.
 
-    `skip` leaves out names that contain it.
+    Names that contain one of `skip` are left out.
     """
     state, saved = model.state_dict(), checkpoint["model"]
     fitting = {
         key: saved[key]
         for key, value in state.items()
-        if key in saved and saved[key].shape == value.shape and not (skip and skip in key)
+        if key in saved and saved[key].shape == value.shape and not any(part in key for part in skip)
     }
     model.load_state_dict(fitting, strict=False)
     return [key for key in state if key not in fitting]

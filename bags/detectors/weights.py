@@ -1,0 +1,210 @@
+"""Weights of other projects <-> this project's names: torchvision's detectors, and the paper's released models.
+
+Nothing here guesses: every tensor of a file is either given its place or listed with the reason why it
+has none, and the caller refuses what does not fit exactly.
+"""
+
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor
+
+from bags.errors import UserError
+
+# The paper's code (mmdet 1.0). A stage's number follows bbox_head and mask_head in cascades alone.
+RELEASED = [
+    (r"backbone\.(layer\d\.\d+)\.conv2_offset\.", r"backbone.body.\1.conv2.offsets."),
+    (r"backbone\.((?:conv|bn|layer)\d\..*)", r"backbone.body.\1"),
+    (r"neck\.lateral_convs\.(\d)\.conv\.", r"backbone.fpn.inner_blocks.\1.0."),
+    (r"neck\.fpn_convs\.(\d)\.conv\.", r"backbone.fpn.layer_blocks.\1.0."),
+    (r"rpn_head\.rpn_conv\.", "rpn.head.conv.0.0."),
+    (r"rpn_head\.rpn_cls\.", "rpn.head.cls_logits."),
+    (r"rpn_head\.rpn_reg\.", "rpn.head.bbox_pred."),
+    (r"bbox_head\.STAGEshared_fcs\.0\.", "roi_heads.STAGEbox_head.fc6."),
+    (r"bbox_head\.STAGEshared_fcs\.1\.", "roi_heads.STAGEbox_head.fc7."),
+    (r"bbox_head\.STAGEfc_cls\.", "roi_heads.STAGEclassifier.linear."),
+    (r"bbox_head\.STAGEfc_reg\.", "roi_heads.STAGEbox_regressor."),
+    (r"mask_head\.STAGEconvs\.(\d)\.conv\.", r"roi_heads.STAGEmask_head.\g<1>.0."),
+    (r"mask_head\.STAGEupsample\.", "roi_heads.STAGEmask_predictor.conv5_mask."),
+    (r"mask_head\.STAGEconv_logits\.", "roi_heads.STAGEmask_predictor.mask_fcn_logits."),
+    (r"mask_head\.1\.conv_res\.conv\.", "roi_heads.mask_flow.0.0."),
+    (r"mask_head\.2\.conv_res\.conv\.", "roi_heads.mask_flow.1.0."),
+    (r"semantic_head\.lateral_convs\.(\d)\.conv\.", r"roi_heads.semantic.lateral.\1.0."),
+    (r"semantic_head\.convs\.(\d)\.conv\.", r"roi_heads.semantic.convs.\1.0."),
+    (r"semantic_head\.conv_embedding\.conv\.", "roi_heads.semantic.embedding.0."),
+    (r"semantic_head\.conv_logits\.", "roi_heads.semantic.logits."),
+]
+# torchvision, with the names of its older files.
+TORCHVISION = [
+    (r"roi_heads\.box_predictor\.cls_score\.", "roi_heads.classifier.linear."),
+    (r"roi_heads\.box_predictor\.bbox_pred\.", "roi_heads.box_regressor."),
+    (r"backbone\.fpn\.(inner|layer)_blocks\.(\d)\.(weight|bias)", r"backbone.fpn.\1_blocks.\2.0.\3"),
+    (r"rpn\.head\.conv\.(weight|bias)", r"rpn.head.conv.0.0.\1"),
+    *((rf"roi_heads\.mask_head\.mask_fcn{i + 1}\.", f"roi_heads.mask_head.{i}.0.") for i in range(4)),
+    (r"(backbone\.(?:body|fpn)\..*)", r"\1"),
+    (r"(rpn\.head\..*)", r"\1"),
+    (r"(roi_heads\.(?:box_head|mask_head|mask_predictor)\..*)", r"\1"),
+]
+TRACKED = "num_batches_tracked"
+
+
+class Translated(NamedTuple):
+    """Weights under this project's names."""
+
+    state: dict[str, Tensor]
+    skipped: dict[str, str]  # name in the file -> why it has no place here
+    origin: str  # "released" or "torchvision"
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The state dict of a file, with or without other things around it. Only tensors and plain values are read.
+
+    Raises UserError for what is no such file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file of weights")
+    try:
+        damaged = None
+        if zipfile.is_zipfile(path):  # files from before 2020 are none
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch does not look at the checksums
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a file can do to a parser
+        reason = "it holds more than tensors and plain values" if "Unpickling" in type(error).__name__ else "or damaged"
+        raise UserError(f"{path}: not a file of weights, {reason} ({type(error).__name__})") from None
+    if damaged:
+        raise UserError(f"{path}: damaged (checksum of {damaged}); fetch it again")
+    state = next((content[k] for k in ("state_dict", "model") if isinstance(content, dict) and k in content), content)
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path}: no state dict in there (a mapping of names to tensors)")
+    odd = next((k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()), None)
+    if odd:
+        raise UserError(f"{path}: {odd} holds numbers that are not finite; fetch it again")
+    return {str(key).removeprefix("module."): value for key, value in state.items()}
+
+
+def fetch_state(model: str, name: str) -> tuple[dict[str, Tensor], list[str]]:
+    """torchvision's own weights `name` (COCO_V1) of its detector `model`: (state dict, category names by label).
+
+    Fetched, and their hash checked. Raises UserError where there are none or they cannot be had.
+    """
+    weights = torchvision.models.get_model_weights(model)
+    if name not in weights.__members__:
+        raise UserError(
+            f"{name}: expected a file, or one of torchvision's {', '.join(weights.__members__)} for {model}"
+        )
+    try:
+        state = weights[name].get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{weights[name].url}: cannot be fetched ({error}); name a local file instead") from None
+    return state, weights[name].meta["categories"]
+
+
+def translate(state: dict[str, Tensor], source: str) -> Translated:
+    """Gives the tensors of a file their names here. Raises UserError for a file of neither kind.
+
+    source: the file's name, for errors. Unknown names are kept as they are: they will not fit.
+    """
+    released = any(key.startswith("neck.") for key in state) and any(key.startswith("bbox_head.") for key in state)
+    if not released and not any(key.startswith("roi_heads.box_predictor.") for key in state):
+        raise UserError(
+            f"{source}: neither a detector of the paper's code (neck.*, bbox_head.*) nor one of torchvision's "
+            f"(roi_heads.box_predictor.*); its first tensor is {next(iter(state))}"
+        )
+    rules, translated, skipped = (RELEASED if released else TORCHVISION), {}, {}
+    for key, value in state.items():
+        if key.endswith(TRACKED):
+            skipped[key] = "a counter that frozen batch normalisation does not have"
+        elif released and re.match(r"mask_head\.0\.conv_res\.", key):
+            skipped[key] = "never used: the first mask head has none before it"
+        else:
+            translated[_renamed(key, rules)] = value
+    return Translated(translated, skipped, "released" if released else "torchvision")
+
+
+def _renamed(key: str, rules: Sequence[tuple[str, str]]) -> str:
+    for pattern, name in rules:
+        stage = re.match(r"(?:bbox|mask)_head\.(\d)\.", key)
+        pattern = pattern.replace("STAGE", rf"{stage[1]}\." if stage else "")
+        name = name.replace("STAGE", f"stages.{stage[1]}." if stage else "")
+        new, found = re.subn(f"^{pattern}", name, key)
+        if found:
+            return new
+    return key
+
+
+def describe(state: dict[str, Tensor]) -> dict[str, object]:
+    """What detector a translated state dict is of, as keys of the section `detector`, and its `logits`."""
+    stages = any(key.startswith("roi_heads.stages.") for key in state)
+    masks = any(".mask_predictor." in key for key in state)
+    semantic = any(key.startswith("roi_heads.semantic.") for key in state)
+    plain = "mask_rcnn" if masks else "faster_rcnn"
+    cascade = "htc" if semantic else "cascade_mask_rcnn" if masks else "cascade_rcnn"
+    found: dict[str, object] = {"framework": cascade if stages else plain}
+    width = state.get("backbone.body.layer1.0.conv2.weight")
+    if width is not None and "backbone.body.layer1.0.conv3.weight" in state:
+        depth = 101 if "backbone.body.layer3.22.conv1.weight" in state else 50
+        kind = {64: f"resnet{depth}", 4: f"resnext{depth}_64x4d", 8: f"resnext{depth}_32x8d"}
+        found["backbone"] = kind.get(width.shape[1], "an unknown ResNet")
+    found["deformable_stages"] = tuple(
+        i for i in (1, 2, 3, 4) if f"backbone.body.layer{i}.0.conv2.offsets.weight" in state
+    )
+    layers = [v for k, v in state.items() if k.endswith("classifier.linear.weight")]
+    found["logits"] = layers[0].shape[0] if layers else None
+    return found
+
+
+def select_labels(state: dict[str, Tensor], labels: Sequence[int]) -> dict[str, Tensor]:
+    """Keeps some labels (0, the background, among them) of a translated Faster or Mask R-CNN with plain softmax.
+
+    torchvision's COCO models have a label for each id to 90, of which COCO uses 80.
+    """
+    rows = torch.as_tensor(labels)
+    result = dict(state)
+    for key, value in state.items():
+        if ".classifier.linear." in key or ".mask_fcn_logits." in key:
+            result[key] = value[rows]
+        elif ".box_regressor." in key:
+            result[key] = value.unflatten(0, (-1, 4))[rows].flatten(0, 1)
+    return result
+
+
+def fold_batch_norm_eps(state: dict[str, Tensor], eps: float, ours: float = 1e-5) -> dict[str, Tensor]:
+    """Variances such that frozen batch normalisation with our eps does what theirs did with `eps`.
+
+    torchvision's COCO_V1 detectors were trained, and are run, with 0.
+    """
+    shift = eps - ours
+    return {key: value + shift if key.endswith(".running_var") else value for key, value in state.items()}
+
+
+def to_torchvision(state: dict[str, Tensor], num_categories: int) -> dict[str, Tensor]:
+    """Weights of a Faster or Mask R-CNN with plain softmax as torchvision's own model takes them.
+
+    state: a detector's state dict. A box regression shared by all categories is repeated for each label. Raises
+    ValueError for other detectors, or for a classifier that is not one linear layer of C + 1 outputs.
+    """
+    if any(key.startswith("roi_heads.stages.") for key in state) or "backbone.body.conv1.weight" not in state:
+        if not any(key.startswith("backbone.body.0.") for key in state):
+            raise ValueError("expected a Faster or Mask R-CNN with a ResNet or MobileNet: torchvision has no other")
+    if any(".offsets." in key for key in state):
+        raise ValueError("torchvision's own backbones have no deformable stages")
+    names = {"roi_heads.classifier.linear.": "roi_heads.box_predictor.cls_score.",
+             "roi_heads.box_regressor.": "roi_heads.box_predictor.bbox_pred."}  # fmt: skip
+    result = {}
+    for key, value in state.items():
+        if key.startswith("roi_heads.classifier.") and not key.startswith("roi_heads.classifier.linear."):
+            raise ValueError(f"{key}: torchvision's classifier is one linear layer")
+        if key.startswith("roi_heads.classifier.linear.") and len(value) != num_categories + 1:
+            raise ValueError(f"{key}: {len(value)} outputs; torchvision's softmax has {num_categories + 1}")
+        if key.startswith("roi_heads.box_regressor.") and len(value) == 4:
+            value = value.repeat(num_categories + 1, *[1] * (value.dim() - 1))
+        prefix = next((p for p in names if key.startswith(p)), "")
+        result[names.get(prefix, "") + key.removeprefix(prefix)] = value
+    return result
