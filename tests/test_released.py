@@ -61,9 +61,11 @@ def test_overlaps_and_flip_need_nothing(theirs):
 
 @pytest.mark.parametrize("stage", range(4))
 def test_encoding(theirs, stage):
-    coder = released.ReleasedBoxCoder(tuple(1 / theirs[f"std{stage}"]))
-    (deltas,) = coder.encode([continuous(theirs["gt"])], [continuous(theirs["rois"])])
-    close(deltas, theirs[f"delta_std{stage}"], rtol=2e-5, atol=1e-4)
+    """In pixels: a delta times its std and the region's side."""
+    coder, rois = released.ReleasedBoxCoder(tuple(1 / theirs[f"std{stage}"])), continuous(theirs["rois"])
+    (deltas,) = coder.encode([continuous(theirs["gt"])], [rois])
+    pixels = theirs[f"std{stage}"] * (rois[:, 2:] - rois[:, :2]).repeat(1, 2)
+    close(deltas * pixels, theirs[f"delta_std{stage}"] * pixels)
 
 
 def test_decoding_and_clipping(theirs):
@@ -130,6 +132,8 @@ def test_levels(theirs):
         align = released.ReleasedRoIAlign(["0", "1", "2", "3"], 1, 2)
         pooled = align(maps, [boxes * factor], [(1024 * factor,) * 2])
         assert torch.equal(pooled.flatten(), theirs["lvl"].double())
+    just_below = torch.tensor([[0, 0, 112, 112]], dtype=torch.float64) * (1 - 1e-7)
+    assert align(maps, [just_below * factor], [(1024 * factor,) * 2]).item() == 1
 
 
 def test_roi_align(theirs):
@@ -281,6 +285,15 @@ def test_training_step_of_the_rpn(sizes, objects):
     for boxes, (height, width) in zip(proposals, sizes, strict=True):
         assert 0 < len(boxes) <= 60 and (boxes >= 0).all()
         assert (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
+
+
+def test_rpn_under_autocast():
+    """Half-precision deltas; proposals keep float32."""
+    rpn = tiny_rpn()
+    images, maps = rpn_inputs([(64, 60)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        proposals, losses = rpn(images, maps, [{"boxes": torch.tensor([[2, 2, 18, 18.0]])}])
+    assert proposals[0].dtype == torch.float32 and all(loss.isfinite() for loss in losses.values())
 
 
 def test_proposals_equal_plain_steps():
@@ -471,12 +484,7 @@ def test_mask_targets_equal_plain_loops(M):
     masks[2] = generator.integers(0, 2, masks[2].shape)
     corners = generator.uniform(0, 30, (12, 4))
     corners[:, 2:] += corners[:, :2] + 1  # some beyond the image
-    corners[:4] = [(]
-        [0, 0, 44, 41],
-        [3.7, 4.2, 3.8, 4.3],
-        [5, 5, 32, 32],
-        [9, 9, 64, 40],
-    )
+    corners[:4] = [[0, 0, 44, 41], [3.7, 4.2, 3.8, 4.3], [5, 5, 32, 32], [9, 9, 64, 40]]
     objects = generator.integers(0, 3, 12)
     boxes = torch.tensor(corners) + INCLUSIVE
     ours = released.mask_targets(torch.tensor(masks, dtype=torch.uint8), boxes, torch.tensor(objects), M)
