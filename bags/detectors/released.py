@@ -1,0 +1,284 @@
+"""The numeric conventions of the paper's released code, as parts that replace torchvision's one by one.
+
+That code counts pixels: a box x1, y1, x2, y2 includes its last column and row, so its width is
+x2 - x1 + 1. Here such a box is everywhere held as x1, y1, x2 + 1, y2 + 1, in the continuous
+coordinates of the rest of the package; overlaps, suppression and box deltas are then torchvision's.
+What still differs is here: anchors, the clamp of deltas, clipping, matching, RoIAlign, resizing and masks.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign, nms, roi_align
+
+from bags.detectors.anchors import FixedStrideAnchors
+from bags.detectors.released_pixels import INCLUSIVE, mask_targets, paste_masks, resize_image, resize_nearest
+
+__all__ = [
+    "ReleasedAnchors",
+    "ReleasedBoxCoder",
+    "ReleasedMatcher",
+    "ReleasedRPN",
+    "ReleasedRoIAlign",
+    "ReleasedTransform",
+    "clip_boxes",
+    "mask_targets",
+]
+
+
+class ReleasedAnchors(FixedStrideAnchors):
+    """Anchors around cell centres, with corners rounded as in the released code.
+
+    sizes, aspect_ratios (height / width) and strides as in `FixedStrideAnchors`, one entry per level.
+    """
+
+    def __init__(self, sizes, aspect_ratios, strides: tuple[int, ...]):
+        super().__init__(sizes, aspect_ratios, strides)
+        levels = zip(self.sizes, self.aspect_ratios, strides, strict=True)
+        self.cell_anchors = [_cell_anchors(*level) for level in levels]
+
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Moves the anchors of a cell; they stay float32 at least, as half precision rounds large coordinates."""
+        super().set_cell_anchors(torch.promote_types(dtype, torch.float32), device)
+
+
+def _cell_anchors(sizes, aspect_ratios, stride: int) -> Tensor:
+    """[ratios * sizes, 4]; the order of the float32 operations decides ties of the rounding."""
+    scales = torch.tensor(sizes, dtype=torch.float32) / stride
+    h_ratios = torch.sqrt(torch.tensor(aspect_ratios, dtype=torch.float32))
+    w_ratios = 1 / h_ratios
+    widths, heights = ((stride * ratios[:, None] * scales[None]).flatten() for ratios in (w_ratios, h_ratios))
+    centre, right, below = 0.5 * (stride - 1), 0.5 * (widths - 1), 0.5 * (heights - 1)
+    corners = torch.stack([centre - right, centre - below, centre + right, centre + below], dim=1)
+    return corners.round() + torch.tensor(INCLUSIVE)
+
+
+class ReleasedBoxCoder(BoxCoder):
+    """Box deltas whose log sizes are held to +-ln(1000 / 16), on both sides."""
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        """Deltas [R, 4 * L] of boxes [R, 4] (pixels) -> boxes [R, 4 * L]; half-precision deltas give float32."""
+        _, _, ww, wh = self.weights
+        lowest = [-math.inf, -math.inf, -self.bbox_xform_clip * ww, -self.bbox_xform_clip * wh]
+        codes = rel_codes.to(torch.promote_types(rel_codes.dtype, boxes.dtype))
+        codes = torch.maximum(codes.unflatten(1, (-1, 4)), codes.new_tensor(lowest)).flatten(1)
+        return super().decode_single(codes, boxes)
+
+
+def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Boxes [..., 4] within an image of (height, width) pixels: left and top edges up to the last pixel's."""
+    height, width = image_size
+    x, y = boxes[..., 0::2], boxes[..., 1::2]
+    corners = x[..., 0].clamp(0, width - 1), y[..., 0].clamp(0, height - 1)
+    return torch.stack([*corners, x[..., 1].clamp(1, width), y[..., 1].clamp(1, height)], dim=-1)
+
+
+class ReleasedMatcher(Matcher):
+    """Each box goes to its best object; then each object takes the boxes that overlap it most.
+
+    The second rule holds for objects whose best overlap reaches `low_threshold`, whatever
+    `allow_low_quality_matches` says (it is there for the signature): with equal thresholds it can only
+    change which object a positive box gets. Of several objects that take one box, the last has it.
+    """
+
+    def __call__(self, match_quality_matrix: Tensor) -> Tensor:
+        """Overlaps [objects, N] in 0..1 -> [N] int64: the object's index, -1 below, or -2 between the thresholds."""
+        overlaps = match_quality_matrix
+        matches = torch.full(overlaps.shape[1:], self.BETWEEN_THRESHOLDS, dtype=torch.int64, device=overlaps.device)
+        if overlaps.numel() == 0:
+            return matches.fill_(self.BELOW_LOW_THRESHOLD)
+        best, objects = overlaps.max(dim=0)
+        matches[(best >= 0) & (best < self.low_threshold)] = self.BELOW_LOW_THRESHOLD
+        matches = torch.where(best >= self.high_threshold, objects, matches)
+        best_box = overlaps.max(dim=1, keepdim=True).values
+        takers, taken = torch.where((overlaps == best_box) & (best_box >= self.low_threshold))
+        last = torch.full_like(matches, -1).scatter_reduce(0, taken, takers, "amax")
+        return torch.where(last >= 0, last, matches)
+
+
+class ReleasedRPN(RegionProposalNetwork):
+    """torchvision's RPN with the released matching and clipping, and no least size of proposals.
+
+    In training, anchors that cross the border of the resized, unpadded image take no part. An image
+    without any other anchor has no samples; if none of the batch has, both losses are 0.
+    """
+
+    def __init__(self, anchor_generator, head, fg_iou_thresh: float, bg_iou_thresh: float, *args, **kwargs):
+        """Arguments as torchvision's."""
+        super().__init__(anchor_generator, head, fg_iou_thresh, bg_iou_thresh, *args, **kwargs)
+        self.box_coder = ReleasedBoxCoder((1.0, 1.0, 1.0, 1.0))
+        self.proposal_matcher = ReleasedMatcher(fg_iou_thresh, bg_iou_thresh, allow_low_quality_matches=True)
+
+    def forward(
+        self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """(proposals per image [P, 4] in pixels of the resized image, losses); no losses in evaluation mode.
+
+        features: [B, channels, H, W] per level. targets hold boxes [objects, 4], possibly none.
+        """
+        if targets is not None:
+            sized = zip(targets, images.image_sizes, strict=True)
+            targets = [{**target, "image_size": size} for target, size in sized]
+        return super().forward(images, features, targets)
+
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[dict]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Per image, labels [N] float (1 object, 0 background, -1 left out) and matched boxes [N, 4].
+
+        anchors: per image [N, 4]. A target holds boxes [objects, 4] and image_size, (height, width) in pixels.
+        """
+        labels, matched = [], []
+        for boxes, target in zip(anchors, targets, strict=True):
+            height, width = target["image_size"]
+            beyond = boxes.new_tensor([width + 1, height + 1])
+            inside = (boxes[:, :2] >= 0).all(1) & (boxes[:, 2:] < beyond).all(1)
+            own_labels, own_boxes = super().assign_targets_to_anchors([boxes[inside]], [target])
+            labels.append(own_labels[0].new_full((len(boxes),), -1).masked_scatter(inside, own_labels[0]))
+            matched.append(boxes.clone())  # deltas of 0 where nothing is matched
+            matched[-1][inside] = own_boxes[0].to(boxes.dtype)
+        return labels, matched
+
+    def compute_loss(
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(objectness loss, box loss), from logits [N, 1], deltas [N, 4], and per image labels and target deltas."""
+        if all((own < 0).all() for own in labels):
+            return objectness[:0].sum(), pred_bbox_deltas[:0].sum()
+        return super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
+
+    def filter_proposals(
+        self,
+        proposals: Tensor,
+        objectness: Tensor,
+        image_shapes: list[tuple[int, int]],
+        num_anchors_per_level: list[int],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Boxes [P, 4] and scores [P] in 0..1 per image, by falling score; P is at most `post_nms_top_n()`.
+
+        proposals [B, N, 4] and objectness logits [B * N, 1] of all anchors, level after level. Each level
+        is suppressed by itself; torchvision shifts levels apart instead, which rounds coordinates.
+        """
+        logits = objectness.detach().reshape(len(image_shapes), -1)
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+        kept = []
+        for image_boxes, image_scores, size in zip(proposals, scores, image_shapes, strict=True):
+            split = (values.split(num_anchors_per_level) for values in (clip_boxes(image_boxes, size), image_scores))
+            levels = [self._suppressed(*level) for level in zip(*split, strict=True)]
+            boxes, own = (torch.cat(parts) for parts in zip(*levels, strict=True))
+            best = own.argsort(descending=True, stable=True)[: self.post_nms_top_n()]
+            kept.append((boxes[best], own[best]))
+        return [boxes for boxes, _ in kept], [own for _, own in kept]
+
+    def _suppressed(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The best of one level, after suppression."""
+        scores, best = scores.topk(min(self.pre_nms_top_n(), len(scores)))
+        boxes = boxes[best]
+        keep = nms(boxes, scores, self.nms_thresh)[: self.post_nms_top_n()]
+        keep = keep[scores[keep] >= self.score_thresh]
+        return boxes[keep], scores[keep]
+
+
+class ReleasedRoIAlign(MultiScaleRoIAlign):
+    """RoIAlign without a half-pixel shift, exact for regions smaller than a cell; the levels of the released code.
+
+    A region of side s goes to level floor(log2(s / (14 * finest stride) + 1e-6)), within those there are.
+    """
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """[R, channels, *output_size], in the dtype of the maps.
+
+        x: name -> [B, channels, H, W], of which `featmap_names` are used, finest first. boxes: per image
+        [R_i, 4] in pixels of the resized images, whose sizes (height, width) are `image_shapes`. Strides are
+        the powers of two nearest to the ratio of the longer sides of images and maps.
+        """
+        maps = [value for name, value in x.items() if name in self.featmap_names]
+        strides = [_stride(level, image_shapes) for level in maps]
+        images = torch.cat([own.new_full((len(own), 1), i) for i, own in enumerate(boxes)])
+        corners = torch.cat(boxes).to(torch.promote_types(maps[0].dtype, images.dtype))
+        corners = torch.cat([corners[:, :2], corners[:, 2:].maximum(corners[:, :2])], dim=1)
+        side = (corners[:, 2:] - corners[:, :2]).prod(1).sqrt()
+        levels = torch.log2(side / (14 * strides[0]) + 1e-6).floor().clamp(0, len(maps) - 1)
+        pooled = maps[0].new_zeros(len(corners), maps[0].shape[1], *self.output_size)
+        for level, (own, stride) in enumerate(zip(maps, strides, strict=True)):
+            rows = torch.where(levels == level)[0]
+            # `aligned` keeps regions below a cell as they are, and takes off the half cell that is added here.
+            rois = torch.cat([images[rows].to(corners), corners[rows] + stride / 2], dim=1)
+            values = roi_align(own.to(rois), rois, self.output_size, 1 / stride, self.sampling_ratio, aligned=True)
+            pooled[rows] = values.to(pooled)
+        return pooled
+
+
+def _stride(features: Tensor, image_shapes: list[tuple[int, int]]) -> int:
+    ratio = max(max(size) for size in image_shapes) / max(features.shape[-2:])
+    return 2 ** round(math.log2(ratio))
+
+
+class ReleasedTransform(GeneralizedRCNNTransform):
+    """Resizing and normalising as in the released code; arguments as torchvision's, without `fixed_size`.
+
+    An image of w * h pixels is resized by s = min(max_size / longer side, min_size / shorter side) to
+    int(w * s + 0.5) * int(h * s + 0.5), in whole levels 0..255, and then normalised. In training,
+    min_size is drawn from the attribute `min_size`, else its last entry holds.
+    """
+
+    def __init__(self, min_size, max_size: int, image_mean, image_std, _skip_resize: bool = False):
+        super().__init__(min_size, max_size, image_mean, image_std, _skip_resize=_skip_resize)
+
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[ImageList, list[dict[str, Tensor]] | None]:
+        """Images [3, H, W] float RGB in 0..1 -> padded batch; the targets as `resize` gives them."""
+        pairs = zip(images, targets if targets is not None else [None] * len(images), strict=True)
+        resized, resized_targets = zip(*(self.resize(*pair) for pair in pairs), strict=True)
+        sizes = [(image.shape[-2], image.shape[-1]) for image in resized]
+        batch = self.batch_images([self.normalize(image) for image in resized], self.size_divisible)
+        return ImageList(batch, sizes), None if targets is None else list(resized_targets)
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict | None]:
+        """One image [3, H, W] in 0..1, and its target, which is not changed.
+
+        A target holds boxes [K, 4] in pixels; masks [K, H, W] uint8 and semantic [H, W] labels where they
+        are wanted. With `_skip_resize` nothing happens in training.
+        """
+        if self.training and self._skip_resize:
+            return image, target
+        min_size = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
+        scale = self._scale(image.shape[-2:], min_size)
+        size = tuple(int(side * scale + 0.5) for side in image.shape[-2:])
+        image = resize_image(image, size)
+        if target is None:
+            return image, None
+        resized = dict(target)
+        inclusive = target["boxes"].new_tensor(INCLUSIVE)
+        resized["boxes"] = clip_boxes((target["boxes"] - inclusive) * scale + inclusive, size)
+        for key in ("masks", "semantic"):
+            if key in target:
+                resized[key] = resize_nearest(target[key], size)
+        return image, resized
+
+    def postprocess(
+        self,
+        result: list[dict[str, Tensor]],
+        image_shapes: list[tuple[int, int]],
+        original_image_sizes: list[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        """Boxes [K, 4] back in pixels of the original images; masks [K, 1, 28, 28] -> [K, 1, H, W], both in 0..1."""
+        if self.training:
+            return result
+        for detections, size in zip(result, original_image_sizes, strict=True):
+            boxes = detections["boxes"].double()
+            inclusive = boxes.new_tensor(INCLUSIVE)
+            corners = (boxes - inclusive) / self._scale(size, self.min_size[-1])
+            detections["boxes"] = (corners + inclusive).to(detections["boxes"].dtype)
+            if "masks" in detections:
+                detections["masks"] = paste_masks(detections["masks"], corners, size)
+        return result
+
+    def _scale(self, size: tuple[int, int], min_size: int) -> float:
+        return min(self.max_size / max(size), min_size / min(size))
