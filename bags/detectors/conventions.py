@@ -17,6 +17,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image
 
+from bags.detectors import released
 from bags.detectors.anchors import FixedStrideAnchors
 
 
@@ -42,6 +43,7 @@ class Conventions:
     box_coder         (weights) -> deltas to boxes and back
     clip              (boxes [..., 4], (height, width)) -> boxes inside the image
     least_side        detections narrower or lower are dropped (pixels)
+    suppressed_as     (boxes [K, 4], (height, width)) -> the boxes whose overlaps decide suppression
     roi_align         (level names, output side, samples per bin side) -> pooling over the pyramid
     transform         (min_size, max_size, mean, std, _skip_resize=...) -> resizing there and back
     mask_targets      (masks, boxes, matched objects, side) -> targets [K, side, side] in 0..1
@@ -55,6 +57,7 @@ class Conventions:
     box_coder: Callable[[tuple[float, ...]], BoxCoder] = BoxCoder
     clip: Callable[[Tensor, tuple[int, int]], Tensor] = clip_boxes_to_image
     least_side: float = 1e-2
+    suppressed_as: Callable[[Tensor, tuple[int, int]], Tensor] = lambda boxes, size: boxes
     roi_align: Callable[..., nn.Module] = MultiScaleRoIAlign
     transform: type[GeneralizedRCNNTransform] = Transform
     mask_targets: Callable[[Tensor, Tensor, Tensor, int], Tensor] = project_masks_on_boxes
@@ -71,4 +74,18 @@ STANDARD = Conventions()
 CONVENTIONS = {
     "standard": STANDARD,
     "torchvision": replace(STANDARD, anchors=_torchvision_anchors, box_beta=1 / 9),
+    "released": Conventions(
+        anchors=released.ReleasedAnchors,
+        rpn=released.ReleasedRPN,
+        matcher=released.ReleasedMatcher,
+        box_coder=released.ReleasedBoxCoder,
+        clip=released.clip_boxes,
+        least_side=-float("inf"),
+        suppressed_as=released.as_at_original_size,
+        roi_align=released.ReleasedRoIAlign,
+        transform=released.ReleasedTransform,
+        mask_targets=released.mask_targets,
+        box_beta=1.0,
+        semantic_padding=0,
+    ),
 }

@@ -4,12 +4,12 @@ Greedy survivors among the best M candidates do not depend on lower ones. So the
 only their boxes are decoded and suppressed, and M doubles until enough survive or all were seen.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
-from torchvision.ops import clip_boxes_to_image, nms, remove_small_boxes
+from torchvision.ops import nms, remove_small_boxes
+
+from bags.detectors.conventions import STANDARD, Conventions
 
 
 def select_detections(
@@ -21,15 +21,14 @@ def select_detections(
     score_threshold: float,
     nms_threshold: float,
     max_detections: int,
-    clip: Callable[[Tensor, tuple[int, int]], Tensor] = clip_boxes_to_image,
-    least_side: float = 1e-2,
+    conventions: Conventions = STANDARD,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The `max_detections` best after per-category suppression: boxes [K, 4], scores [K], labels [K].
 
     scores      [R, C+1] in 0..1, column 0 the background; candidates score above the threshold
     regression  [R, 4 * (C+1)] box deltas per label, or [R, 4] shared by all
     proposals   [R, 4] x1, y1, x2, y2 in pixels of an image of `image_size` (height, width)
-    clip        keeps decoded boxes inside the image; those narrower or lower than `least_side` are dropped
+    conventions say how boxes are clipped, which are too small, and whose overlaps count
     Equal to suppressing all R * C candidates at once; sorted by falling score.
     """
     num_categories = scores.shape[1] - 1
@@ -42,10 +41,10 @@ def select_detections(
         deltas = regression.unflatten(1, (-1, 4))
         deltas = deltas[rows, labels if deltas.shape[1] > 1 else 0]
         boxes = box_coder.decode_single(deltas, proposals[rows])
-        boxes = clip(boxes, image_size)
-        solid = remove_small_boxes(boxes, min_size=least_side)
+        boxes = conventions.clip(boxes, image_size)
+        solid = remove_small_boxes(boxes, min_size=conventions.least_side)
         boxes, labels, best = boxes[solid], labels[solid], flat[chosen[solid]]
-        keep = _suppress(boxes, best, labels, nms_threshold)
+        keep = _suppress(conventions.suppressed_as(boxes, image_size), best, labels, nms_threshold)
         if len(keep) >= max_detections or len(chosen) == eligible:
             keep = keep[:max_detections]
             return boxes[keep], best[keep], labels[keep]

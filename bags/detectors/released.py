@@ -26,6 +26,8 @@ __all__ = [
     "ReleasedRPN",
     "ReleasedRoIAlign",
     "ReleasedTransform",
+    "ResizedShape",
+    "as_at_original_size",
     "clip_boxes",
     "mask_targets",
 ]
@@ -76,6 +78,27 @@ def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
     x, y = boxes[..., 0::2], boxes[..., 1::2]
     corners = x[..., 0].clamp(0, width - 1), y[..., 0].clamp(0, height - 1)
     return torch.stack([*corners, x[..., 1].clamp(1, width), y[..., 1].clamp(1, height)], dim=-1)
+
+
+class ResizedShape(tuple):
+    """(height, width) of a resized image, which also knows the `scale` that it was resized by."""
+
+    scale: float
+
+    def __new__(cls, size: tuple[int, int], scale: float):
+        shape = super().__new__(cls, size)
+        shape.scale = scale
+        return shape
+
+
+def as_at_original_size(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Boxes [K, 4] of a resized image, as wide and high in its pixels as they are once scaled back.
+
+    Detections are suppressed in the original image, where a box's last pixel counts as a whole one.
+    A size that is no `ResizedShape` is taken as the original's.
+    """
+    extra = getattr(image_size, "scale", 1.0) - 1
+    return boxes + boxes.new_tensor([0, 0, extra, extra])
 
 
 class ReleasedMatcher(Matcher):
@@ -236,7 +259,11 @@ class ReleasedTransform(GeneralizedRCNNTransform):
         """Images [3, H, W] float RGB in 0..1 -> padded batch; the targets as `resize` gives them."""
         pairs = zip(images, targets if targets is not None else [None] * len(images), strict=True)
         resized, resized_targets = zip(*(self.resize(*pair) for pair in pairs), strict=True)
-        sizes = [(image.shape[-2], image.shape[-1]) for image in resized]
+        least = self.min_size[-1]
+        sizes = [
+            ResizedShape(image.shape[-2:], self._scale(original.shape[-2:], least))
+            for image, original in zip(resized, images, strict=True)
+        ]
         batch = self.batch_images([self.normalize(image) for image in resized], self.size_divisible)
         return ImageList(batch, sizes), None if targets is None else list(resized_targets)
 

@@ -39,12 +39,12 @@ def paste_masks(masks: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor
     """
     height, width = size
     pasted = torch.zeros(len(masks), 1, height, width, device=masks.device)
-    for canvas, mask, (x1, y1, x2, y2) in zip(pasted, masks.float(), corners.long().tolist(), strict=True):
+    for k, (mask, (x1, y1, x2, y2)) in enumerate(zip(masks.float(), corners.long().tolist(), strict=True)):
         own = (max(y2 - y1 + 1, 1), max(x2 - x1 + 1, 1))
         mask = F.interpolate(mask[None], own, mode="bilinear", align_corners=False)[0]
         top, left = max(y1, 0), max(x1, 0)
         mask = mask[:, top - y1 : max(height - y1, 0), left - x1 : max(width - x1, 0)]
-        canvas[:, top : top + mask.shape[1], left : left + mask.shape[2]] = mask
+        pasted[k, :, top : top + mask.shape[1], left : left + mask.shape[2]] = mask
     return pasted
 
 

@@ -154,8 +154,7 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
                 self.score_thresh,
                 self.nms_thresh,
                 self.detections_per_img,
-                self.conventions.clip,
-                self.conventions.least_side,
+                self.conventions,
             )
             detections.append({"boxes": found, "scores": best, "labels": labels})
             if self.report_proposals:
