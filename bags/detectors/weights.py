@@ -181,7 +181,7 @@ def fold_batch_norm_eps(state: dict[str, Tensor], eps: float, ours: float = 1e-5
     torchvision's COCO_V1 detectors were trained, and are run, with 0.
     """
     shift = eps - ours
-    return {key: value + shift if key.endswith(".running_var") else value for key, value in state.items()}
+    return {key: value + shift if key.endswith("running_var") else value for key, value in state.items()}
 
 
 def to_torchvision(state: dict[str, Tensor], num_categories: int) -> dict[str, Tensor]:
