@@ -1,0 +1,89 @@
+"""Can each detector learn at all? Trains it on 8 images until it knows them by heart; AP50 must exceed 0.9.
+
+    python scripts/overfit.py                               # 5 frameworks x 2 classifiers; an hour's quarter on a CPU
+    python scripts/overfit.py htc mask_rcnn --classifiers group_softmax
+    python scripts/overfit.py faster_rcnn train.lr=0.0005   # section.key=value, as everywhere
+
+A detector that cannot do this has a fault. Exit code 1 if one fails.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bags.errors import UserError, run_script
+
+ROWS = {"faster_rcnn": "softmax", "mask_rcnn": "paper/mask", "cascade_rcnn": "paper/cascade",
+        "cascade_mask_rcnn": "paper/cascade_mask", "htc": "paper/htc"}  # fmt: skip
+CLASSIFIERS = {"softmax": [], "group_softmax": ["classifier.name=group_softmax", "classifier.boundaries=[2, 3]"]}
+IMAGES = 8
+SCHEDULE = ["train.epochs=125", "train.batch_size=4", "train.optimizer=adamw", "train.lr=0.002",
+            "train.milestones=[100]", "train.warmup_iterations=50", "train.checkpoint_every=100000",
+            "detector.roi.batch_size=32", "test.score_threshold=0.05"]  # fmt: skip
+
+
+def main() -> None:
+    """Parses the command line; trains, prints one line for each detector."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("frameworks", nargs="*", help=f"of {', '.join(ROWS)}; and section.key=value overrides")
+    parser.add_argument("--classifiers", default="softmax,group_softmax", help="comma-separated")
+    arguments = parser.parse_intermixed_args()
+    overrides = [text for text in arguments.frameworks if "=" in text]
+    frameworks = [text for text in arguments.frameworks if "=" not in text] or list(ROWS)
+    classifiers = arguments.classifiers.split(",")
+    for name, known in [(f, ROWS) for f in frameworks] + [(c, CLASSIFIERS) for c in classifiers]:
+        if name not in known:
+            raise UserError(f"{name}: expected one of {', '.join(known)}")
+    with tempfile.TemporaryDirectory() as folder:
+        data = few_images(Path(folder))
+        results = [
+            overfit(framework, classifier, [*data, f"output={folder}/runs", *SCHEDULE, *overrides])
+            for framework in frameworks
+            for classifier in classifiers
+        ]
+    sys.exit(0 if all(results) else 1)
+
+
+def few_images(folder: Path) -> list[str]:
+    """Writes annotations of the first images of glyphs-100's training set; returns the overrides that use them."""
+    from bags.data.glyphs import PRESETS, make_glyphs
+
+    root = make_glyphs(Path("data/glyphs-100"), PRESETS["glyphs-100"])
+    content = json.loads((root / "train.json").read_text())
+    content["images"] = content["images"][:IMAGES]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+    (folder / "few.json").write_text(json.dumps(content))
+    file = f"{folder}/few.json"
+    return ["data.glyphs=null", f"data.train={file}", f"data.val={file}"]
+
+
+def overfit(framework: str, classifier: str, overrides: list[str]) -> bool:
+    """Trains one detector from nothing; prints its AP50 and returns whether it has learnt the images."""
+    from bags.config import load_config
+    from bags.distributed import distributed
+    from scripts.train import run
+
+    file = Path(__file__).parents[1] / "configs/glyphs-100" / f"{ROWS[framework]}.yaml"
+    config = load_config(file, [*CLASSIFIERS[classifier], f"name={framework}-{classifier}", *overrides])
+    start = time.perf_counter()
+    with distributed(config.device) as device:
+        run(config, device)
+    metrics = json.loads((config.run_folder / "metrics.json").read_text())
+    found = {key: metrics[key] for key in ("AP50", "mask_AP50") if key in metrics}
+    good = min(found.values()) > 0.9
+    numbers = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
+    print(
+        f"{framework} {classifier}: {numbers} after {time.perf_counter() - start:.0f} s{'' if good else ': FAILED'}",
+        flush=True,
+    )
+    return good
+
+
+if __name__ == "__main__":
+    run_script(main)
