@@ -113,8 +113,12 @@ def test_every_shipped_configuration_loads():
 PAPER_FOLDERS = [ROOT / "configs" / name for name in ("glyphs-100", "lvis_v0.5")]
 
 
-@pytest.mark.parametrize("folder", PAPER_FOLDERS, ids=lambda p: p.name)
-@pytest.mark.parametrize("table", list(PAPER))
+TABLES = [(folder, table) for folder in PAPER_FOLDERS for table in PAPER] + [
+    (ROOT / "configs/lvis_v1", table) for table in ("2", "3")
+]
+
+
+@pytest.mark.parametrize("folder, table", TABLES, ids=lambda p: getattr(p, "name", p))
 def test_every_row_of_the_paper_is_a_short_file(folder, table):
     """Each row loads, has at most 8 lines, its command on top; the numbers match the table's columns."""
     for row in PAPER[table].rows:
@@ -125,7 +129,8 @@ def test_every_row_of_the_paper_is_a_short_file(folder, table):
         assert f"# make train CONFIG={path.relative_to(ROOT)}" in [line.split(" GPUS=")[0] for line in lines]
         assert any(label in line for line in lines[:2] for label in ("Table", "Figure", "control"))
         assert config.name == row.config and config.data.name == folder.name
-        assert config.init_row in (None, "softmax")
+        stem = row.config.removesuffix("_bags")
+        assert config.init_row in (None, "softmax") if stem == row.config else config.init_row == stem
         assert len(row.published) in (0, len(PAPER[table].columns))
 
 
@@ -140,8 +145,24 @@ def test_rows_differ_in_what_their_names_say():
     parts = {name: config.train.part for name, config in rows.items()}
     assert {n for n in parts if parts[n] == "none"} == {"ncm_fc", "ncm_conv", "tau_norm", "tau_norm_select"}
     assert {n for n in parts if parts[n] == "all"} == {
-        "softmax", "softmax_x2", "finetune_tail", "rfs", "rfs_finetune", "reweight", "focal"
+        "softmax", "softmax_x2", "finetune_tail", "rfs", "rfs_finetune", "reweight", "focal",
+        "large", "cascade", "mask", "htc", "htc_dcn",
     }  # fmt: skip
+    frameworks = {name: (c.detector.framework, c.detector.backbone) for name, c in rows.items()}
+    x101 = "resnext101_64x4d"
+    for suffix in ("", "_bags"):
+        assert frameworks[f"large{suffix}"] == ("faster_rcnn", x101)
+        assert frameworks[f"cascade{suffix}"] == ("cascade_rcnn", x101)
+        assert frameworks[f"mask{suffix}"] == ("mask_rcnn", "resnet50")
+        assert frameworks[f"htc{suffix}"] == frameworks[f"htc_dcn{suffix}"] == ("htc", x101)
+        assert rows[f"htc_dcn{suffix}"].detector.deformable_stages == (2, 3, 4)
+        assert rows[f"htc_dcn{suffix}"].data.short_sides == (400, 1400) and rows[f"htc{suffix}"].data.train_semantic
+    tests = {n: (rows[n].test.score_threshold, rows[n].test.max_detections) for n in rows}
+    released = {"large": (0, 300), "large_bags": (0.001, 300), "cascade": (0.001, 300), "cascade_bags": (0.001, 300),
+                "mask": (0.05, 100), "mask_bags": (0.001, 300), "htc": (0.001, 100), "htc_bags": (0.001, 300),
+                "htc_dcn": (0.001, 100), "htc_dcn_bags": (0.001, 300)}  # fmt: skip
+    assert {n: tests[n] for n in released} == released
+    assert rows["htc_bags"].train.lr == 0.005 and rows["htc"].train.milestones == (16, 19)
     assert rows["rfs"].sampler == rows["rfs_finetune"].sampler and rows["rfs"].init_row is None
     for field in ("data", "detector", "test", "train"):  # the control differs from BAGS in its classifier alone
         same = dataclasses.replace(rows["softmax_retrained"].detector, reset_classifier=False)

@@ -449,3 +449,29 @@ def test_training_starts_from_a_detector_of_other_categories(tmp_path, glyphs):
     assert all(any(part in name for part in dependent) for name in new) and len(new) == 6
     for name, value in ours.state_dict().items():
         assert name in new or torch.equal(value, source.state_dict()[name])
+
+
+def test_torchvisions_own_weights_need_no_annotations(monkeypatch, tmp_path):
+    """COCO_V1 without COCO at hand: the 80 categories come with the weights, whose eps was 0."""
+    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+    from scripts import import_weights
+
+    names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    torch.manual_seed(0)
+    peer = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+    asked = []
+    fetch = lambda model, name: asked.append((model, name)) or (peer.state_dict(), names)  # noqa: E731
+    monkeypatch.setattr(import_weights, "fetch_state", fetch)
+    config = bags.load_config(ROOT / "configs/coco/softmax.yaml", [f"data.root={tmp_path}"])
+    content, lines = import_weights.import_weights("COCO_V1", config, None, None)
+    assert asked == [("fasterrcnn_resnet50_fpn", "COCO_V1")]
+    ids, known = content["stats"]["category_ids"], content["stats"]["names"]
+    assert (len(ids), ids[-1], known[0], known[-1]) == (80, 90, "person", "toothbrush")
+    assert "left out: 10 labels without a category (90 in the file)" in lines
+    assert any("eps 0, ours 1e-5" in line for line in lines)
+    weight = content["model"]["roi_heads.classifier.linear.weight"]
+    assert torch.equal(weight, peer.roi_heads.box_predictor.cls_score.weight[[0, *ids]])
+    monkeypatch.undo()
+    with pytest.raises(bags.UserError, match="COCO_V9: expected a .pth file, or one of .*COCO_V1"):
+        import_weights.import_weights("COCO_V9", config, None, None)

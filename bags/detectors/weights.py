@@ -96,9 +96,8 @@ def fetch_state(model: str, name: str) -> tuple[dict[str, Tensor], list[str]]:
     """
     weights = torchvision.models.get_model_weights(model)
     if name not in weights.__members__:
-        raise UserError(
-            f"{name}: expected a file, or one of torchvision's {', '.join(weights.__members__)} for {model}"
-        )
+        known = ", ".join(weights.__members__)
+        raise UserError(f"{name}: expected a .pth file, or one of torchvision's weights for {model}: {known}")
     try:
         state = weights[name].get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:
