@@ -255,10 +255,10 @@ def predict_and_evaluate(
         proposals = detection["proposals"].cpu() * torch.tensor(image.shape[:0:-1]).repeat(2)
         accuracy.update(proposals, detection["proposal_labels"], target["boxes"], target["labels"])
 
-    detector.roi_heads.report_proposals = True
+    detector.roi_heads.report_proposals = detector.transform.encode_masks = True
     loader = build_val_loader(config, dataset)
     predict(detector, loader, device, stats.category_ids, predictions, config.name, observe)
-    detector.roi_heads.report_proposals = False
+    detector.roi_heads.report_proposals = detector.transform.encode_masks = False
     accuracy.counts = distributed.total(accuracy.counts.to(device)).cpu()
     if not distributed.is_main():
         return {}

@@ -66,6 +66,7 @@ def detect(checkpoint: Path, files: list[Path], output: Path, least_score: float
     stats = meta["stats"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector.to(device)
+    detector.transform.encode_masks = True
     name_of = dict(zip(stats.category_ids, stats.names, strict=True))
     output.mkdir(parents=True, exist_ok=True)
     palette = [matplotlib.colors.to_hex(colour) for colour in matplotlib.colormaps["tab10"].colors]
@@ -74,7 +75,10 @@ def detect(checkpoint: Path, files: list[Path], output: Path, least_score: float
         image = read_image(file)
         with torch.inference_mode():
             detection = detector([to_tensor(image).to(device)])[0]
-        detection = {key: value[detection["scores"] >= least_score] for key, value in detection.items()}
+        kept = torch.where(detection["scores"] >= least_score)[0]
+        rles = detection.pop("rles", [])
+        detection = {key: value[kept] for key, value in detection.items()}
+        detection["rles"] = [rles[k] for k in kept.tolist()] if rles else []
         names = [stats.names[label - 1] for label in detection["labels"].tolist()]
         colours = [palette[label % len(palette)] for label in detection["labels"].tolist()]
         drawing = output / f"{number:06d}_{file.stem}.png"

@@ -19,7 +19,8 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import box_iou, nms
 
 from bags.detectors import released
-from bags.detectors.released_pixels import paste_masks
+from bags.detectors.masks import paste
+from bags.detectors.released_pixels import crops
 
 INCLUSIVE = torch.tensor([0.0, 0, 1, 1], dtype=torch.float64)
 PIXELS = {"rtol": 2e-7, "atol": 1e-4}
@@ -464,16 +465,20 @@ def slow_paste(mask, corners, height, width):
     return canvas
 
 
+def pasted_at(masks, corners, size):
+    return paste(crops(masks, corners, size), len(masks), size, masks.float())
+
+
 def test_pasted_masks_equal_plain_loops():
     """Fractions are cut off; partly or wholly outside; inside out gives one pixel; larger and smaller than 28."""
     corners = [[3.9, 2.2, 20.99, 30], [-5.5, -7, 12, 9], [30, 25, 55, 60], [9, 9, 7, 3], [50, 50, 60, 60], [0, 0, 0, 0]]
     corners += [[-60, 0, -50, 9], [0, 0, 39, 34]]
     masks = np.random.default_rng(0).random((len(corners), 28, 28))
-    pasted = paste_masks(torch.tensor(masks)[:, None], torch.tensor(corners, dtype=torch.float64), (35, 40))
+    pasted = pasted_at(torch.tensor(masks)[:, None], torch.tensor(corners, dtype=torch.float64), (35, 40))
     assert pasted.dtype == torch.float32 and pasted.shape == (len(corners), 1, 35, 40)
     for ours, mask, own in zip(pasted[:, 0].numpy(), masks, corners, strict=True):
         assert np.abs(ours - slow_paste(mask, own, 35, 40)).max() < 1e-5
-    assert paste_masks(torch.zeros(0, 1, 28, 28), torch.zeros(0, 4), (5, 6)).shape == (0, 1, 5, 6)
+    assert pasted_at(torch.zeros(0, 1, 28, 28), torch.zeros(0, 4), (5, 6)).shape == (0, 1, 5, 6)
 
 
 @pytest.mark.parametrize("M", [28, 7])

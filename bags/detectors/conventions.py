@@ -19,10 +19,16 @@ from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image
 
 from bags.detectors import released
 from bags.detectors.anchors import FixedStrideAnchors
+from bags.detectors.masks import crops, encode
 
 
 class Transform(GeneralizedRCNNTransform):
-    """torchvision's normalisation, resizing and padding; `semantic` label maps [H, W] of targets follow (nearest)."""
+    """torchvision's normalisation, resizing and padding; `semantic` label maps [H, W] of targets follow (nearest).
+
+    encode_masks: detections come with `rles` (see `masks.encode`) instead of image-sized masks.
+    """
+
+    encode_masks = False
 
     def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
         """One image [3, H, W] and its target, at the size that min_size and max_size ask for."""
@@ -31,6 +37,15 @@ class Transform(GeneralizedRCNNTransform):
             labels = target["semantic"][None, None].float()
             target["semantic"] = F.interpolate(labels, size=image.shape[-2:])[0, 0].to(target["semantic"].dtype)
         return image, target
+
+    def postprocess(self, result: list[dict], image_shapes: list, original_image_sizes: list) -> list[dict]:
+        """Boxes [K, 4] and masks [K, 1, 28, 28] of detections, in the original images."""
+        masks = [detection.pop("masks", None) for detection in result] if self.encode_masks else []
+        result = super().postprocess(result, image_shapes, original_image_sizes)
+        for detection, own, size in zip(result, masks, original_image_sizes, strict=False):
+            if own is not None:
+                detection["rles"] = encode(crops(own, detection["boxes"], size), size)
+        return result
 
 
 @dataclass(frozen=True)

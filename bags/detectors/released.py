@@ -17,7 +17,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, nms, roi_align
 
 from bags.detectors.anchors import FixedStrideAnchors
-from bags.detectors.released_pixels import INCLUSIVE, mask_targets, paste_masks, resize_image, resize_nearest
+from bags.detectors.masks import encode, paste
+from bags.detectors.released_pixels import INCLUSIVE, crops, mask_targets, resize_image, resize_nearest
 
 __all__ = [
     "ReleasedAnchors",
@@ -250,6 +251,8 @@ class ReleasedTransform(GeneralizedRCNNTransform):
     min_size is drawn from the attribute `min_size`, else its last entry holds.
     """
 
+    encode_masks = False
+
     def __init__(self, min_size, max_size: int, image_mean, image_std, _skip_resize: bool = False):
         super().__init__(min_size, max_size, image_mean, image_std, _skip_resize=_skip_resize)
 
@@ -295,7 +298,10 @@ class ReleasedTransform(GeneralizedRCNNTransform):
         image_shapes: list[tuple[int, int]],
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
-        """Boxes [K, 4] back in pixels of the original images; masks [K, 1, 28, 28] -> [K, 1, H, W], both in 0..1."""
+        """Boxes [K, 4] back in pixels of the original images; masks [K, 1, 28, 28] -> [K, 1, H, W], both in 0..1.
+
+        With `encode_masks`, `rles` take the place of masks (see `masks.encode`).
+        """
         if self.training:
             return result
         for detections, size in zip(result, original_image_sizes, strict=True):
@@ -304,7 +310,12 @@ class ReleasedTransform(GeneralizedRCNNTransform):
             corners = (boxes - inclusive) / self._scale(size, self.min_size[-1])
             detections["boxes"] = (corners + inclusive).to(detections["boxes"].dtype)
             if "masks" in detections:
-                detections["masks"] = paste_masks(detections["masks"], corners, size)
+                masks = detections.pop("masks")
+                placed = crops(masks, corners, size)
+                if self.encode_masks:
+                    detections["rles"] = encode(placed, size)
+                else:
+                    detections["masks"] = paste(placed, len(masks), size, masks)
         return result
 
     def _scale(self, size: tuple[int, int], min_size: int) -> float:

@@ -4,6 +4,8 @@ OpenCV rounds on the way, downwards on the whole: a mask's target is often 0 whe
 0.6. Boxes are in continuous coordinates unless said otherwise; see `released`.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,21 +33,18 @@ def mask_targets(gt_masks: Tensor, boxes: Tensor, matched_idxs: Tensor, M: int) 
     return _blend(*lines, *(w[:, :, None] for w in down)).to(boxes.dtype)
 
 
-def paste_masks(masks: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor:
-    """Mask probabilities [K, 1, M, M] in 0..1 -> [K, 1, height, width] float32, 0 outside the boxes.
+def crops(masks: Tensor, corners: Tensor, size: tuple[int, int]) -> Iterator[tuple[int, int, Tensor]]:
+    """Mask probabilities [K, 1, M, M] in 0..1 -> (left, top, probabilities [h, w]) of each, inside the image.
 
     corners [K, 4] are the released code's, last pixel included; their fractions are cut off. What lies
     outside the image of `size` (height, width) is cropped.
     """
     height, width = size
-    pasted = torch.zeros(len(masks), 1, height, width, device=masks.device)
-    for k, (mask, (x1, y1, x2, y2)) in enumerate(zip(masks.float(), corners.long().tolist(), strict=True)):
+    for mask, (x1, y1, x2, y2) in zip(masks.float(), corners.long().tolist(), strict=True):
         own = (max(y2 - y1 + 1, 1), max(x2 - x1 + 1, 1))
-        mask = F.interpolate(mask[None], own, mode="bilinear", align_corners=False)[0]
-        top, left = max(y1, 0), max(x1, 0)
-        mask = mask[:, top - y1 : max(height - y1, 0), left - x1 : max(width - x1, 0)]
-        pasted[k, :, top : top + mask.shape[1], left : left + mask.shape[2]] = mask
-    return pasted
+        values = F.interpolate(mask[None], own, mode="bilinear", align_corners=False)[0, 0]
+        left, top = max(x1, 0), max(y1, 0)
+        yield left, top, values[top - y1 : max(height - y1, 0), left - x1 : max(width - x1, 0)]
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -58,7 +57,7 @@ def predict(
 
 
 def results_entries(image_id: int, detection: dict[str, Tensor], category_ids: tuple[int, ...]) -> list[dict]:
-    """One image's detections (labels 1..C) as results-file entries; masks [K, 1, H, W] as compressed RLE."""
+    """One image's detections (labels 1..C) as results-file entries; `rles` are its masks, if it has any."""
     boxes = detection["boxes"].double().cpu().numpy()
     boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).round(3).tolist()
     labels, scores = detection["labels"].tolist(), detection["scores"].tolist()
@@ -66,7 +65,6 @@ def results_entries(image_id: int, detection: dict[str, Tensor], category_ids: t
         {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
         for box, label, score in zip(boxes, labels, scores, strict=True)
     ]
-    for entry, mask in zip(entries, detection.get("masks", ()), strict=False):
-        rle = coco_mask.encode(np.asfortranarray((mask[0] > 0.5).cpu().numpy(), np.uint8))
-        entry["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+    for entry, rle in zip(entries, detection.get("rles", ()), strict=False):
+        entry["segmentation"] = rle
     return entries
