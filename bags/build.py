@@ -1,5 +1,6 @@
 """Configuration -> objects. The only place that maps a name to a class."""
 
+import hashlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from bags.data.statistics import CategoryStats
 from bags.data.transforms import training_transform
 from bags.detectors.backbones import build_backbone, load_backbone_weights
 from bags.detectors.faster_rcnn import faster_rcnn
-from bags.engine.checkpoint import load_checkpoint, load_weights
+from bags.engine.checkpoint import load_checkpoint, load_weights, weights_digest
 from bags.engine.predict import predict
 from bags.errors import UserError
 from bags.evaluation.detection_ap import evaluate
@@ -250,14 +251,17 @@ def predict_and_evaluate(
     """
     accuracy = ProposalAccuracy(stats.num_categories)
 
-    def observe(image: torch.Tensor, target: dict, detection: dict) -> None:
+    def observe(image: torch.Tensor, target: dict, detection: dict) -> list[list[int]]:
         """Judges one image's proposals, in its own pixels."""
         proposals = detection["proposals"].cpu() * torch.tensor(image.shape[:0:-1]).repeat(2)
-        accuracy.update(proposals, detection["proposal_labels"], target["boxes"], target["labels"])
+        return accuracy.judge(proposals, detection["proposal_labels"], target["boxes"], target["labels"])
 
     detector.roi_heads.report_proposals = detector.transform.encode_masks = True
     loader = build_val_loader(config, dataset)
-    predict(detector, loader, device, stats.category_ids, predictions, config.name, observe)
+    settings = (config.data, config.detector, config.test, dataset.index.image_ids.tolist())
+    key = f"{weights_digest({'model': detector.state_dict()})} {hashlib.sha256(repr(settings).encode()).hexdigest()}"
+    for judged in predict(detector, loader, device, stats.category_ids, predictions, config.name, key, observe):
+        accuracy.add(judged)
     detector.roi_heads.report_proposals = detector.transform.encode_masks = False
     accuracy.counts = distributed.total(accuracy.counts.to(device)).cpu()
     if not distributed.is_main():

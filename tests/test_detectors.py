@@ -332,3 +332,45 @@ def test_load_detector_refuses_foreign_files(tmp_path):
     for name in ("text.pth", "array.npy", "absent.pth"):
         with pytest.raises(bags.UserError, match=name):
             load_detector(tmp_path / name)
+
+
+def test_a_prediction_that_was_killed_goes_on(job, tmp_path, monkeypatch):
+    """Stopped twice, once inside a line: the same file and accuracies; nothing is predicted twice; a new key starts anew."""
+    _, runs, _ = job
+    detector, meta = load_detector(runs / "tiny/bags/last.pth", overrides=["test.batch_size=2"])
+    config, stats = meta["config"], meta["stats"]
+    dataset, device = build_val_dataset(config), torch.device("cpu")
+    expected = predict_and_evaluate(detector, config, stats, dataset, tmp_path / "whole.json", device)
+    forward, seen = detector.forward, []
+
+    def dies_after(calls):
+        def limited(images):
+            if len(seen) == calls:
+                raise KeyboardInterrupt
+            seen.append(len(images))
+            return forward(images)
+
+        monkeypatch.setattr(detector, "forward", limited)
+
+    share = tmp_path / "p.json.rank0"
+    for calls in (1, 3):
+        dies_after(calls)
+        with pytest.raises(KeyboardInterrupt):
+            predict_and_evaluate(detector, config, stats, dataset, tmp_path / "p.json", device)
+        assert not (tmp_path / "p.json").exists() and share.exists()
+        with share.open("a") as file:  # one image of the batch that was being written
+            file.write(share.read_text().splitlines()[-1] + "\n" + '[[[0, 3, 1]], [{"image_')
+    dies_after(None)
+    found = predict_and_evaluate(detector, config, stats, dataset, tmp_path / "p.json", device)
+    assert (tmp_path / "p.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert {k: v for k, v in found.items() if v == v} == {k: v for k, v in expected.items() if v == v}
+    assert sum(seen) == len(dataset) and not share.exists()
+
+    seen.clear(), dies_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        predict_and_evaluate(detector, config, stats, dataset, tmp_path / "p.json", device)
+    with torch.no_grad():
+        detector.roi_heads.classifier.linear.bias.add_(1)
+    seen.clear(), dies_after(None)
+    predict_and_evaluate(detector, config, stats, dataset, tmp_path / "p.json", device)
+    assert sum(seen) == len(dataset)

@@ -195,8 +195,8 @@ def test_proposal_accuracy_by_hand():
     labels = assign_labels(proposals, boxes, torch.tensor([2, 1]))
     assert labels.tolist() == [2, 1, 0, 1]
     accuracy = ProposalAccuracy(2)
-    accuracy.update(proposals, torch.tensor([2, 2, 0, 1]), boxes, torch.tensor([2, 1]))
-    accuracy.update(proposals[:2], torch.tensor([0, 1]), boxes[:0], torch.tensor([], dtype=torch.long))
+    accuracy.add(accuracy.judge(proposals, torch.tensor([2, 2, 0, 1]), boxes, torch.tensor([2, 1])))
+    accuracy.add(accuracy.judge(proposals[:2], torch.tensor([0, 1]), boxes[:0], torch.tensor([], dtype=torch.long)))
     found = accuracy.summary([5, 50])
     expected = {"ACC": 4 / 6, "ACC1": 1 / 2, "ACC2": 1, "ACC3": math.nan, "ACC4": math.nan, "ACCbg": 2 / 3}
     assert found == pytest.approx(expected, nan_ok=True)
@@ -230,7 +230,7 @@ def test_proposal_accuracy_equals_the_released_code():
         proposals, boxes = inclusive(data[f"proposals_{i}"][:, :4]), inclusive(data[f"gt_boxes_{i}"])
         labels = torch.from_numpy(data[f"gt_labels_{i}"])
         assert assign_labels(proposals, boxes, labels).tolist() == data[f"assigned_label_{i}"].tolist()
-        accuracy.update(proposals, torch.from_numpy(data[f"pred_label_{i}"]), boxes, labels)
+        accuracy.add(accuracy.judge(proposals, torch.from_numpy(data[f"pred_label_{i}"]), boxes, labels))
     assert accuracy.counts[0].tolist() == data["num_ins"].astype(int).tolist()
     assert accuracy.counts[1].tolist() == data["num_get"].astype(int).tolist()
     found = accuracy.summary(data["counts"].tolist())

@@ -127,9 +127,15 @@ class ShardSampler:
     def __init__(self, size: int, batch_size: int):
         positions = range(distributed.rank(), size, distributed.world_size())
         self.batches = [list(positions[i : i + batch_size]) for i in range(0, len(positions), batch_size)]
+        self.first = 0
+
+    def start(self, first_batch: int) -> list[list[int]]:
+        """The next iteration begins with that batch; returns all batches."""
+        self.first = first_batch
+        return self.batches
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.batches) - self.first
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
+        return iter(self.batches[self.first :])

@@ -82,7 +82,7 @@ def weights_digest(checkpoint: dict) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(checkpoint["model"].items()):
         digest.update(name.encode())
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """Model and loader -> detections on disk, in COCO/LVIS results format."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -22,38 +23,81 @@ def predict(
     category_ids: tuple[int, ...],
     path: Path,
     title: str,
-    observe: Callable[[Tensor, dict, dict], None] | None = None,
-) -> None:
-    """Writes `path`: a list of {image_id, category_id, bbox (x, y, width, height in pixels), score}.
+    key: str,
+    observe: Callable[[Tensor, dict, dict], object] | None = None,
+) -> list[object]:
+    """Writes `path`: a list of {image_id, category_id, bbox (x, y, width, height in pixels), score, segmentation?}.
 
-    observe(image, target, detection) sees every image of this rank's share.
-    The loader gives each rank its share; shares are merged by the main process, in rank order.
+    The loader gives each rank its share of the images, in batches that `loader.batch_sampler.start(n)` can
+    begin with the n-th of. Shares are files of their own, one line per image, and are merged line by line in rank
+    order. A run that was killed goes on after its last whole batch, if its `key` (whatever the results
+    depend on) was the same; the result is then the same file.
+    Returns observe(image, target, detection) of this rank's images: plain values, kept in the share.
     """
     model.eval()
-    part = path.with_name(f"{path.name}.rank{distributed.rank()}")
-    with part.open("w") as file:
-        for images, targets in tqdm(loader, desc=f"{title}: predict", unit="batch", disable=not distributed.is_main()):
+    part, sampler = path.with_name(f"{path.name}.rank{distributed.rank()}"), loader.batch_sampler
+    sizes = [len(batch) for batch in sampler.start(0)]
+    batches, observed = _resume(part, f"{key} of {distributed.world_size()}", sizes)
+    sampler.start(batches)
+    with part.open("a") as file:
+        bar = tqdm(loader, desc=f"{title}: predict", unit="batch", initial=batches, total=len(sizes),
+                   disable=not distributed.is_main())  # fmt: skip
+        for images, targets in bar:
             detections = model([image.to(device) for image in images])
+            lines = []
             for image, target, detection in zip(images, targets, detections, strict=True):
-                if observe:
-                    observe(image, target, detection)
-                for entry in results_entries(target["image_id"], detection, category_ids):
-                    file.write(json.dumps(entry) + "\n")
+                observed.append(observe(image, target, detection) if observe else None)
+                entries = results_entries(target["image_id"], detection, category_ids)
+                lines.append(json.dumps([observed[-1], entries]) + "\n")
+            file.writelines(lines)
+            file.flush()
     distributed.barrier()
     if distributed.is_main():
-        parts = [path.with_name(f"{path.name}.rank{rank}") for rank in range(distributed.world_size())]
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            separator = "[\n"
-            for share in parts:
-                for line in share.open():
-                    file.write(separator + line.rstrip("\n"))
-                    separator = ",\n"
-            file.write("[]\n" if separator == "[\n" else "\n]\n")
-        os.replace(temporary, path)
-        for share in parts:
-            share.unlink()
+        _merge([path.with_name(f"{path.name}.rank{rank}") for rank in range(distributed.world_size())], path)
     distributed.barrier()
+    return observed
+
+
+def _resume(part: Path, key: str, sizes: list[int]) -> tuple[int, list[object]]:
+    """(whole batches in a share, what was observed of their images); the share is cut after them, or begun.
+
+    sizes: images of each batch.
+    """
+    header, observed, ends = json.dumps(key) + "\n", [], []
+    if part.exists():
+        with part.open("rb") as file:
+            if file.readline() == header.encode():
+                ends.append(file.tell())
+                for line in file:
+                    try:
+                        observed.append(json.loads(line)[0])
+                    except (ValueError, TypeError, IndexError):
+                        break  # written when the run was killed
+                    ends.append(file.tell())
+    if not ends:
+        part.write_text(header)
+        return 0, []
+    whole = [n for n, images in enumerate(itertools.accumulate(sizes, initial=0)) if images <= len(observed)][-1]
+    images = sum(sizes[:whole])
+    os.truncate(part, ends[images])
+    return whole, observed[:images]
+
+
+def _merge(parts: list[Path], path: Path) -> None:
+    """Writes the results file from the shares, which are removed."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        separator = "[\n"
+        for share in parts:
+            with share.open() as lines:
+                next(lines)  # the key
+                for entry in (entry for line in lines for entry in json.loads(line)[1]):
+                    file.write(separator + json.dumps(entry))
+                    separator = ",\n"
+        file.write("[]\n" if separator == "[\n" else "\n]\n")
+    os.replace(temporary, path)
+    for share in parts:
+        share.unlink()
 
 
 def results_entries(image_id: int, detection: dict[str, Tensor], category_ids: tuple[int, ...]) -> list[dict]:

@@ -32,12 +32,23 @@ class ProposalAccuracy:
     def __init__(self, num_categories: int):
         self.counts = torch.zeros(2, num_categories + 1, dtype=torch.long)
 
-    def update(self, proposals: Tensor, predicted: Tensor, boxes: Tensor, labels: Tensor) -> None:
-        """One image: all its proposals [P, 4] (no ground truth added), their labels [P], its objects."""
+    @staticmethod
+    def judge(proposals: Tensor, predicted: Tensor, boxes: Tensor, labels: Tensor) -> list[list[int]]:
+        """One image: all its proposals [P, 4] (no ground truth added), their labels [P], its objects.
+
+        Returns [label, proposals of it, of these rightly named] for each true label that there is.
+        """
         true = assign_labels(proposals, boxes, labels).cpu()
-        size = self.counts.shape[1]
-        self.counts[0] += torch.bincount(true, minlength=size)
-        self.counts[1] += torch.bincount(true[true == predicted.cpu()], minlength=size)
+        right = true == predicted.cpu()
+        return [
+            [label, int((true == label).sum()), int(right[true == label].sum())] for label in true.unique().tolist()
+        ]
+
+    def add(self, judged: list[list[int]]) -> None:
+        """Takes in what `judge` found of one image."""
+        for label, number, right in judged:
+            self.counts[0, label] += number
+            self.counts[1, label] += right
 
     def summary(self, instance_counts: Sequence[int], boundaries: Sequence[int] = (10, 100, 1000)) -> dict[str, float]:
         """ACC (over all proposals), ACC1, ACC2, ... (of each instance bin), ACCbg: 0..1, NaN where there is none.
