@@ -335,7 +335,7 @@ def test_load_detector_refuses_foreign_files(tmp_path):
 
 
 def test_a_prediction_that_was_killed_goes_on(job, tmp_path, monkeypatch):
-    """Stopped twice, once inside a line: the same file and accuracies; nothing is predicted twice; a new key starts anew."""
+    """Stopped twice, inside a line: the same file and accuracies; nothing is predicted twice; a new key starts anew."""
     _, runs, _ = job
     detector, meta = load_detector(runs / "tiny/bags/last.pth", overrides=["test.batch_size=2"])
     config, stats = meta["config"], meta["stats"]

@@ -5,8 +5,11 @@ The protocol follows from the annotation file: LVIS (federated, Gupta et al. 201
 equal those of the official `lvis` and `pycocotools`.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hotcoco
@@ -15,9 +18,22 @@ import numpy as np
 from bags.data.packing import is_box, read_annotations, read_json, unique_ids
 from bags.data.statistics import frequency, instance_bin
 from bags.errors import UserError
+from bags.evaluation import official
+
+ENGINES = ("hotcoco", "lvis", "pycocotools")
+FIXED = 10_000  # detections of a category in AP_fixed
 
 
-def evaluate(
+def evaluate(annotations: str | Path, predictions: str | Path, iou_type: str = "bbox", **settings) -> dict[str, float]:
+    """AP AP50 AP75 APs APm APl AR, APr APc APf, AP1 AP2 ..., AP_tail AP_head: floats in 0..1.
+
+    annotations: a COCO or LVIS JSON file; predictions: a results file, a list of {image_id, category_id,
+    bbox, score}, for iou_type "segm" with a segmentation (RLE). The settings are those of `score`.
+    """
+    return score(annotations, predictions, iou_type, **settings)[0]
+
+
+def score(
     annotations: str | Path,
     predictions: str | Path,
     iou_type: str = "bbox",
@@ -25,37 +41,69 @@ def evaluate(
     image_counts: Sequence[int] | None = None,
     boundaries: Sequence[int] = (10, 100, 1000),
     max_detections: int | None = None,
-) -> dict[str, float]:
-    """AP AP50 AP75 APs APm APl AR, APr APc APf, AP1 AP2 ..., AP_tail AP_head: floats in 0..1.
+    engine: str = "hotcoco",
+    fixed: bool = False,
+) -> tuple[dict[str, float], list[dict]]:
+    """(numbers by name, one row for each category).
 
-    annotations       a COCO or LVIS JSON file
-    predictions       a results file: list of {image_id, category_id, bbox, score}
     instance_counts   [C] training boxes per category by ascending id; default: the file's
                       `instance_count`. Bin n holds boundaries[n-2] <= count < boundaries[n-1].
     image_counts      [C] training images per category, for APr APc APf; default: the file's
                       `frequency`, else `image_count`
     max_detections    per image; default 300 (LVIS) or 100 (COCO)
+    engine            hotcoco, or the official lvis or pycocotools, whose numbers are the same
+    fixed             also AP_fixed (Dave et al. 2021): the best 10,000 detections of each category over the
+                      whole file, however many an image has
 
     AP_tail is the mean over the categories of the lower half of the bins (the paper: fewer than 100
     instances), AP_head over the others. A number that no category of the ground truth enters is
-    NaN. Raises UserError for a file that cannot be used.
+    NaN. Rows hold id, name, training_instances, training_images, frequency, bin, AP, AP50. Raises UserError
+    for a file that cannot be used.
     """
     annotations, predictions = Path(annotations), Path(predictions)
+    if engine not in ENGINES:
+        raise UserError(f"engine {engine}: expected one of {', '.join(ENGINES)}")
     content, lvis = _checked_truth(annotations)
-    entries = _checked_entries(read_json(predictions), predictions, content)
-    bare = next((k for k, entry in enumerate(entries) if iou_type == "segm" and "segmentation" not in entry), None)
-    if bare is not None:
-        raise UserError(f"{predictions}: detection {bare}: no segmentation: these are results of boxes")
     limit = max_detections or (300 if lvis else 100)
     try:
-        precision, recall = _match(annotations, entries, iou_type, lvis, limit)
+        truth = hotcoco.COCO(str(annotations))
+        found = _detections(truth, predictions, content, iou_type)
+        if engine == "hotcoco":
+            precision, recall = _match(truth, found, iou_type, lvis, limit)
+        else:
+            entries = _checked_entries(read_json(predictions), predictions, content, iou_type)
+            precision, recall = official.match(engine, annotations, entries, iou_type, lvis, limit)
+        best = _fixed(truth, found, predictions, iou_type, lvis, limit, precision) if fixed else None
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{annotations}: with {predictions}: cannot be evaluated ({error})") from None
 
     categories = sorted(content["categories"], key=lambda c: c["id"])
-    letters, bins = _strata(categories, instance_counts, image_counts, boundaries)
-    results = _summary(precision, recall, letters, bins, len(boundaries) + 1)
-    return results
+    instances = _known(categories, "instance_count") if instance_counts is None else instance_counts
+    images = _known(categories, "image_count") if image_counts is None else image_counts
+    for name, counts in (("instance_counts", instances), ("image_counts", images)):
+        if counts is not None and len(counts) != len(categories):
+            raise UserError(f"{name}: {len(counts)} numbers for {len(categories)} categories of the ground truth")
+    letters = _known(categories, "frequency") if image_counts is None else None
+    if letters is None and images is not None:
+        letters = frequency(images)
+    bins = None if instances is None else instance_bin(instances, boundaries)
+    results = _summary(precision, recall, None if letters is None else np.asarray(letters), bins, len(boundaries) + 1)
+    if best is not None:
+        results["AP_fixed"] = _mean(per_category_ap(best[..., 0]))
+    columns = {
+        "id": [c["id"] for c in categories],
+        "name": [c["name"] for c in categories],
+        "training_instances": instances,
+        "training_images": images,
+        "frequency": letters,
+        "bin": None if bins is None else (bins + 1).tolist(),
+        "AP": per_category_ap(precision[..., 0]).tolist(),
+        "AP50": per_category_ap(precision[:1, ..., 0]).tolist(),
+    }
+    known = {key: values for key, values in columns.items() if values is not None}
+    return results, [dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True)]
 
 
 def _checked_truth(path: Path) -> tuple[dict, bool]:
@@ -85,40 +133,84 @@ def per_category_ap(precision: np.ndarray) -> np.ndarray:
     return np.where(valid.any((0, 1)), total / np.maximum(valid.sum((0, 1)), 1), np.nan)
 
 
-def _match(path: Path, entries: list[dict], iou_type: str, lvis: bool, limit: int):
+def _detections(truth: hotcoco.COCO, path: Path, content: dict, iou_type: str) -> hotcoco.COCO:
+    """The detections of a results file. Only a file that is not plainly in order is looked at one by one."""
+    try:
+        data = path.read_bytes()
+        with _quiet():
+            found = truth.load_res(str(path))
+        number = found.stats()["annotation_count"]
+        keys = ("image_id", "category_id", "score", "segmentation" if iou_type == "segm" else "bbox")
+        plain = (
+            data.lstrip()[:1] == b"["
+            and all(data.count(f'"{key}"'.encode()) == number for key in keys)
+            and b"null" not in data
+            and not found.load_warnings
+        )
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError):
+        plain = False
+    if plain:
+        return found
+    entries = _checked_entries(read_json(path), path, content, iou_type)
+    with _quiet():
+        return truth.load_res(entries)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the engine writes to stderr by itself: its warnings become errors of ours."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _match(truth: hotcoco.COCO, found: hotcoco.COCO, iou_type: str, lvis: bool, limit: int):
     """(precision [10, 101, C, areas], recall [10, C, areas]) at `limit` detections per image."""
-    truth = hotcoco.COCO(str(path))
-    engine = hotcoco.COCOeval(truth, truth.load_res(entries), iou_type, lvis_style=lvis)
-    engine.params.max_dets = [limit] if lvis else [1, 10, limit]
-    engine.evaluate()
-    engine.accumulate()
-    return engine.eval["precision"][..., -1], engine.eval["recall"][..., -1]
+    if lvis:  # over all categories, ties in the order of the file
+        found = found.cap_detections_per_image(limit)
+    evaluation = hotcoco.COCOeval(truth, found, iou_type, lvis_style=lvis)
+    evaluation.params.max_dets = [limit] if lvis else [1, 10, limit]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return evaluation.eval["precision"][..., -1], evaluation.eval["recall"][..., -1]
 
 
-def _strata(categories, instance_counts, image_counts, boundaries):
-    """(letters r/c/f [C], bins [C]); None where the counts are not known."""
-    for name, counts in (("instance_counts", instance_counts), ("image_counts", image_counts)):
-        if counts is not None and len(counts) != len(categories):
-            raise UserError(f"{name}: {len(counts)} numbers for {len(categories)} categories of the ground truth")
-    if instance_counts is None and all("instance_count" in c for c in categories):
-        instance_counts = [c["instance_count"] for c in categories]
-    letters = None
-    if image_counts is not None:
-        letters = frequency(image_counts)
-    elif all("frequency" in c for c in categories):
-        letters = np.array([c["frequency"] for c in categories])
-    elif all("image_count" in c for c in categories):
-        letters = frequency([c["image_count"] for c in categories])
-    return letters, None if instance_counts is None else instance_bin(instance_counts, boundaries)
+def _fixed(truth, found, path: Path, iou_type: str, lvis: bool, limit: int, precision: np.ndarray) -> np.ndarray:
+    """Precision where each category keeps its best `FIXED` detections, and images all of theirs."""
+    most = max((len(found.get_ann_ids(img_ids=[image])) for image in found.get_img_ids()), default=0)
+    crowded = any(category["ann_count"] > FIXED for category in found.stats()["per_category"])
+    if most <= limit and not crowded:
+        return precision
+    if crowded:
+        entries = read_json(path)
+        labels, scores = np.array([e["category_id"] for e in entries]), np.array([e["score"] for e in entries])
+        order = np.lexsort((-scores, labels))  # stable: of equal scores the first in the file
+        starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+        rank = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
+        kept = np.sort(order[rank < FIXED])
+        with _quiet():
+            found = truth.load_res([entries[k] for k in kept.tolist()])
+    return _match(truth, found, iou_type, lvis, max(most, 1))[0]
+
+
+def _known(categories: list[dict], key: str) -> list | None:
+    """A field of all categories, or None."""
+    return [category[key] for category in categories] if all(key in category for category in categories) else None
+
+
+def _mean(values: np.ndarray) -> float:
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else math.nan
 
 
 def _summary(precision, recall, letters, bins, num_bins: int) -> dict[str, float]:
-    ap = per_category_ap(precision[..., 0])
-
-    def mean(values: np.ndarray) -> float:
-        values = values[~np.isnan(values)]
-        return float(values.mean()) if len(values) else math.nan
-
+    ap, mean = per_category_ap(precision[..., 0]), _mean
     results = {
         "AP": mean(ap),
         "AP50": mean(per_category_ap(precision[:1, ..., 0])),
@@ -136,7 +228,8 @@ def _summary(precision, recall, letters, bins, num_bins: int) -> dict[str, float
     return results
 
 
-def _checked_entries(entries: object, path: Path, content: dict) -> list[dict]:
+def _checked_entries(entries: object, path: Path, content: dict, iou_type: str) -> list[dict]:
+    """Raises UserError that names the first detection that cannot be used."""
     if not isinstance(entries, list):
         raise UserError(f"{path}: expected a list of detections, found a {type(entries).__name__}")
     images = {image["id"] for image in content["images"]}
@@ -151,6 +244,8 @@ def _checked_entries(entries: object, path: Path, content: dict) -> list[dict]:
             raise UserError(f"{where}: a field is missing or of a wrong type ({error!r})") from None
         if not (is_box(box) or (box is None and "segmentation" in entry)):
             raise UserError(f"{where}: bbox: expected [x, y, width, height], got {box}")
+        if iou_type == "segm" and "segmentation" not in entry:
+            raise UserError(f"{where}: no segmentation: these are results of boxes")
         if not known[0]:
             raise UserError(f"{where}: image_id {image} is not in the ground truth; is this its results file?")
         if not known[1]:

@@ -1,0 +1,230 @@
+"""The default engine against the official tools; what hangs on files that are long, odd or crowded."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import hotcoco
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+import bags
+from bags.evaluation import detection_ap, official
+
+PARITY = Path(os.environ.get("BAGS_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data/eval_parity"
+needs_parity = pytest.mark.skipif(not PARITY.is_dir(), reason="no published results here")
+
+
+def rle(box, size):
+    x, y, w, h = (int(v) for v in box)
+    mask = np.zeros(size, np.uint8, order="F")
+    mask[max(y, 0) : y + h + 1, max(x, 0) : x + w + 1] = 1
+    encoded = coco_mask.encode(mask)
+    return {"size": list(size), "counts": encoded["counts"].decode()}
+
+
+def detections_of(truth, rng, per_object, ties):
+    """Shifted objects, some of wrong categories and many of equal scores."""
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    categories = [category["id"] for category in truth["categories"]]
+    entries = []
+    for annotation in truth["annotations"]:
+        for _ in range(per_object):
+            box = np.array(annotation["bbox"]) + rng.normal(0, 3, 4)
+            box[2:] = np.maximum(box[2:], 1)
+            category = annotation["category_id"] if rng.random() < 0.7 else int(rng.choice(categories))
+            score = float(rng.integers(1, 9) / 8 if ties else rng.random())
+            box = box.round(2).tolist()
+            entry = {"image_id": annotation["image_id"], "category_id": category, "bbox": box, "score": score}
+            entries.append({**entry, "segmentation": rle(box, sizes[annotation["image_id"]])})
+    return entries
+
+
+def federated(folder, seed):
+    """Random LVIS-like truth: negative and not exhaustive categories, crowded images."""
+    rng = np.random.default_rng(seed)
+    images, annotations = [], []
+    for i in range(1, 21):
+        shown = rng.choice(np.arange(1, 13), 4, replace=False).tolist()
+        images.append({"id": i, "width": 120, "height": 90, "neg_category_ids": shown[2:3],
+                       "not_exhaustive_category_ids": shown[:1]})  # fmt: skip
+        for category in rng.choice(shown[:2], int(rng.integers(1, 6))):
+            box = [float(v) for v in (*rng.uniform(0, 50, 2).round(1), *rng.uniform(4, 60, 2).round(1))]
+            annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": int(category), "bbox": box,
+                                "area": box[2] * box[3], "segmentation": rle(box, (90, 120))})  # fmt: skip
+    categories = [
+        {"id": c, "name": f"c{c}", "frequency": "rcf"[c % 3], "image_count": c, "instance_count": 7 * c}
+        for c in range(1, 13)
+    ]
+    truth = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "truth.json").write_text(json.dumps(truth))
+    return truth, rng
+
+
+def assert_agree(truth, results, iou_type, engine, limit, monkeypatch):
+    """Precision and recall arrays equal bit for bit, and so every number."""
+    arrays = {}
+    plain, other = detection_ap._match, official.match
+    monkeypatch.setattr(detection_ap, "_match", lambda *a: arrays.setdefault("hotcoco", plain(*a)))
+    monkeypatch.setattr(official, "match", lambda *a: arrays.setdefault(engine, other(*a)))
+    ours = bags.evaluate(truth, results, iou_type, max_detections=limit)
+    theirs = bags.evaluate(truth, results, iou_type, max_detections=limit, engine=engine)
+    monkeypatch.undo()
+    for a, b in zip(arrays["hotcoco"], arrays[engine], strict=True):
+        assert a.shape == b.shape and np.array_equal(a, b)
+    assert ours.keys() == theirs.keys() and all(ours[k] == theirs[k] or math.isnan(ours[k]) for k in ours)
+    assert 0.05 < ours["AP"] < 1
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+@pytest.mark.parametrize("ties, limit", [(False, 300), (True, 300), (True, 5)])
+def test_equal_to_lvis(tmp_path, monkeypatch, iou_type, ties, limit):
+    if not official_lvis():
+        pytest.skip("lvis is not installed")
+    truth, rng = federated(tmp_path, limit + ties)
+    (tmp_path / "r.json").write_text(json.dumps(detections_of(truth, rng, 6, ties)))
+    assert_agree(tmp_path / "truth.json", tmp_path / "r.json", iou_type, "lvis", limit, monkeypatch)
+
+
+def official_lvis():
+    from importlib.util import find_spec
+
+    return find_spec("lvis") is not None
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+@pytest.mark.parametrize("ties", [False, True])
+def test_equal_to_pycocotools(tmp_path, monkeypatch, iou_type, ties):
+    truth, rng = federated(tmp_path, ties)
+    for image in truth["images"]:
+        del image["neg_category_ids"]
+    for annotation in truth["annotations"][::9]:
+        annotation["iscrowd"] = 1
+    for annotation in truth["annotations"]:
+        annotation.setdefault("iscrowd", 0)
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (tmp_path / "r.json").write_text(json.dumps(detections_of(truth, rng, 6, ties)))
+    assert_agree(tmp_path / "truth.json", tmp_path / "r.json", iou_type, "pycocotools", 100, monkeypatch)
+
+
+@needs_parity
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_lvis_own_images(tmp_path, monkeypatch, iou_type):
+    if not official_lvis():
+        pytest.skip("lvis is not installed")
+    truth = json.loads((PARITY / "lvis_val_100.json").read_text())
+    entries = detections_of(truth, np.random.default_rng(0), 4, False)
+    (tmp_path / "r.json").write_text(json.dumps(entries))
+    assert_agree(PARITY / "lvis_val_100.json", tmp_path / "r.json", iou_type, "lvis", 300, monkeypatch)
+
+
+@needs_parity
+@pytest.mark.parametrize("iou_type, file", [("bbox", "fakebbox100"), ("segm", "fakesegm100")])
+def test_published_numbers_of_cocos_fake_results(iou_type, file):
+    text = (PARITY / "val2014_fake_eval_res.txt").read_text()
+    part = text[text.index(f"type={iou_type}") :]
+    published = [float(line.rsplit("=", 1)[1]) for line in part.splitlines() if " @[" in line][:12]
+    truth, results = PARITY / "instances_val2014_100.json", PARITY / f"instances_val2014_{file}_results.json"
+    found = bags.evaluate(truth, results, iou_type)
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    assert [round(found[name], 3) for name in names] == published[:6]
+    assert round(found["AR"], 3) == published[8]
+
+
+# --------------------------------------------------------------------------- AP_fixed
+
+
+def test_fixed_ap_by_hand(tmp_path, monkeypatch):
+    """A limit of 1 per image hides two of three objects; AP_fixed sees them. Then 2 detections a category are kept."""
+    boxes = [[0, 0, 10, 10], [20, 0, 10, 10], [40, 0, 10, 10]]
+    truth = {
+        "images": [{"id": 1, "width": 90, "height": 90}],
+        "annotations": [{"id": k, "image_id": 1, "category_id": 1, "bbox": b, "area": 100, "iscrowd": 0}
+                        for k, b in enumerate(boxes, 1)],
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+    }  # fmt: skip
+    (tmp_path / "t.json").write_text(json.dumps(truth))
+    entries = [
+        {"image_id": 1, "category_id": 1, "bbox": b, "score": s} for b, s in zip(boxes, (0.9, 0.8, 0.7), strict=True)
+    ]
+    (tmp_path / "r.json").write_text(json.dumps(entries[::-1]))
+    found = bags.evaluate(tmp_path / "t.json", tmp_path / "r.json", max_detections=1, fixed=True)
+    assert found["AP"] == pytest.approx(34 / 101) and found["AP_fixed"] == pytest.approx(1)
+    monkeypatch.setattr(detection_ap, "FIXED", 2)
+    found = bags.evaluate(tmp_path / "t.json", tmp_path / "r.json", max_detections=1, fixed=True)
+    assert found["AP_fixed"] == pytest.approx(67 / 101)
+    monkeypatch.undo()
+    plain = bags.evaluate(tmp_path / "t.json", tmp_path / "r.json", fixed=True)
+    assert plain["AP_fixed"] == plain["AP"] and "AP_fixed" not in bags.evaluate(
+        tmp_path / "t.json", tmp_path / "r.json"
+    )
+
+
+# --------------------------------------------------------------------------- files
+
+
+def test_the_quick_look_finds_what_the_careful_one_does(tmp_path, capfd):
+    """Files in order are read by the engine alone; each of these is looked at one by one, and named."""
+    truth, rng = federated(tmp_path, 0)
+    good = [{k: v for k, v in e.items() if k != "segmentation"} for e in detections_of(truth, rng, 1, False)]
+    (tmp_path / "r.json").write_text(json.dumps(good))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detection_ap, "_checked_entries", None)  # not called
+        expected = bags.evaluate(tmp_path / "truth.json", tmp_path / "r.json")
+    spaced = (
+        json.dumps(good, indent=2).replace('"bbox": [', '"bbox" :[').replace('"score"', '"extra": null, "score"', 1)
+    )
+    (tmp_path / "r.json").write_text(spaced)  # a harmless null: looked at, and found in order
+    assert bags.evaluate(tmp_path / "truth.json", tmp_path / "r.json") == pytest.approx(expected, nan_ok=True)
+    bad = {
+        "image_id 99 is not": {"image_id": 99}, "category_id 99 is not": {"category_id": 99},
+        "a field is missing or of a wrong type": {"score": None}, "bbox: expected": {"bbox": [1, 2, 4]},
+    }  # fmt: skip
+    for words, change in bad.items():
+        (tmp_path / "r.json").write_text(json.dumps([*good[:5], good[5] | change, *good[6:]]))
+        with pytest.raises(bags.UserError, match=f"detection 5: .*{words}" if "is not" in words else words):
+            bags.evaluate(tmp_path / "truth.json", tmp_path / "r.json")
+    (tmp_path / "r.json").write_text(json.dumps([*good[:5], {k: v for k, v in good[5].items() if k != "score"}]))
+    with pytest.raises(bags.UserError, match="detection 5: a field is missing"):
+        bags.evaluate(tmp_path / "truth.json", tmp_path / "r.json")
+    (tmp_path / "r.json").write_text(json.dumps(good).replace(str(good[3]["score"]), "NaN", 1))
+    with pytest.raises(bags.UserError, match="r.json"):
+        bags.evaluate(tmp_path / "truth.json", tmp_path / "r.json")
+    with pytest.raises(bags.UserError, match="detection 0: no segmentation"):
+        (tmp_path / "r.json").write_text(json.dumps(good))
+        bags.evaluate(tmp_path / "truth.json", tmp_path / "r.json", "segm")
+    assert "hotcoco" not in capfd.readouterr().err
+
+
+def test_engines_are_named(tmp_path):
+    federated(tmp_path, 0)
+    (tmp_path / "r.json").write_text("[]")
+    words = {
+        "fast": "expected one of hotcoco, lvis, pycocotools",
+        "pycocotools": "holds LVIS annotations",
+        "lvis": "no detections",
+    }
+    for engine, text in words.items():
+        with pytest.raises(bags.UserError, match=text):
+            bags.evaluate(tmp_path / "truth.json", tmp_path / "r.json", engine=engine)
+    assert bags.evaluate(tmp_path / "truth.json", tmp_path / "r.json")["AP"] == 0
+
+
+def test_rows_of_categories(tmp_path):
+    truth, rng = federated(tmp_path, 3)
+    (tmp_path / "r.json").write_text(json.dumps(detections_of(truth, rng, 2, False)))
+    found, rows = detection_ap.score(tmp_path / "truth.json", tmp_path / "r.json", boundaries=(20, 50))
+    assert [row["id"] for row in rows] == list(range(1, 13)) and rows[4]["name"] == "c5"
+    assert [row["bin"] for row in rows] == [1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3]
+    assert rows[0]["frequency"] == "c" and rows[1]["training_instances"] == 14 and rows[1]["training_images"] == 2
+    known = [row for row in rows if not math.isnan(row["AP"])]
+    assert found["AP"] == pytest.approx(np.mean([row["AP"] for row in known]))
+    assert found["AP3"] == pytest.approx(np.mean([row["AP"] for row in known if row["bin"] == 3]))
+    assert found["AP50"] == pytest.approx(np.mean([row["AP50"] for row in known]))
+
+
+def test_the_engine_has_what_is_used():
+    """Names that a newer hotcoco might lose."""
+    assert {"load_res", "stats", "load_warnings", "get_ann_ids"} <= set(dir(hotcoco.COCO))
