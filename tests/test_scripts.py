@@ -1,5 +1,6 @@
 """The commands, run as a user runs them."""
 
+import csv
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -146,7 +148,36 @@ def test_evaluate_checkpoint_and_results_agree(job, glyphs, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == pytest.approx(metrics(runs, "bags"))
     done = run_script("evaluate", tmp_path / "predictions.json", "--annotations", glyphs / "val.json", "--json")
-    assert json.loads(done.stdout)["AP"] == pytest.approx(metrics(runs, "bags")["AP"])
+    found, expected = json.loads(done.stdout), metrics(runs, "bags")
+    assert found["AP"] == found["AP_fixed"] == pytest.approx(expected["AP"])
+    folder = tmp_path / "predictions_evaluation"
+    assert json.loads((folder / "metrics.json").read_text()) == found
+    rows = list(csv.DictReader((folder / "categories.csv").open()))
+    assert len(rows) == 8 and rows[0].keys() >= {"id", "name", "AP", "AP50"}
+    assert np.mean([float(row["AP"]) for row in rows if row["AP"]]) == pytest.approx(found["AP"])
+
+
+def test_results_are_scored_without_torch(job, glyphs, tmp_path):
+    """In an environment whose torch cannot be imported; with the bins and the engine that are asked for; masks too."""
+    _, runs, _ = job
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    content = json.loads((glyphs / "val.json").read_text())
+    for category in content["categories"]:
+        category |= {"instance_count": category["id"], "image_count": category["id"]}
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    entries = json.loads((runs / "tiny/bags/predictions.json").read_text())
+    masks = {a["image_id"]: a["segmentation"] for a in content["annotations"]}
+    entries = [e | {"segmentation": masks[e["image_id"]]} for e in entries if e["image_id"] in masks]
+    (tmp_path / "masks.json").write_text(json.dumps(entries))
+    command = [sys.executable, str(ROOT / "scripts/evaluate.py"), "masks.json", "--annotations", "val.json"]
+    command += ["--bins", "3,6", "--output", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert {"AP3", "mask_AP", "mask_AP3", "AP_fixed"} <= found.keys() and "AP4" not in found
+    rows = list(csv.DictReader((tmp_path / "out/categories.csv").open()))
+    assert [row["bin"] for row in rows] == ["1", "1", "2", "2", "2", "3", "3", "3"] and "mask_AP50" in rows[0]
 
 
 def test_checkpoint_is_self_contained(job, glyphs, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from bags.analysis.paper import PaperTable
 from bags.errors import UserError
 
-COLUMNS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf", "AP50", "AP_tail", "AP_head",
+COLUMNS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf", "AP50", "AP_tail", "AP_head", "AP_fixed",
            "mask_AP", "mask_AP_tail", "mask_AP_head")  # fmt: skip
 TITLES = {"AP": "mAP", "AP_tail": "tail", "AP_head": "head", "mask_AP": "mask mAP"}
 PUBLISHED = "published, LVIS v0.5"

@@ -106,6 +106,15 @@ def score(
     return results, [dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True)]
 
 
+def has_masks(predictions: str | Path) -> bool:
+    """Whether a results file holds masks, as its beginning shows."""
+    try:
+        with Path(predictions).open("rb") as file:
+            return b'"segmentation"' in file.read(2**20)
+    except OSError as error:
+        raise UserError(f"{predictions}: cannot be read ({error})") from None
+
+
 def _checked_truth(path: Path) -> tuple[dict, bool]:
     """The ground truth, and whether it is LVIS's. Raises UserError for what the engine would stumble over."""
     content = read_annotations(path)
