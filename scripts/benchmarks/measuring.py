@@ -1,0 +1,52 @@
+"""How benchmarks measure: two functions in turn, and memory in processes of its own."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def measure(case: str, ours: Callable, peer_name: str, peer: Callable, repeats: int, identical=None) -> dict:
+    """Times both in turn, `repeats` times, after two unmeasured calls of each."""
+    times: dict[Callable, list[float]] = {ours: [], peer: []}
+    for repeat in range(repeats + 2):
+        for function in (ours, peer) if repeat % 2 else (peer, ours):
+            start = time.perf_counter()
+            function()
+            if repeat >= 2:
+                times[function].append(time.perf_counter() - start)
+    ours_s, peer_s = (statistics.median(times[function]) for function in (ours, peer))
+    return {"case": case, "ours_s": ours_s, "peer": peer_name, "peer_s": peer_s,
+            "ratio": peer_s / ours_s, "identical": identical}  # fmt: skip
+
+
+def in_mb(case: str, ours: float, peer_name: str, peer: float) -> dict:
+    """A result in MB."""
+    return {"case": case, "ours_s": None, "ours_mb": ours, "peer": peer_name, "peer_s": None, "peer_mb": peer,
+            "ratio": peer / max(ours, 0.1), "identical": None}  # fmt: skip
+
+
+def in_process(function: Callable, *arguments):
+    """Calls a function in a fresh process."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak(function: Callable) -> dict:
+    """Seconds of a call, and how far it raised the process's peak memory, in MB."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = status_mb("VmRSS")
+    start = time.perf_counter()
+    result = function()
+    seconds = time.perf_counter() - start
+    del result
+    return {"s": seconds, "mb": status_mb("VmHWM") - before}
+
+
+def status_mb(key: str) -> float:
+    """A line of /proc/self/status, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
