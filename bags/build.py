@@ -23,8 +23,9 @@ from bags.data.dataset import DetectionDataset, collate
 from bags.data.index import AnnotationIndex
 from bags.data.samplers import RepeatFactorSampler, ShardSampler, TrainSampler, repeat_factors
 from bags.data.statistics import CategoryStats
-from bags.data.transforms import training_transform
+from bags.data.transforms import short_sides, training_transform
 from bags.detectors.backbones import build_backbone, load_backbone_weights
+from bags.detectors.conventions import CONVENTIONS
 from bags.detectors.faster_rcnn import faster_rcnn
 from bags.engine.checkpoint import load_checkpoint, load_weights, weights_digest
 from bags.engine.predict import predict
@@ -76,7 +77,10 @@ def build_train_loader(config: Config, index: AnnotationIndex, stats: CategorySt
             sampler = RepeatFactorSampler(repeat_factors(index, threshold, released), batch_size, seed, wide)
         case UniformConfig() | TailOnlyConfig():
             sampler = TrainSampler(len(index), batch_size, seed, wide)
-    transform = training_transform(data.flip, data.short_sides, data.any_short_side, data.long_side)
+    if CONVENTIONS[config.detector.conventions].augments:
+        transform = training_transform()
+    else:
+        transform = training_transform(data.flip, data.short_sides, data.any_short_side, data.long_side)
     images = Path(data.root) / data.train_images
     semantic = Path(data.root) / data.train_semantic if data.train_semantic else None
     masks = config.detector.has_masks
@@ -163,7 +167,8 @@ def build_detector(config: Config, stats: CategoryStats) -> nn.Module:
             f"{config.name}: detector.rpn.anchor_sizes: expected {len(backbone.strides)} lists, one for each pyramid "
             f"level of backbone {detector.backbone}, got {len(rpn.anchor_sizes)}"
         )
-    return faster_rcnn(
+    augments = CONVENTIONS[detector.conventions].augments
+    model = faster_rcnn(
         backbone,
         lambda *features: build_classifier(config.classifier, *features, stats),
         framework=detector.framework,
@@ -184,10 +189,17 @@ def build_detector(config: Config, stats: CategoryStats) -> nn.Module:
         score_threshold=test.score_threshold,
         nms_threshold=test.nms_threshold,
         max_detections=test.max_detections,
-        resize_in_training=not config.data.short_sides,
+        resize_in_training=augments or not config.data.short_sides,
         image_mean=detector.image_mean,
         image_std=detector.image_std,
     )
+    if augments:
+        data = config.data
+        sides = short_sides(data.short_sides, data.any_short_side)
+        transform = model.transform
+        transform.flip, transform.training_sides = data.flip, sides
+        transform.training_long_side = data.long_side if sides else 0
+    return model
 
 
 def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stats: CategoryStats) -> list[str]:
@@ -253,7 +265,7 @@ def predict_and_evaluate(
 
     def observe(image: torch.Tensor, target: dict, detection: dict) -> list[list[int]]:
         """Judges one image's proposals, in its own pixels."""
-        proposals = detection["proposals"].cpu() * torch.tensor(image.shape[:0:-1]).repeat(2)
+        proposals = detection["proposals"].cpu()
         return accuracy.judge(proposals, detection["proposal_labels"], target["boxes"], target["labels"])
 
     detector.roi_heads.report_proposals = detector.transform.encode_masks = True

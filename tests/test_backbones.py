@@ -12,7 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 import bags
 from bags.data.dataset import read_image
 from bags.detectors.anchors import FixedStrideAnchors
-from bags.detectors.backbones import STRIDES, build_backbone, load_backbone_weights
+from bags.detectors.backbones import STRIDES, DeformableConv, build_backbone, load_backbone_weights
 from bags.engine.optim import set_trained_part, train_mode
 
 WEIGHTS = ROOT.parent / "shared" / "data" / "weights"
@@ -158,3 +158,33 @@ def test_real_weights_see_more_than_random_ones(tmp_path):
         plain, mirrored = (torch.cat([features(f(i)) for i in images]) for f in (lambda i: i, lambda i: i.flip(2)))
     similarity = plain @ mirrored.T
     assert (similarity.argmax(1) == torch.arange(len(photos))).all()
+
+
+# --------------------------------------------------------------------------- deformable stages
+
+
+def test_deformable_convolution_starts_as_the_plain_one():
+    torch.manual_seed(0)
+    plain = torch.nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=2, bias=False)
+    deformable, images = DeformableConv(plain), torch.randn(2, 8, 9, 11)
+    assert torch.allclose(deformable(images), plain(images), atol=1e-5)
+    torch.nn.init.constant_(deformable.offsets.bias, 1.0)  # every tap one pixel down and to the right
+    shifted = torch.nn.functional.pad(images, (0, 1, 0, 1))[:, :, 1:, 1:]
+    inside = (slice(None), slice(None), slice(1, -1), slice(1, -1))
+    assert torch.allclose(deformable(images)[inside], plain(shifted)[inside], atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert deformable(images).isfinite().all()
+
+
+def test_deformable_stages_are_those_that_were_asked_for(tmp_path):
+    model = detector(
+        tmp_path, "detector.backbone=resnet50", "detector.deformable_stages=[3, 4]", "detector.frozen_stages=3"
+    )
+    found = {n.split(".")[2] for n, m in model.named_modules() if isinstance(m, DeformableConv)}
+    assert found == {"layer3", "layer4"}
+    offsets = {n: p for n, p in model.named_parameters() if ".offsets." in n}
+    assert len(offsets) == 2 * (6 + 3) and all(p.requires_grad == ("layer4" in n) for n, p in offsets.items())
+    state = torchvision.models.resnet50(weights=None).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    load_backbone_weights(model.backbone, "resnet50", str(tmp_path / "w.pth"))
+    assert torch.equal(model.backbone.body.layer4[2].conv2.weight, state["layer4.2.conv2.weight"])

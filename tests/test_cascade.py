@@ -191,8 +191,9 @@ def test_a_cascade_judges_the_proposals_of_its_last_stage(tmp_path):
     for stage, deviations in zip(heads.stages[:2], DEVIATIONS[:2], strict=True):
         seen = stage.box_features(features, [torch.tensor(boxes)], SHAPES)
         boxes = decode_all(boxes, stage.box_regressor(seen.fc), deviations)
-    reported = detection["proposals"] * torch.tensor([80.0, 64, 80, 64])
-    assert torch.allclose(reported, torch.tensor(boxes), atol=1e-3) and len(detection["proposal_labels"]) == len(boxes)
+    assert torch.allclose(detection["proposals"], torch.tensor(boxes), atol=1e-3) and len(
+        detection["proposal_labels"]
+    ) == len(boxes)
 
 
 def test_training_proposals_of_each_stage(tmp_path):
@@ -279,3 +280,25 @@ def test_semantic_features_are_added_to_boxes_and_masks(tmp_path):
     plain = heads.stages[0].mask_roi_pool.pyramid(features, [proposals], SHAPES)
     fused = heads.stages[0].mask_roi_pool({**features, "semantic": context}, [proposals], SHAPES)
     assert torch.allclose(fused - plain, extra, atol=1e-5)
+
+
+def test_released_objects_stand_for_themselves(tmp_path):
+    """Two objects in one place: each one's own box keeps its label; standard matching gives both boxes to the first."""
+    boxes, labels = torch.tensor([[4.0, 4, 30, 40]] * 2), torch.tensor([1, 3])
+    targets = [{"boxes": boxes, "labels": labels}]
+    for conventions, expected in (("standard", [1, 1, 1]), ("released", [3, 1, 3])):
+        heads = cascade(tmp_path, "faster_rcnn", f"detector.conventions={conventions}").roi_heads
+        samples = heads.sample([torch.tensor([[5.0, 4, 30, 40]])], targets)
+        assert samples.labels[0].tolist() == expected
+        assert samples.is_object[0].tolist() == [False, True, True]
+        assert torch.allclose(samples.deltas[0][1:], torch.zeros(2, 4), atol=1e-6)
+    assert samples.matched[0].tolist() == [1, 0, 1]
+
+
+def test_painted_category_255_is_learnt():
+    """255 means "no label" in label maps alone."""
+    branch = SemanticBranch(8, (4, 8), 300, 255)
+    logits, masks = torch.zeros(1, 300, 1, 1), torch.ones(1, 8, 8, dtype=torch.uint8)
+    loss = branch.loss(logits, [{"masks": masks, "labels": torch.tensor([255])}])
+    assert loss.item() == pytest.approx(0.2 * math.log(300))
+    assert branch.loss(logits, [{"semantic": masks[0] * 255}]).item() == 0

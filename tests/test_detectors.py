@@ -200,14 +200,14 @@ def test_proposals_are_judged_in_the_pixels_of_the_original_image(tmp_path):
     (tmp_path / "val.json").write_text(json.dumps(content))
     config = tiny_config(tmp_path, f"data.root={tmp_path}", "data.workers=0", "test.batch_size=1")
     detector = build_detector(config, STATS).eval()
-    size = torch.tensor([120.0, 40, 120, 40])
-    near = torch.tensor([[61.0, 11, 109, 29], [10, 0, 30, 40]]) / size
+    scale = min(64 / 40, 64 / 120)
+    near = torch.tensor([[61.0, 11, 109, 29], [10, 0, 30, 40]]) * scale
 
-    def forward(images):
+    def forward(features, proposals, image_shapes, targets):
         none = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.long)}
-        return [{**none, "proposals": near, "proposal_labels": torch.tensor([2, 0])}]
+        return [{**none, "proposals": near, "proposal_labels": torch.tensor([2, 0])}], {}
 
-    detector.forward = forward
+    detector.roi_heads.forward = forward
     found = predict_and_evaluate(
         detector, config, STATS, build_val_dataset(config), tmp_path / "p.json", torch.device("cpu")
     )
@@ -282,7 +282,8 @@ def test_reported_proposals(tmp_path):
     detector.roi_heads.report_proposals = True
     found = detector([torch.rand(3, 40, 60)])[0]
     assert len(found["proposals"]) == len(found["proposal_labels"]) > 0
-    assert found["proposals"].min() >= 0 and 0.9 < found["proposals"].max() <= 1
+    assert found["proposals"].min() >= 0 and 50 < found["proposals"][:, 2].max() <= 60
+    assert found["proposals"][:, 3].max() <= 40
 
 
 def test_images_without_objects_train(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from test_classifiers import REFERENCE, needs_reference
 from torch import nn
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import box_iou, nms
 
 from bags.detectors import released
@@ -130,7 +130,7 @@ def test_levels(theirs):
     boxes = continuous(theirs["lvl_rois"][:, 1:])
     for factor in (1, 2):
         maps = {str(i): torch.full((1, 1, 256 >> i, 256 >> i), float(i), dtype=torch.float64) for i in range(4)}
-        align = released.ReleasedRoIAlign(["0", "1", "2", "3"], 1, 2)
+        align = released.ReleasedRoIAlign(["0", "1", "2", "3"], 1, 2, [s * factor for s in (4, 8, 16, 32)])
         pooled = align(maps, [boxes * factor], [(1024 * factor,) * 2])
         assert torch.equal(pooled.flatten(), theirs["lvl"].double())
     just_below = torch.tensor([[0, 0, 112, 112]], dtype=torch.float64) * (1 - 1e-7)
@@ -141,7 +141,7 @@ def test_roi_align(theirs):
     """The fourth region is smaller than a cell."""
     features, expected = theirs["ra_feat"][None], theirs["ra_out_kernel_emulated"]
     boxes = [continuous(theirs["ra_rois"][:, 1:])]
-    align = released.ReleasedRoIAlign(["a"], 7, 2)
+    align = released.ReleasedRoIAlign(["a"], 7, 2, (4,))
     close(align({"b": features[..., :3], "a": features}, boxes, [(80, 96)]), expected, atol=2e-6)
     close(align({"a": features.float()}, [boxes[0].float()], [(77, 91)]), expected, atol=2e-5)
 
@@ -326,7 +326,7 @@ def test_proposals_equal_plain_steps():
 def test_roi_align_keeps_dtype_gradients_and_order(dtype):
     torch.manual_seed(0)
     maps = {str(i): torch.randn(2, 3, 64 >> i, 64 >> i, dtype=dtype, requires_grad=True) for i in range(3)}
-    align = released.ReleasedRoIAlign(list(maps), 7, 2)
+    align = released.ReleasedRoIAlign(list(maps), 7, 2, (4, 8, 16))
     boxes = [torch.tensor([[0, 0, 200, 200], [5, 5, 9, 9.0]]), torch.tensor([[10, 20, 150, 140.0]])]
     sizes = [(256, 100), (90, 250)]
     pooled = align(maps, boxes, sizes)
@@ -338,7 +338,7 @@ def test_roi_align_keeps_dtype_gradients_and_order(dtype):
     assert all(own.grad.isfinite().all() for own in maps.values())
     empty = align(maps, [torch.zeros(0, 4), torch.zeros(0, 4)], sizes)
     assert empty.shape == (0, 3, 7, 7) and empty.dtype == dtype
-    single = released.ReleasedRoIAlign(["1"], 14, 2)(maps, boxes, sizes)
+    single = released.ReleasedRoIAlign(["1"], 14, 2, (8,))(maps, boxes, sizes)
     assert single.shape == (3, 3, 14, 14) and not torch.equal(single[1], torch.zeros_like(single[1]))
 
 
@@ -431,12 +431,44 @@ def test_training_draws_a_size_or_leaves_all_alone():
     torch.manual_seed(0)
     transform = transform_of((13, 26), 99)
     assert {transform.resize(image, target)[0].shape[-2] for _ in range(20)} == {13, 26}
+    transform.training_sides, transform.training_long_side = (26, 52), 60
+    assert {transform.resize(image, target)[0].shape[-2:] for _ in range(20)} == {(26, 40), (39, 60)}
+    transform.training_sides, transform.training_long_side = (), 0
     transform.min_size, transform.max_size = (39,), 40
     assert transform.resize(image)[0].shape[-1] == 40
     left, same = transform_of(26, 99, _skip_resize=True).resize(image, target)
     assert torch.equal(left, image) and same is target
     batch, _ = transform_of(26, 99, _skip_resize=True)([image], [target])
     assert torch.allclose(batch.tensors[0, :, :13, :20], transform.normalize(image))
+
+
+def test_images_are_mirrored_once_they_are_resized():
+    """Boxes, masks and label maps are the mirror images of what they are without mirroring, to the pixel."""
+    masks = torch.zeros(1, 13, 20, dtype=torch.uint8)
+    masks[0, 3:9, 2:7] = 1
+    target = {"boxes": torch.tensor([[2, 3, 7, 9.0]]), "masks": masks, "semantic": torch.arange(260).view(13, 20)}
+    image, transform = torch.rand(3, 13, 20), transform_of(37, 99)
+    plain, expected = transform.resize(image, target)
+    transform.flip = 1.0
+    mirrored, found = transform.resize(image, target)
+    assert torch.equal(mirrored, plain.flip(-1)) and plain.shape[-1] == 57
+    x1, y1, x2, y2 = expected["boxes"][0].tolist()
+    assert torch.allclose(found["boxes"], torch.tensor([[57 - x2, y1, 57 - x1, y2]]))
+    for key in ("masks", "semantic"):
+        assert torch.equal(found[key], expected[key].flip(-1))
+    assert torch.equal(transform.eval().resize(image, target)[0], plain)
+
+
+def test_losses_count_an_image_without_positives_as_having_one():
+    """Three images: 2 and 3 anchors drawn, 0 and 4, 0 and 0; divided by 5 + 5 + 2 instead of 9."""
+    rpn = released.ReleasedRPN(None, None, 0.7, 0.3, 8, 0.5, {}, {}, 0.7)
+    plain = RegionProposalNetwork(None, None, 0.7, 0.3, 8, 0.5, {}, {}, 0.7)
+    labels = [torch.tensor([1.0, 1, 0, 0, 0]), torch.tensor([0.0] * 4 + [-1]), torch.full((5,), -1.0)]
+    logits, deltas = torch.randn(15, 1), torch.randn(15, 4)
+    goals = list(torch.randn(3, 5, 4))
+    for ours, theirs in zip(rpn.compute_loss(logits, deltas, labels, goals),
+                            plain.compute_loss(logits, deltas, labels, goals), strict=True):  # fmt: skip
+        assert ours.item() == pytest.approx(theirs.item() * 9 / 12)
 
 
 def test_resized_boxes_and_masks_come_back():

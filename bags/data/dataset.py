@@ -29,7 +29,8 @@ class DetectionDataset(Dataset):
 
     transform: see `training_transform`; None leaves images as they are. exif: turn images as their EXIF
     orientation says (COCO's annotations ignore it). masks: objects without a segmentation are left out too.
-    semantic: folder of label maps, a PNG named as each image, labels 0 .. semantic_classes-1 and 255 for none.
+    semantic: folder of label maps, a PNG named as each image (with or without the image's folder): labels
+    0 .. semantic_classes-1, and 255 for none.
     """
 
     def __init__(
@@ -110,17 +111,20 @@ class DetectionDataset(Dataset):
 
     def _label_map(self, position: int, size: tuple[int, int]) -> Tensor:
         """Labels of an image's pixels, uint8 [1, H, W]; size is (height, width)."""
-        path = image_path(self.semantic, self.index.file_name(position)).with_suffix(".png")
+        name = self.index.file_name(position)
+        paths = [image_path(self.semantic, own).with_suffix(".png") for own in (name, Path(name).name)]
+        path = next((path for path in paths if path.exists()), paths[0])
         try:
             with Image.open(path) as image:
                 labels = np.array(image)
         except FileNotFoundError:
-            raise UserError(f"{path}: no such label map; data.train_semantic=null paints it from the masks") from None
+            mend = "data.train_semantic names the folder; null paints the maps from the masks"
+            raise UserError(f"{path}: no such label map; {mend}") from None
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{path}: not a readable image ({error})") from None
         if labels.shape != size or labels.dtype != np.uint8:
-            expected = f"one byte for each of {size[1]} x {size[0]} pixels"
-            raise UserError(f"{path}: expected {expected}, got {labels.dtype} of shape {labels.shape}")
+            expected = f"data.train_semantic: expected a grey 8-bit PNG of {size[1]} x {size[0]} pixels"
+            raise UserError(f"{path}: {expected}; got {labels.dtype} of shape {labels.shape}")
         highest = int(labels[labels != 255].max(initial=0))
         if highest >= self.semantic_classes:
             raise UserError(f"{path}: label {highest}, but data.semantic_classes is {self.semantic_classes}")

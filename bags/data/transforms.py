@@ -9,19 +9,23 @@ import torch
 from torchvision.transforms import v2
 
 
+def short_sides(sides: Sequence[int], any_between: bool) -> tuple[int, ...]:
+    """The sides to draw from: those given, or every whole number from the first to the last."""
+    return tuple(range(sides[0], sides[-1] + 1)) if sides and any_between else tuple(sides)
+
+
 def training_transform(
-    flip: float = 0.0, short_sides: Sequence[int] = (), any_between: bool = False, long_side: int = 1333
+    flip: float = 0.0, sides: Sequence[int] = (), any_between: bool = False, long_side: int = 1333
 ) -> v2.Transform:
     """(PIL image, boxes) -> (float [3, H, W] RGB in 0..1, boxes).
 
-    flip: probability of mirroring. short_sides: one of them, or with `any_between` any whole number from
+    flip: probability of mirroring. sides: one of them, or with `any_between` any whole number from
     the first to the last, becomes the shorter side (to within a pixel), unless that makes the longer
     exceed `long_side`; none: the size stays.
     """
     steps: list[v2.Transform] = [v2.ToImage()]
-    if short_sides:
-        sides = list(range(short_sides[0], short_sides[-1] + 1)) if any_between else list(short_sides)
-        steps.append(v2.RandomShortestSize(sides, long_side))
+    if sides:
+        steps.append(v2.RandomShortestSize(list(short_sides(sides, any_between)), long_side))
     if flip > 0:
         steps.append(v2.RandomHorizontalFlip(flip))
     return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])

@@ -93,7 +93,10 @@ def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
 
 
 class DeformableConv(DeformConv2d):
-    """A 3x3 convolution whose nine taps move by learnt offsets (Dai et al. 2017); it starts as the plain one."""
+    """A 3x3 convolution whose nine taps move by learnt offsets (Dai et al. 2017); it starts as the plain one.
+
+    It stands for the second convolution of a residual block.
+    """
 
     def __init__(self, plain: nn.Conv2d):
         """Takes the shape and the weights of `plain`."""
@@ -108,7 +111,9 @@ class DeformableConv(DeformConv2d):
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> [B, out_channels, H', W']."""
-        return super().forward(features, self.offsets(features))
+        offsets = self.offsets(features)
+        with torch.autocast(features.device.type, enabled=False):  # not every device has it in half precision
+            return super().forward(features.to(self.weight.dtype), offsets.to(self.weight.dtype))
 
 
 class SmallFPN(nn.Module):

@@ -14,7 +14,7 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.models.detection.rpn import RegionProposalNetwork
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image
 
 from bags.detectors import released
@@ -31,15 +31,26 @@ class Transform(GeneralizedRCNNTransform):
     encode_masks = False
 
     def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
-        """One image [3, H, W] and its target, at the size that min_size and max_size ask for."""
+        """One image [3, H, W] and its target, at the size that min_size and max_size ask for; at least a pixel."""
+        if not (self.training and self._skip_resize):
+            height, width = image.shape[-2:]
+            scale = min(self.min_size[-1] / min(height, width), self.max_size / max(height, width))
+            if min(height, width) * scale < 1:  # torchvision would round to 0 pixels
+                self.fixed_size = max(1, int(width * scale)), max(1, int(height * scale))
         image, target = super().resize(image, target)
+        self.fixed_size = None
         if target is not None and "semantic" in target and target["semantic"].shape != image.shape[-2:]:
             labels = target["semantic"][None, None].float()
             target["semantic"] = F.interpolate(labels, size=image.shape[-2:])[0, 0].to(target["semantic"].dtype)
         return image, target
 
     def postprocess(self, result: list[dict], image_shapes: list, original_image_sizes: list) -> list[dict]:
-        """Boxes [K, 4] and masks [K, 1, 28, 28] of detections, in the original images."""
+        """Boxes [K, 4], masks [K, 1, 28, 28] and proposals [R, 4] of detections, in the original images."""
+        if self.training:
+            return result
+        for detection, shape, size in zip(result, image_shapes, original_image_sizes, strict=True):
+            if "proposals" in detection:
+                detection["proposals"] = resize_boxes(detection["proposals"], shape, size)
         masks = [detection.pop("masks", None) for detection in result] if self.encode_masks else []
         result = super().postprocess(result, image_shapes, original_image_sizes)
         for detection, own, size in zip(result, masks, original_image_sizes, strict=False):
@@ -55,12 +66,14 @@ class Conventions:
     anchors           (sizes, aspect_ratios, strides) -> anchor generator
     rpn               as torchvision's RegionProposalNetwork
     matcher           (foreground IoU, background IoU) -> which object a proposal belongs to
+    matches_objects   whether an object's own box is matched as proposals are, or stands for that object anyway
     box_coder         (weights) -> deltas to boxes and back
     clip              (boxes [..., 4], (height, width)) -> boxes inside the image
     least_side        detections narrower or lower are dropped (pixels)
     suppressed_as     (boxes [K, 4], (height, width)) -> the boxes whose overlaps decide suppression
-    roi_align         (level names, output side, samples per bin side) -> pooling over the pyramid
+    roi_align         (level names, output side, samples per bin side, strides) -> pooling over the pyramid
     transform         (min_size, max_size, mean, std, _skip_resize=...) -> resizing there and back
+    augments          whether the transform itself mirrors training images and draws their size, instead of the dataset
     mask_targets      (masks, boxes, matched objects, side) -> targets [K, side, side] in 0..1
     box_beta          where smooth L1 of the second stage turns from square to linear
     semantic_padding  label of the padding in semantic maps (255 is ignored)
@@ -69,12 +82,14 @@ class Conventions:
     anchors: Callable[..., AnchorGenerator] = FixedStrideAnchors
     rpn: type[RegionProposalNetwork] = RegionProposalNetwork
     matcher: Callable[[float, float], Matcher] = Matcher
+    matches_objects: bool = True
     box_coder: Callable[[tuple[float, ...]], BoxCoder] = BoxCoder
     clip: Callable[[Tensor, tuple[int, int]], Tensor] = clip_boxes_to_image
     least_side: float = 1e-2
     suppressed_as: Callable[[Tensor, tuple[int, int]], Tensor] = lambda boxes, size: boxes
-    roi_align: Callable[..., nn.Module] = MultiScaleRoIAlign
+    roi_align: Callable[..., nn.Module] = lambda names, side, samples, strides: MultiScaleRoIAlign(names, side, samples)
     transform: type[GeneralizedRCNNTransform] = Transform
+    augments: bool = False
     mask_targets: Callable[[Tensor, Tensor, Tensor, int], Tensor] = project_masks_on_boxes
     box_beta: float = 1.0
     semantic_padding: int = 255
@@ -93,12 +108,14 @@ CONVENTIONS = {
         anchors=released.ReleasedAnchors,
         rpn=released.ReleasedRPN,
         matcher=released.ReleasedMatcher,
+        matches_objects=False,
         box_coder=released.ReleasedBoxCoder,
         clip=released.clip_boxes,
         least_side=-float("inf"),
         suppressed_as=released.as_at_original_size,
         roi_align=released.ReleasedRoIAlign,
         transform=released.ReleasedTransform,
+        augments=True,
         mask_targets=released.mask_targets,
         box_beta=1.0,
         semantic_padding=0,

@@ -91,10 +91,14 @@ def faster_rcnn(
     rpn = _region_proposal_network(
         parts, backbone.out_channels, anchors, rpn_batch_size, train_proposals, test_proposals
     )
+    semantic = None
+    if framework == "htc":
+        semantic = SemanticBranch(backbone.out_channels, backbone.strides, semantic_classes, parts.semantic_padding)
     second_stage = partial(
         _second_stage,
         parts,
         framework,
+        semantic,
         backbone,
         make_classifier,
         fc,
@@ -112,10 +116,8 @@ def faster_rcnn(
         if not class_agnostic:
             raise ValueError("class_agnostic: the stages of a cascade have one box regression for all categories")
         stages, weights = [second_stage(of) for of in STAGES], [of.loss_weight for of in STAGES]
-        if framework == "htc":
-            width = backbone.out_channels
-            semantic = SemanticBranch(width, backbone.strides, semantic_classes, parts.semantic_padding)
-            roi_heads = HTCRoIHeads(stages, weights, width, semantic)
+        if semantic:
+            roi_heads = HTCRoIHeads(stages, weights, backbone.out_channels, semantic)
         else:
             roi_heads = CascadeRoIHeads(stages, weights)
     mean, std = list(image_mean), list(image_std)
@@ -126,6 +128,7 @@ def faster_rcnn(
 def _second_stage(
     parts: Conventions,
     framework: str,
+    semantic: SemanticBranch | None,
     backbone: nn.Module,
     make_classifier: Callable[[int, int], ProposalClassifier],
     fc: int,
@@ -137,13 +140,14 @@ def _second_stage(
     """The heads of one stage; `settings` are torchvision's."""
     classifier = make_classifier(fc, backbone.out_channels * POOLED**2)
     labels = classifier.num_categories + 1
-    box_pool = parts.roi_align(backbone.roi_levels, POOLED, sampling_ratio)
+    strides = backbone.strides[: len(backbone.roi_levels)]
+    box_pool = parts.roi_align(backbone.roi_levels, POOLED, sampling_ratio, strides)
     masks = {}
     if framework in ("mask_rcnn", "cascade_mask_rcnn", "htc"):
-        masks = _mask_branch(parts, backbone, labels)
-    if framework == "htc":
-        box_pool = fuse_semantic(box_pool, parts, sampling_ratio)
-        masks["mask_roi_pool"] = fuse_semantic(masks["mask_roi_pool"], parts, 2)
+        masks = _mask_branch(parts, backbone, labels, strides)
+    if semantic:
+        box_pool = fuse_semantic(box_pool, parts, sampling_ratio, semantic)
+        masks["mask_roi_pool"] = fuse_semantic(masks["mask_roi_pool"], parts, 2, semantic)
     return RoIHeads(
         box_pool,
         _box_head(backbone.out_channels, fc),
@@ -166,11 +170,11 @@ def _box_head(channels: int, fc: int) -> TwoMLPHead:
     return head
 
 
-def _mask_branch(parts: Conventions, backbone: nn.Module, labels: int) -> dict[str, nn.Module]:
+def _mask_branch(parts: Conventions, backbone: nn.Module, labels: int, strides) -> dict[str, nn.Module]:
     """Four convolutions and a deconvolution, as in Mask R-CNN; their width is the pyramid's."""
     width = backbone.out_channels
     return {
-        "mask_roi_pool": parts.roi_align(backbone.roi_levels, MASK_POOLED, 2),
+        "mask_roi_pool": parts.roi_align(backbone.roi_levels, MASK_POOLED, 2, strides),
         "mask_head": MaskRCNNHeads(width, (width,) * 4, 1),
         "mask_predictor": MaskRCNNPredictor(width, width, labels),
     }

@@ -18,7 +18,8 @@ from bags.detectors.cascade import CascadeRoIHeads
 from bags.detectors.conventions import Conventions
 from bags.detectors.roi_heads import RoIHeads, Samples
 
-IGNORED = 255  # label of pixels that the semantic loss leaves out
+UNLABELLED = 255  # in label maps: pixels that the semantic loss leaves out
+IGNORED = -100  # ... as the loss knows them; painted categories may well have number 255
 SEMANTIC_WEIGHT = 0.2
 
 
@@ -36,7 +37,7 @@ class SemanticBranch(nn.Module):
 
     def __init__(self, width: int, strides: Sequence[int], classes: int, padding: int):
         super().__init__()
-        self.classes, self.padding = classes, padding
+        self.classes, self.padding = classes, IGNORED if padding == UNLABELLED else padding
         self.level = min(range(len(strides)), key=lambda level: abs(strides[level] - 8))
         self.stride = strides[self.level]
         self.lateral = nn.ModuleList(conv_relu(width, 1) for _ in strides)
@@ -67,10 +68,14 @@ class SemanticBranch(nn.Module):
             (len(targets), height * self.stride, width * self.stride), self.padding, device=logits.device
         )
         for own, target in zip(batch, targets, strict=True):
-            labels = target["semantic"] if "semantic" in target else painted(target["masks"], target["labels"])
+            if "semantic" in target:
+                labels = target["semantic"].long()
+                labels = labels.masked_fill(labels == UNLABELLED, IGNORED)
+            else:
+                labels = painted(target["masks"], target["labels"])
             own[: labels.shape[0], : labels.shape[1]] = labels[: own.shape[0], : own.shape[1]]
         goals = batch[:, :: self.stride, :: self.stride]
-        total = F.cross_entropy(logits.float(), goals.long(), ignore_index=IGNORED, reduction="sum")
+        total = F.cross_entropy(logits.float(), goals, ignore_index=IGNORED, reduction="sum")
         return SEMANTIC_WEIGHT * total / (goals != IGNORED).sum().clamp(min=1)
 
 
@@ -133,6 +138,8 @@ class HTCRoIHeads(CascadeRoIHeads):
         return [outputs[number] for number in stages]
 
 
-def fuse_semantic(pool: nn.Module, conventions: Conventions, sampling_ratio: int) -> FusedRoIAlign:
+def fuse_semantic(
+    pool: nn.Module, conventions: Conventions, sampling_ratio: int, semantic: SemanticBranch
+) -> FusedRoIAlign:
     """A pyramid's RoI pooling, with the semantic branch's features added (pooled at 14 x 14)."""
-    return FusedRoIAlign(pool, conventions.roi_align(["semantic"], 14, sampling_ratio))
+    return FusedRoIAlign(pool, conventions.roi_align(["semantic"], 14, sampling_ratio, (semantic.stride,)))

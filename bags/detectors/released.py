@@ -7,6 +7,7 @@ What still differs is here: anchors, the clamp of deltas, clipping, matching, Ro
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -174,7 +175,14 @@ class ReleasedRPN(RegionProposalNetwork):
         """(objectness loss, box loss), from logits [N, 1], deltas [N, 4], and per image labels and target deltas."""
         if all((own < 0).all() for own in labels):
             return objectness[:0].sum(), pred_bbox_deltas[:0].sum()
-        return super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
+        losses = super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
+        # The released code counts an image without positive (or negative) anchors as having one.
+        drawn = counted = 0
+        for own in labels:
+            positive = min(int((own >= 1).sum()), int(self.fg_bg_sampler.batch_size_per_image * 0.5))
+            negative = min(int((own == 0).sum()), self.fg_bg_sampler.batch_size_per_image - positive)
+            drawn, counted = drawn + positive + negative, counted + max(positive, 1) + max(negative, 1)
+        return losses[0] * drawn / counted, losses[1] * drawn / counted
 
     def filter_proposals(
         self,
@@ -214,15 +222,19 @@ class ReleasedRoIAlign(MultiScaleRoIAlign):
     A region of side s goes to level floor(log2(s / (14 * finest stride) + 1e-6)), within those there are.
     """
 
+    def __init__(self, featmap_names, output_size, sampling_ratio: int, strides: Sequence[int]):
+        """As MultiScaleRoIAlign; strides: of the named maps, in pixels."""
+        super().__init__(featmap_names, output_size, sampling_ratio)
+        self.strides = tuple(strides)
+
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """[R, channels, *output_size], in the dtype of the maps.
 
         x: name -> [B, channels, H, W], of which `featmap_names` are used, finest first. boxes: per image
-        [R_i, 4] in pixels of the resized images, whose sizes (height, width) are `image_shapes`. Strides are
-        the powers of two nearest to the ratio of the longer sides of images and maps.
+        [R_i, 4] in pixels of the resized images; `image_shapes` are not looked at.
         """
         maps = [value for name, value in x.items() if name in self.featmap_names]
-        strides = [_stride(level, image_shapes) for level in maps]
+        strides = self.strides
         images = torch.cat([own.new_full((len(own), 1), i) for i, own in enumerate(boxes)])
         corners = torch.cat(boxes).to(torch.promote_types(maps[0].dtype, images.dtype))
         corners = torch.cat([corners[:, :2], corners[:, 2:].maximum(corners[:, :2])], dim=1)
@@ -238,20 +250,18 @@ class ReleasedRoIAlign(MultiScaleRoIAlign):
         return pooled
 
 
-def _stride(features: Tensor, image_shapes: list[tuple[int, int]]) -> int:
-    ratio = max(max(size) for size in image_shapes) / max(features.shape[-2:])
-    return 2 ** round(math.log2(ratio))
-
-
 class ReleasedTransform(GeneralizedRCNNTransform):
     """Resizing and normalising as in the released code; arguments as torchvision's, without `fixed_size`.
 
     An image of w * h pixels is resized by s = min(max_size / longer side, min_size / shorter side) to
-    int(w * s + 0.5) * int(h * s + 0.5), in whole levels 0..255, and then normalised. In training,
-    min_size is drawn from the attribute `min_size`, else its last entry holds.
+    int(w * s + 0.5) * int(h * s + 0.5), in whole levels 0..255, and then normalised. Training images are
+    mirrored after that, and may take other sizes (attributes `flip`, `training_sides`, `training_long_side`).
     """
 
     encode_masks = False
+    flip = 0.0  # probability of mirroring a training image, once it is resized
+    training_sides: tuple[int, ...] = ()  # training: shorter sides to draw from; none: `min_size`
+    training_long_side = 0
 
     def __init__(self, min_size, max_size: int, image_mean, image_std, _skip_resize: bool = False):
         super().__init__(min_size, max_size, image_mean, image_std, _skip_resize=_skip_resize)
@@ -278,9 +288,12 @@ class ReleasedTransform(GeneralizedRCNNTransform):
         """
         if self.training and self._skip_resize:
             return image, target
-        min_size = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
-        scale = self._scale(image.shape[-2:], min_size)
-        size = tuple(int(side * scale + 0.5) for side in image.shape[-2:])
+        side, long_side = self.min_size[-1], self.max_size
+        if self.training:
+            side = self.torch_choice(list(self.training_sides or self.min_size))
+            long_side = self.training_long_side or self.max_size
+        scale = min(long_side / max(image.shape[-2:]), side / min(image.shape[-2:]))
+        size = tuple(max(1, int(side * scale + 0.5)) for side in image.shape[-2:])
         image = resize_image(image, size)
         if target is None:
             return image, None
@@ -290,6 +303,13 @@ class ReleasedTransform(GeneralizedRCNNTransform):
         for key in ("masks", "semantic"):
             if key in target:
                 resized[key] = resize_nearest(target[key], size)
+        if self.training and self.flip > 0 and float(torch.rand(())) < self.flip:
+            image = image.flip(-1)
+            x1, y1, x2, y2 = resized["boxes"].unbind(1)
+            resized["boxes"] = torch.stack([size[1] - x2, y1, size[1] - x1, y2], dim=1)
+            for key in ("masks", "semantic"):
+                if key in target:
+                    resized[key] = resized[key].flip(-1)
         return image, resized
 
     def postprocess(
@@ -309,6 +329,10 @@ class ReleasedTransform(GeneralizedRCNNTransform):
             inclusive = boxes.new_tensor(INCLUSIVE)
             corners = (boxes - inclusive) / self._scale(size, self.min_size[-1])
             detections["boxes"] = (corners + inclusive).to(detections["boxes"].dtype)
+            if "proposals" in detections:
+                proposals = detections["proposals"].double()
+                proposals = (proposals - inclusive) / self._scale(size, self.min_size[-1]) + inclusive
+                detections["proposals"] = proposals.to(detections["boxes"].dtype)
             if "masks" in detections:
                 masks = detections.pop("masks")
                 placed = crops(masks, corners, size)

@@ -65,8 +65,7 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         proposals: per image [R_i, 4] in pixels of the resized image, whose sizes (height, width)
         are `image_shapes`. A detection holds boxes [K, 4], scores [K] and labels [K] in 1..C; with a mask
         branch also masks [K, 1, 28, 28] in 0..1, of the box and its label; where `report_proposals` is
-        set, also proposals [R_i, 4] in 0..1 of the image's width and height, and proposal_labels [R_i],
-        the label of highest score (0: background).
+        set, also proposals [R_i, 4] and proposal_labels [R_i], the label of highest score (0: background).
         """
         if self.training:
             samples = self.sample(proposals, targets)
@@ -96,8 +95,13 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         self.check_targets(targets)
         objects = [target["boxes"].to(proposals[0].dtype) for target in targets]
         counts = [len(boxes) for boxes in proposals]
-        boxes = self.add_gt_proposals(proposals, objects)
-        matched, labels = self.assign_targets_to_proposals(boxes, objects, [target["labels"] for target in targets])
+        boxes, own = self.add_gt_proposals(proposals, objects), [target["labels"] for target in targets]
+        matched, labels = self.assign_targets_to_proposals(
+            boxes if self.conventions.matches_objects else proposals, objects, own
+        )
+        if not self.conventions.matches_objects:
+            labels = [torch.cat(pair) for pair in zip(labels, own, strict=True)]
+            matched = [torch.cat([m, torch.arange(len(o), device=m.device)]) for m, o in zip(matched, own, strict=True)]
         drawn = self.subsample(labels)
         boxes, matched, labels = ([v[d] for v, d in zip(x, drawn, strict=True)] for x in (boxes, matched, labels))
         # In an image without objects all is background, and the deltas are not used.
@@ -158,9 +162,8 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
             )
             detections.append({"boxes": found, "scores": best, "labels": labels})
             if self.report_proposals:
-                own_scores, _, own, (height, width) = image
-                detections[-1]["proposals"] = own / own.new_tensor([width, height, width, height])
-                detections[-1]["proposal_labels"] = own_scores.argmax(1)
+                own_scores, _, own, _ = image
+                detections[-1] |= {"proposals": own, "proposal_labels": own_scores.argmax(1)}
         return detections
 
 
