@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from bags.evaluation.proposal_accuracy import ProposalAccuracy
 from bags.sections import (
     ClassifierConfig,
     Config,
+    DetectorConfig,
     GroupSoftmaxConfig,
     NCMConfig,
     RepeatFactorConfig,
@@ -84,8 +86,19 @@ def build_train_loader(config: Config, index: AnnotationIndex, stats: CategorySt
     images = Path(data.root) / data.train_images
     semantic = Path(data.root) / data.train_semantic if data.train_semantic else None
     masks = config.detector.has_masks
+    if masks:
+        _check_masks(index, config.detector.framework)
     dataset = DetectionDataset(index, images, transform, masks, data.exif, semantic, data.semantic_classes)
     return _loader(config, dataset, sampler)
+
+
+def _check_masks(index: AnnotationIndex, framework: str) -> None:
+    """Says how many objects have no segmentation. Raises UserError where none has one."""
+    objects, bare = (~index.crowd).sum(), (~index.crowd & ~index.has_segmentation).sum()
+    if bare == objects:
+        raise UserError(f"{index.path}: no annotation has a segmentation; detector.framework={framework} learns masks")
+    if bare and distributed.is_main():
+        print(f"note: {index.path}: {bare} of {objects} objects have no segmentation: left out", file=sys.stderr)
 
 
 def build_val_loader(config: Config, dataset: DetectionDataset) -> DataLoader:
@@ -216,27 +229,44 @@ def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stat
         return list(detector.state_dict())
     checkpoint = load_checkpoint(path)
     saved_stats = CategoryStats.from_dict(checkpoint["stats"], path)
-    saved = config_from_dict(checkpoint["config"], f"{path}: config").classifier
+    saved_config = config_from_dict(checkpoint["config"], f"{path}: config")
+    saved = saved_config.classifier
     same = _columns(saved, saved_stats.instance_counts) == _columns(config.classifier, stats.instance_counts)
     skip = ["classifier."] if config.detector.reset_classifier or not same else []
     if config.detector.other_categories:
-        skip = ["classifier.", "mask_fcn_logits.", "semantic.logits."]
+        skip = ["classifier.", "mask_fcn_logits."]
+        skip += [] if config.data.train_semantic else ["semantic.logits."]
         skip += [] if config.detector.roi.class_agnostic else ["box_regressor."]
     else:
         check_categories(saved_stats, index, path)
+    if config.train.part != "all":
+        _check_same_images(saved_config.detector, config.detector, path)
     new = load_weights(detector, checkpoint, skip)
-    foreign = [name for name in new if not any(part in name for part in ("classifier.", *skip))]
     if config.train.part == "none" and any("classifier.linear." in name for name in new):
         raise UserError(
             f"{path}: with train.part=none the classifier {config.classifier.name} needs trained weights, but those of "
             f"{saved.name} {'are reset by detector.reset_classifier' if same else 'are of another kind'}"
         )
+    unused = [name for name in checkpoint["model"] if name not in detector.state_dict()]
+    foreign = [name for name in (*new, *unused) if not any(part in name for part in ("classifier.", *skip))]
     if foreign:
+        maps = "semantic.logits" in foreign[0]
+        section = "data.train_semantic and data.semantic_classes" if maps else "detector section"
         raise UserError(
             f"{path}: its detector is another than this configuration's: {foreign[0]} does not fit "
-            f"({len(foreign)} tensors in all); use the same detector section as the run it comes from"
+            f"({len(foreign)} tensors in all); use the same {section} as the run it comes from"
         )
     return new
+
+
+def _check_same_images(theirs: DetectorConfig, ours: DetectorConfig, path: Path) -> None:
+    """Raises UserError where frozen weights would see other numbers than they were trained with."""
+    for key in ("conventions", "image_mean", "image_std"):
+        if getattr(theirs, key) != getattr(ours, key):
+            raise UserError(
+                f"{path}: was trained with detector.{key}={getattr(theirs, key)}, now it is {getattr(ours, key)}: "
+                "what is not trained again needs the same"
+            )
 
 
 def check_categories(stats: CategoryStats, index: AnnotationIndex, source: Path) -> None:
@@ -309,7 +339,7 @@ def load_detector(
     """
     checkpoint = load_checkpoint(path)
     for override in overrides:
-        if not override.startswith(("data.", "test.", "device=")):
+        if not override.startswith(("data.", "test.", "device=")) or "semantic" in override.partition("=")[0]:
             raise UserError(f"override '{override}': a trained detector takes data.*, test.* and device only")
     config = override_config(config_from_dict(checkpoint["config"], f"{path}: config"), overrides)
     stats = CategoryStats.from_dict(checkpoint["stats"], path)

@@ -184,6 +184,10 @@ def _check_schedule(config: Config, need: Need) -> None:
     need(rising_milestones, "train.milestones", f"rising epochs above 0, got {list(train.milestones)}")
     need(train.part == "all" or config.detector.init_from is not None, "detector.init_from",
          f"a checkpoint: with train.part={train.part} the rest of the detector would stay random")  # fmt: skip
+    agnostic = config.detector.roi.class_agnostic and not config.detector.has_masks
+    parts = ("all", *(("head",) if not config.detector.has_masks else ()), *(("cls",) if agnostic else ()))
+    need(not config.detector.other_categories or train.part in parts, "train.part",
+         f"{' or '.join(parts)}: with detector.other_categories more starts new, got {train.part}")  # fmt: skip
     row = config.init_row
     need(row != config.name, "detector.init_from", "another row than this one")
     need(row is None or (row and not set(row) & set("/\\")), "detector.init_from", f"row:NAME, got row:{row}")

@@ -19,7 +19,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 import torchvision
 
 from bags.build import build_detector, load_detector
@@ -36,9 +35,9 @@ from bags.detectors.weights import (
     to_torchvision,
     translate,
 )
-from bags.engine.checkpoint import save_checkpoint
+from bags.engine.checkpoint import FORMAT, write_file
 from bags.errors import UserError, run_script
-from bags.sections import Config, ReweightedSoftmaxConfig, SoftmaxConfig
+from bags.sections import Config, NCMConfig, ReweightedSoftmaxConfig, SoftmaxConfig, TauNormConfig
 
 TORCHVISION_ANCHORS = {
     "resnet": ((32,), (64,), (128,), (256,), (512,)),
@@ -57,8 +56,12 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.output.suffix != ".pth":
         raise UserError(f"--output {arguments.output}: expected a file name that ends in .pth")
+    if arguments.output.exists():
+        raise UserError(f"--output {arguments.output}: exists already: remove it, or choose another name")
+    if arguments.eps is not None and not 0 <= arguments.eps < 1:
+        raise UserError(f"--eps {arguments.eps}: expected a number from 0 to 1")
     if arguments.export:
-        if arguments.source or arguments.annotations:
+        if arguments.source or arguments.annotations or arguments.eps is not None:
             raise UserError("--export takes a checkpoint and --output alone")
         return export(arguments.export, arguments.output)
     if len(arguments.source) < 2:
@@ -67,7 +70,7 @@ def main() -> None:
     config = load_config(file, overrides)
     content, lines = import_weights(source, config, arguments.annotations, arguments.eps)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(arguments.output, content)
+    write_file(arguments.output, {"format": FORMAT, **content})
     print("\n".join(lines), f"written: {arguments.output}", sep="\n")
 
 
@@ -81,6 +84,8 @@ def import_weights(source: str, config: Config, annotations: Path | None, eps: f
     Returns (checkpoint, lines that say what was taken and what was not). Raises UserError unless every
     tensor of the file has its place in the detector, and every place its tensor.
     """
+    if isinstance(config.classifier, NCMConfig | TauNormConfig):
+        raise UserError(f"{config.name}: {config.classifier.name} is made from a trained softmax: import that one")
     names = []
     if Path(source).suffix in (".pth", ".pt"):
         state = read_state(source)
@@ -95,14 +100,17 @@ def import_weights(source: str, config: Config, annotations: Path | None, eps: f
             raise UserError(f"{source}: its detector has {key} {value}, the configuration {getattr(wanted, key)}")
     if translated.origin == "torchvision" and isinstance(config.classifier, SoftmaxConfig):
         logits, ids = describe(found)["logits"], stats.category_ids
-        if logits != stats.num_categories + 1 and max(ids) < logits:
+        if logits == 91 and len(ids) == 80 and 1 <= min(ids) and max(ids) == 90:  # COCO's ids are its labels
             found = select_labels(found, [0, *ids])
             lines.append(f"left out: {logits - 1 - len(ids)} labels without a category ({logits - 1} in the file)")
+    foreign = [f"{i} '{name}'" for i, name in zip(stats.category_ids, stats.names, strict=True) if name not in names]
+    if names and foreign:
+        raise UserError(f"{source}: does not know category {foreign[0]}: it is a model of COCO's categories")
     if eps is not None:
         found = fold_batch_norm_eps(found, eps)
         lines.append(f"variances shifted: its batch normalisation has eps {eps:g}, ours 1e-5")
-    config = override_config(config, [f"detector.conventions={translated.origin}", "detector.init_from=null",
-                                      "detector.backbone_weights=null", "train.part=all"])  # fmt: skip
+    keys = [f"detector.conventions={translated.origin}", "detector.init_from=null", "detector.backbone_weights=null"]
+    config = override_config(config, [*keys, "detector.other_categories=false", "train.part=all"])
     detector = build_detector(config, stats)
     state = detector.state_dict()
     _need_exact(source, {k: tuple(v.shape) for k, v in found.items()},
@@ -139,9 +147,15 @@ def read_stats(config: Config, annotations: Path | None, names: Sequence[str]) -
         columns = ([category[key] for category in listed] for key in ("id", "name", "instance_count", "image_count"))
         stats = CategoryStats(*map(tuple, columns))
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: expected annotations, or a list of categories with their counts ({error})") from None
-    if not all(isinstance(i, int) for i in (*stats.category_ids, *stats.instance_counts, *stats.image_counts)):
-        raise UserError(f"{path}: category ids and counts must be whole numbers")
+        raise UserError(
+            f"{path}: expected annotations, or a list of categories with their counts ({error!r})"
+        ) from None
+    numbers = (*stats.category_ids, *stats.instance_counts, *stats.image_counts)
+    names_are_text = all(isinstance(name, str) and name for name in stats.names)
+    if not listed or not names_are_text or not all(type(n) is int and n >= 0 for n in numbers):
+        raise UserError(f"{path}: expected categories, their ids and counts as whole numbers, their names as text")
+    if len(set(stats.category_ids)) < len(listed):
+        raise UserError(f"{path}: two categories have the same id")
     return stats
 
 
@@ -186,6 +200,8 @@ def export(checkpoint: Path, output: Path) -> None:
         "box_nms_thresh": test.nms_threshold,
         "box_detections_per_img": test.max_detections,
     }
+    if settings.conventions == "released":
+        raise UserError(f"{checkpoint}: has the released models' conventions, which torchvision's models do not have")
     family = "mobilenet" if settings.backbone.startswith("mobilenet") else "resnet"
     if (rpn.anchor_sizes, rpn.aspect_ratios) != (TORCHVISION_ANCHORS[family], (0.5, 1.0, 2.0)):
         raise UserError(f"{checkpoint}: its anchors are not those of torchvision's {torchvision_model(config)}")
@@ -198,15 +214,13 @@ def export(checkpoint: Path, output: Path) -> None:
             f"{checkpoint}: does not fit torchvision's model ({' '.join(str(error).split())[:300]})"
         ) from None
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_suffix(".tmp")
-    torch.save(state, temporary)
-    temporary.replace(output)
+    write_file(output, state)
     call = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     print(f"written: {output}. To load it:")
     print(f"model = torchvision.models.detection.{builder.__name__}(weights=None, weights_backbone=None, {call})")
     print(f"model.load_state_dict(torch.load({str(output)!r}))")
-    if settings.conventions != "torchvision":
-        print(f"note: trained with {settings.conventions} conventions; torchvision's coarsest anchors lie elsewhere")
+    if settings.conventions == "standard":
+        print("note: trained with standard conventions; torchvision's coarsest anchors lie elsewhere")
 
 
 if __name__ == "__main__":

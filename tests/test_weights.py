@@ -3,12 +3,14 @@
 import json
 import math
 import pickle
+import re
 
 import pytest
 import torch
 from conftest import ROOT, fork_script, run_script
 from torchvision.models import get_model
 from torchvision.models.detection import (
+    FasterRCNN_ResNet50_FPN_Weights,
     fasterrcnn_mobilenet_v3_large_fpn,
     fasterrcnn_resnet50_fpn,
     maskrcnn_resnet50_fpn,
@@ -17,10 +19,12 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import bags.build
 from bags.build import build_detector, initialise, load_detector
+from bags.config import config_to_dict
 from bags.data.statistics import CategoryStats
 from bags.detectors.weights import describe, fold_batch_norm_eps, read_state, select_labels, to_torchvision, translate
-from bags.engine.checkpoint import load_checkpoint, save_checkpoint
+from bags.engine.checkpoint import save_checkpoint
 from bags.engine.optim import train_mode
+from scripts import import_weights
 
 CATEGORIES = [
     {"id": i, "name": f"thing {i}", "instance_count": n, "image_count": n // 2 + 1, "frequency": "c"}
@@ -131,15 +135,64 @@ def test_labels_that_coco_does_not_use_are_left_out(tmp_path):
     assert torch.equal(chosen["roi_heads.box_regressor.bias"], boxes)
     masks = peer.roi_heads.mask_predictor.mask_fcn_logits.weight[rows]
     assert torch.equal(chosen["roi_heads.mask_predictor.mask_fcn_logits.weight"], masks)
+
+
+def test_a_model_of_coco_is_not_one_of_other_categories(tmp_path, categories):
+    """91 labels in a file are COCO's 80 categories, and nothing else."""
+    peer = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
     torch.save(peer.state_dict(), tmp_path / "w.pth")
-    config = write(tmp_path, "c.yaml", "detector: {framework: mask_rcnn, frozen_batch_norm: true}")
-    file = write(tmp_path, "categories.json", json.dumps(CATEGORIES))
-    done = run_script(
-        "import_weights", tmp_path / "w.pth", config, "--annotations", file, "--output", tmp_path / "o.pth"
+    config = write(tmp_path, "c.yaml", "detector: {frozen_batch_norm: true}")
+    arguments = [tmp_path / "w.pth", config, "--annotations", categories, "--output", tmp_path / "o.pth"]
+    done = fork_script("import_weights", *arguments)
+    assert done.returncode == 2 and "has shape [91, 1024], expected [4, 1024]" in done.stderr
+    names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    known = [
+        {"id": i, "name": n, "instance_count": 1, "image_count": 1} for i, n in enumerate(names) if i and n != "N/A"
+    ]
+    categories.write_text(json.dumps(known))
+    done = fork_script("import_weights", *arguments)
+    assert done.returncode == 0 and "left out: 10 labels without a category (90 in the file)" in done.stdout, (
+        done.stderr
     )
-    assert done.returncode == 0 and "left out: 2 labels without a category (5 in the file)" in done.stdout, done.stderr
-    model = load_checkpoint(tmp_path / "o.pth")["model"]
-    assert all(torch.equal(model[key], value) for key, value in chosen.items() if not key.endswith("tracked"))
+
+
+BAD_LISTS = {
+    "[]": "expected categories", '[{"id": 1, "name": "a"}]': "KeyError('instance_count')", "[3]": "TypeError",
+    '[{"id": 1, "name": "a", "instance_count": -1, "image_count": 1}]': "whole numbers",
+    '[{"id": 1, "name": "a", "instance_count": true, "image_count": 1}]': "whole numbers",
+    '[{"id": 1, "name": null, "instance_count": 1, "image_count": 1}]': "names as text",
+    '[{"id": 1, "name": "a", "instance_count": 1, "image_count": 1}, {"id": 1, "name": "b", "instance_count": 1, '
+    '"image_count": 1}]': "the same id",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", BAD_LISTS)
+def test_bad_lists_of_categories(tmp_path, content):
+    (tmp_path / "categories.json").write_text(content)
+    config = bags.load_config(write(tmp_path, "c.yaml", "detector: {frozen_batch_norm: true}"))
+    with pytest.raises(bags.UserError, match=re.escape(BAD_LISTS[content])):
+        import_weights.read_stats(config, tmp_path / "categories.json", [])
+
+
+def test_what_would_be_lost_is_refused(tmp_path, categories):
+    """Nothing that exists is overwritten; odd options are named."""
+    config = released_config(tmp_path, "faster_rcnn")
+    (tmp_path / "folder.pth").mkdir()
+    (tmp_path / "there.pth").write_text("precious")
+    start = [tmp_path / "x.pth", config, "--annotations", categories]
+    cases = [
+        ([*start, "--output", tmp_path / "folder.pth"], "exists already"),
+        ([*start, "--output", tmp_path / "there.pth"], "exists already"),
+        (["--export", tmp_path / "there.pth", "--output", tmp_path / "there.pth"], "exists already"),
+        ([*start, "--output", tmp_path / "o.bin"], "ends in .pth"),
+        ([*start, "--output", tmp_path / "o.pth", "--eps", "nan"], "--eps nan"),
+        (["--export", tmp_path / "there.pth", "--output", tmp_path / "o.pth", "--eps", "0"], "--export takes"),
+        ([tmp_path / "x.pth", "--output", tmp_path / "o.pth"], "the configuration that describes them"),
+    ]
+    for arguments, text in cases:
+        done = fork_script("import_weights", *arguments)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and text in done.stderr, (arguments, done.stderr)
+    assert (tmp_path / "there.pth").read_text() == "precious" and not list(tmp_path.glob("*.tmp"))
 
 
 def test_names_of_torchvisions_older_files():
@@ -432,8 +485,6 @@ def test_training_starts_from_a_detector_of_other_categories(tmp_path, glyphs):
     others = CategoryStats((7, 8), ("x", "y"), (0, 0), (0, 0))
     torch.manual_seed(1)
     source = build_detector(config, others)
-    from bags.config import config_to_dict
-
     content = {"config": config_to_dict(config), "stats": others.to_dict(), "model": source.state_dict()}
     save_checkpoint(tmp_path / "coco.pth", content)
     index = bags.AnnotationIndex.open(glyphs / "train.json")
@@ -453,10 +504,6 @@ def test_training_starts_from_a_detector_of_other_categories(tmp_path, glyphs):
 
 def test_torchvisions_own_weights_need_no_annotations(monkeypatch, tmp_path):
     """COCO_V1 without COCO at hand: the 80 categories come with the weights, whose eps was 0."""
-    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
-
-    from scripts import import_weights
-
     names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     torch.manual_seed(0)
     peer = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
@@ -475,3 +522,40 @@ def test_torchvisions_own_weights_need_no_annotations(monkeypatch, tmp_path):
     monkeypatch.undo()
     with pytest.raises(bags.UserError, match="COCO_V9: expected a .pth file, or one of .*COCO_V1"):
         import_weights.import_weights("COCO_V9", config, None, None)
+
+
+@pytest.mark.parametrize(
+    "change", [[], ["detector.framework=mask_rcnn"], ["detector.conventions=released", "train.part=head"]]
+)
+def test_what_would_be_dropped_or_seen_otherwise_is_refused(tmp_path, glyphs, change):
+    """HTC's weights in a detector without its semantic branch; frozen parts under other conventions."""
+    small = "backbone: small, fpn_channels: 16, rpn: {anchor_sizes: [[16], [32]]}, roi: {class_agnostic: true, fc: 16}"
+    index = bags.AnnotationIndex.open(glyphs / "train.json")
+    stats = CategoryStats.from_index(index)
+    config = bags.load_config(write(tmp_path, "c.yaml", f"detector: {{framework: htc, {small}}}\ndevice: cpu"))
+    source = build_detector(config, stats)
+    content = {"config": config_to_dict(config), "stats": stats.to_dict(), "model": source.state_dict()}
+    save_checkpoint(tmp_path / "htc.pth", content)
+    keys = [f"detector.init_from={tmp_path / 'htc.pth'}", *change]
+    if not change:
+        keys.append("detector.framework=cascade_mask_rcnn")
+    ours = bags.load_config(tmp_path / "c.yaml", keys)
+    text = "conventions=standard, now it is released" if "train.part=head" in change else "does not fit"
+    with pytest.raises(bags.UserError, match=text):
+        initialise(build_detector(ours, stats), ours, index, stats)
+
+
+def test_masks_are_learnt_from_masks(tmp_path, glyphs, capsys):
+    config = bags.load_config(write(tmp_path, "c.yaml", "detector: {framework: mask_rcnn}"), [f"data.root={glyphs}"])
+    content = json.loads((glyphs / "train.json").read_text())
+    for number, words in ((1, "1 of"), (len(content["annotations"]), "no annotation has a segmentation")):
+        for annotation in content["annotations"][:number]:
+            annotation.pop("segmentation", None)
+        (tmp_path / f"{number}.json").write_text(json.dumps(content))
+        index = bags.AnnotationIndex.open(tmp_path / f"{number}.json")
+        if number == 1:
+            bags.build.build_train_loader(config, index, CategoryStats.from_index(index))
+            assert words in capsys.readouterr().err
+        else:
+            with pytest.raises(bags.UserError, match=words):
+                bags.build.build_train_loader(config, index, CategoryStats.from_index(index))

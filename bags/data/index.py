@@ -135,6 +135,11 @@ class AnnotationIndex:
         ends = self.rings[first : last + 1]
         return [self.points[a:b].reshape(-1, 2) for a, b in itertools.pairwise(ends.tolist())]
 
+    @property
+    def has_segmentation(self) -> np.ndarray:
+        """Whether each annotation has one, bool [annotations]."""
+        return (np.diff(self.rle_starts) > 0) | (np.diff(self.ring_starts) > 0)
+
     def only(self, wanted: np.ndarray) -> "AnnotationIndex":
         """The images and annotations of some labels alone. wanted: bool [C + 1]; labels keep their numbers."""
         kept = wanted[self.labels] & ~self.crowd

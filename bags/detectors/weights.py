@@ -111,6 +111,8 @@ def translate(state: dict[str, Tensor], source: str) -> Translated:
     source: the file's name, for errors. Unknown names are kept as they are: they will not fit.
     """
     released = any(key.startswith("neck.") for key in state) and any(key.startswith("bbox_head.") for key in state)
+    if any(".classifier.linear." in key for key in state):
+        raise UserError(f"{source}: a checkpoint of this project already: nothing is to be imported")
     if not released and not any(key.startswith("roi_heads.box_predictor.") for key in state):
         raise UserError(
             f"{source}: neither a detector of the paper's code (neck.*, bbox_head.*) nor one of torchvision's "
@@ -180,7 +182,11 @@ def fold_batch_norm_eps(state: dict[str, Tensor], eps: float, ours: float = 1e-5
     torchvision's COCO_V1 detectors were trained, and are run, with 0.
     """
     shift = eps - ours
-    return {key: value + shift if key.endswith("running_var") else value for key, value in state.items()}
+    folded = {key: value + shift if key.endswith("running_var") else value for key, value in state.items()}
+    low = [key for key, value in folded.items() if key.endswith("running_var") and (value + ours <= 0).any()]
+    if low:
+        raise UserError(f"{low[0]}: a variance of 0, which eps {eps:g} does not raise: is the eps right?")
+    return folded
 
 
 def to_torchvision(state: dict[str, Tensor], num_categories: int) -> dict[str, Tensor]:

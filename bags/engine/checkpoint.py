@@ -22,19 +22,24 @@ FORMAT = 1
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Writes to a temporary file, then renames; the former `last.pth` is kept as `previous.pth`."""
+    """Writes a run's checkpoint; the former `last.pth` is kept as `previous.pth`."""
+    write_file(path, {"format": FORMAT, **content}, path.with_name("previous.pth"))
+
+
+def write_file(path: Path, content: dict, previous: Path | None = None) -> None:
+    """Writes to a temporary file, then renames; what was there before goes to `previous`, if that is given."""
     temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be written ({reason}); older checkpoints are whole") from None
-    if path.exists():
-        os.replace(path, path.with_name("previous.pth"))
+    if previous and path.exists():
+        os.replace(path, previous)
     os.replace(temporary, path)
 
 
