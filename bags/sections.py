@@ -62,7 +62,7 @@ class DetectorConfig:
     ] = "resnet50"  # fmt: skip
     backbone_weights: str | None = None  # IMAGENET1K_V1, or a file; where nothing comes from init_from
     deformable_stages: tuple[int, ...] = ()  # ResNet stages, of 1 to 4, with deformable 3x3 convolutions
-    frozen_batch_norm: bool = False  # statistics and affine parameters stay as loaded
+    frozen_batch_norm: bool | Literal["statistics"] = False  # true: affine parameters, too, stay as loaded
     frozen_stages: int = 0  # stem and that many stages are not trained; 0: all are
     image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of RGB in 0..1, as backbone_weights expect
     image_std: tuple[float, ...] = (0.229, 0.224, 0.225)

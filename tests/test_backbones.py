@@ -188,3 +188,18 @@ def test_deformable_stages_are_those_that_were_asked_for(tmp_path):
     torch.save(state, tmp_path / "w.pth")
     load_backbone_weights(model.backbone, "resnet50", str(tmp_path / "w.pth"))
     assert torch.equal(model.backbone.body.layer4[2].conv2.weight, state["layer4.2.conv2.weight"])
+
+
+def test_fixed_statistics_train_their_affine_parameters(tmp_path):
+    model = detector(
+        tmp_path, "detector.backbone=resnet18", "detector.frozen_batch_norm=statistics", "detector.frozen_stages=1"
+    )
+    set_trained_part(model, "all")
+    train_mode(model)
+    before = {k: v.clone() for k, v in model.backbone.state_dict().items() if "running" in k}
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(model.backbone(images)["0"], model.backbone(images)["0"])
+    list(model.backbone(images).values())[0].sum().backward()
+    norms = {n: p for n, p in model.backbone.body.named_parameters() if "bn" in n}
+    assert all((p.grad is not None) == n.startswith(("layer2", "layer3", "layer4")) for n, p in norms.items())
+    assert all(torch.equal(v, model.backbone.state_dict()[k]) for k, v in before.items())

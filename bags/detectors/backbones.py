@@ -19,7 +19,7 @@ def build_backbone(
     name: str,
     channels: int,
     levels: int,
-    frozen_batch_norm: bool,
+    frozen_batch_norm: bool | str,
     frozen_stages: int,
     deformable_stages: Sequence[int] = (),
 ) -> nn.Module:
@@ -27,7 +27,8 @@ def build_backbone(
     `roi_levels`, the names of those that RoIs are taken from (the last one that torchvision adds is not).
 
     name: small, or a ResNet, ResNeXt or MobileNet of torchvision. levels: of `small` alone, 2 or 3.
-    frozen_batch_norm: statistics and affine parameters stay as loaded (eps 1e-5).
+    frozen_batch_norm: statistics and affine parameters stay as loaded (eps 1e-5); "statistics": those alone, as in
+    the paper's code.
     frozen_stages: the stem and that many of the following stages are not trained; 0 trains all.
     deformable_stages: stages of a ResNet, of 1 to 4, whose 3x3 convolutions are deformable.
     """
@@ -36,7 +37,8 @@ def build_backbone(
         backbone.strides = STRIDES["small"][:levels]
         backbone.roi_levels = list(map(str, range(levels)))
         return backbone
-    norm = torchvision.ops.FrozenBatchNorm2d if frozen_batch_norm else nn.BatchNorm2d
+    kinds = {True: torchvision.ops.FrozenBatchNorm2d, False: nn.BatchNorm2d, "statistics": FixedStatistics}
+    norm = kinds[frozen_batch_norm]
     family = "mobilenet" if name.startswith("mobilenet") else "resnet"
     if family == "resnet":
         trainable = 5 if frozen_stages == 0 else 4 - frozen_stages
@@ -90,6 +92,14 @@ def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
     if odd:
         raise UserError(f"{source}: not the weights of {name}: {odd[0]} is missing or of another shape")
     backbone.body.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
+
+
+class FixedStatistics(nn.BatchNorm2d):
+    """Batch normalisation whose statistics stay as loaded, while its affine parameters are trained."""
+
+    def train(self, mode: bool = True) -> "FixedStatistics":
+        """Always in evaluation mode."""
+        return super().train(False)
 
 
 class DeformableConv(DeformConv2d):

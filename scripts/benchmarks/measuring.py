@@ -1,5 +1,6 @@
 """How benchmarks measure: two functions in turn, and memory in processes of its own."""
 
+import operator
 import statistics
 import time
 from collections.abc import Callable
@@ -7,7 +8,10 @@ from pathlib import Path
 
 
 def measure(case: str, ours: Callable, peer_name: str, peer: Callable, repeats: int, identical=None) -> dict:
-    """Times both in turn, `repeats` times, after two unmeasured calls of each."""
+    """Times both in turn, `repeats` times, after two unmeasured calls of each.
+
+    The ratio is the median of those of neighbours in time: what slows the machine for a while slows both.
+    """
     times: dict[Callable, list[float]] = {ours: [], peer: []}
     for repeat in range(repeats + 2):
         for function in (ours, peer) if repeat % 2 else (peer, ours):
@@ -17,7 +21,7 @@ def measure(case: str, ours: Callable, peer_name: str, peer: Callable, repeats: 
                 times[function].append(time.perf_counter() - start)
     ours_s, peer_s = (statistics.median(times[function]) for function in (ours, peer))
     return {"case": case, "ours_s": ours_s, "peer": peer_name, "peer_s": peer_s,
-            "ratio": peer_s / ours_s, "identical": identical}  # fmt: skip
+            "ratio": statistics.median(map(operator.truediv, times[peer], times[ours])), "identical": identical}  # fmt: skip
 
 
 def in_mb(case: str, ours: float, peer_name: str, peer: float) -> dict:
