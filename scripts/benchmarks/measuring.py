@@ -20,8 +20,9 @@ def measure(case: str, ours: Callable, peer_name: str, peer: Callable, repeats: 
             if repeat >= 2:
                 times[function].append(time.perf_counter() - start)
     ours_s, peer_s = (statistics.median(times[function]) for function in (ours, peer))
+    ratio = statistics.median(map(operator.truediv, times[peer], times[ours]))
     return {"case": case, "ours_s": ours_s, "peer": peer_name, "peer_s": peer_s,
-            "ratio": statistics.median(map(operator.truediv, times[peer], times[ours])), "identical": identical}  # fmt: skip
+            "ratio": ratio, "identical": identical}  # fmt: skip
 
 
 def in_mb(case: str, ours: float, peer_name: str, peer: float) -> dict:
