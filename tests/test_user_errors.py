@@ -107,6 +107,12 @@ def test_bad_input_is_one_line_and_exit_code_2(job, glyphs, tmp_path):
         (["predict", last, configs], "no image in there"),
         (["predict", last, glyphs / "val", "--score", "nan"], "--score nan"),
         (["evaluate", tmp_path / "r.json", "--annotations", glyphs / "val.json", "test.bins=[5]"], "for a checkpoint"),
+        (["evaluate", tmp_path / "r.json", "--annotations", glyphs / "val.json", "--bins", "9,3"], "rising numbers"),
+        (
+            ["evaluate", tmp_path / "r.json", "--annotations", glyphs / "val.json", "--engine", "x"],
+            "engine x: expected",
+        ),
+        (["evaluate", last, "--engine", "lvis"], "--engine is for a results file"),
         (["predict", glyphs / "val.json", glyphs / "val"], "not a checkpoint"),
         (["tables", tmp_path], "no finished run"),
         (["tables", torn / "tiny"], "bags/metrics.json: cannot be read"),
@@ -123,7 +129,7 @@ def test_bad_input_is_one_line_and_exit_code_2(job, glyphs, tmp_path):
         (["predict", softmax, glyphs / "val"], "softmax.yaml: not a checkpoint"),
         (["prepare_data", "glyphs-100", "--root", tmp_path / "g", "--workers", "-1"], "1 or more processes"),
         (["benchmark", "loss", "--repeats", "0"], "--repeats 0"),
-        (["tables", "--paper", "2", configs], "--paper 2: expected one of 1, 4, fig4"),
+        (["tables", "--paper", "7", configs], "--paper 7: expected one of 1, 2, 3, 4, fig4"),
         (["tables", "--paper", "4", configs], "no groups.yaml there"),
         (["prepare_data", "glyphs-100", "--root", glyphs], "not of this preset"),
     ]
