@@ -310,7 +310,7 @@ def predict_and_evaluate(
         return {}
     results = {}
     for iou_type, prefix in (("bbox", ""), ("segm", "mask_")):
-        if iou_type == "segm" and not config.detector.has_masks:
+        if iou_type == "segm" and not (config.detector.has_masks and dataset.index.has_segmentation.any()):
             continue
         found = evaluate(
             Path(config.data.root) / config.data.val,

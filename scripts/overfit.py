@@ -1,6 +1,6 @@
 """Can each detector learn at all? Trains it on 8 images until it knows them by heart; AP50 must exceed 0.9.
 
-    python scripts/overfit.py                               # 5 frameworks x 2 classifiers, half an hour on one core
+    python scripts/overfit.py                               # 5 frameworks x 2 classifiers, 40 minutes on one core
     python scripts/overfit.py htc mask_rcnn --classifiers group_softmax
     python scripts/overfit.py faster_rcnn train.lr=0.0005   # section.key=value, as everywhere
 
@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     overrides = [text for text in arguments.frameworks if "=" in text]
     frameworks = [text for text in arguments.frameworks if "=" not in text] or list(ROWS)
-    classifiers = arguments.classifiers.split(",")
+    classifiers = [name for name in arguments.classifiers.split(",") if name]
     for name, known in [(f, ROWS) for f in frameworks] + [(c, CLASSIFIERS) for c in classifiers]:
         if name not in known:
             raise UserError(f"{name}: expected one of {', '.join(known)}")

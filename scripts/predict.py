@@ -3,7 +3,7 @@
     python scripts/predict.py runs/glyphs-100/bags/last.pth photo.jpg folder/ --output out
 
 Writes one drawn PNG per image and predictions.json: a list of {file_name, category_id, category,
-bbox (x, y, width, height in pixels), score}.
+bbox (x, y, width, height in pixels), score, and segmentation (RLE) where the detector has masks}.
 """
 
 import argparse

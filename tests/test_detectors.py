@@ -375,3 +375,29 @@ def test_a_prediction_that_was_killed_goes_on(job, tmp_path, monkeypatch):
     seen.clear(), dies_after(None)
     predict_and_evaluate(detector, config, stats, dataset, tmp_path / "p.json", device)
     assert sum(seen) == len(dataset)
+
+
+def test_released_images_are_augmented_by_the_detector(tmp_path, glyphs):
+    """Mirroring and sizes are the transform's, after and in its own resizing; the dataset leaves images alone."""
+    keys = [
+        "data.flip=1",
+        "data.short_sides=[32, 34]",
+        "data.any_short_side=true",
+        "data.long_side=99",
+        "data.workers=0",
+    ]
+    released = tiny_config(tmp_path, *keys, f"data.root={glyphs}", "detector.conventions=released")
+    index = bags.AnnotationIndex.open(glyphs / "train.json")
+    stats = CategoryStats.from_index(index)
+    transform = build_detector(released, stats).transform
+    assert (transform.flip, transform.training_sides, transform.training_long_side) == (1.0, (32, 33, 34), 99)
+    plain = build_train_loader(tiny_config(tmp_path, "data.workers=0", f"data.root={glyphs}"), index, stats).dataset[0]
+    own = build_train_loader(released, index, stats).dataset[0]
+    assert torch.equal(own[0], plain[0]) and torch.equal(own[1]["boxes"], plain[1]["boxes"])
+    batch, targets = transform([own[0]], [own[1]])
+    assert batch.image_sizes[0][0] in (32, 33, 34)
+    width = batch.image_sizes[0][1]
+    scale = width / own[0].shape[2]
+    assert torch.allclose(targets[0]["boxes"][:, 0], width - own[1]["boxes"][:, 2] * scale, atol=1.5)
+    standard = build_detector(tiny_config(tmp_path, *keys, f"data.root={glyphs}"), stats).transform
+    assert standard._skip_resize and not hasattr(standard, "flip")
