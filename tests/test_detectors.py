@@ -401,3 +401,29 @@ def test_released_images_are_augmented_by_the_detector(tmp_path, glyphs):
     assert torch.allclose(targets[0]["boxes"][:, 0], width - own[1]["boxes"][:, 2] * scale, atol=1.5)
     standard = build_detector(tiny_config(tmp_path, *keys, f"data.root={glyphs}"), stats).transform
     assert standard._skip_resize and not hasattr(standard, "flip")
+
+
+@pytest.mark.parametrize("kind", ["ties", "all equal", "tiny", "few"])
+def test_selection_with_scores_that_cannot_be_told_apart(kind):
+    """Equal to suppressing every candidate at once, ties in the order of proposal and category."""
+    torch.manual_seed(4)
+    proposals, deltas = random_proposals(50, 2), torch.randn(50, 4 * 31) * 0.3
+    scores = {
+        "ties": torch.randint(1, 9, (50, 31)) / 8,
+        "all equal": torch.full((50, 31), 0.5),
+        "tiny": torch.rand(50, 31) * 1e-35,
+        "few": torch.zeros(50, 31).index_put_((torch.arange(5), torch.arange(5) + 1), torch.rand(5)),
+    }[kind]
+    coder = _utils.BoxCoder((10, 10, 5, 5))
+    boxes = clip_boxes_to_image(coder.decode(deltas, [proposals]).flatten(0, 1), (100, 120)).view(50, 31, 4)
+    kept = []
+    for label in range(1, 31):
+        rows = torch.where(scores[:, label] > 0)[0]
+        survivors = rows[nms(boxes[rows, label], scores[rows, label], 0.5)]
+        kept += [(-scores[row, label].item(), row, label) for row in survivors.tolist()]
+    for limit in (1, 7, 10_000):
+        found = select_detections(scores, deltas, proposals, (100, 120), coder, 0.0, 0.5, limit)
+        best = sorted(kept)[:limit]
+        assert found[1].tolist() == [-score for score, _, _ in best]
+        assert found[2].tolist() == [label for _, _, label in best]
+        assert torch.equal(found[0], torch.stack([boxes[row, label] for _, row, label in best]))

@@ -4,6 +4,8 @@ Greedy survivors among the best M candidates do not depend on lower ones. So the
 only their boxes are decoded and suppressed, and M doubles until enough survive or all were seen.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
@@ -31,32 +33,46 @@ def select_detections(
     conventions say how boxes are clipped, which are too small, and whose overlaps count
     Equal to suppressing all R * C candidates at once; sorted by falling score.
     """
-    num_categories = scores.shape[1] - 1
-    flat = scores[:, 1:].reshape(-1)
-    eligible = int((flat > score_threshold).sum())
+    scores = scores[:, 1:]
+    eligible = int((scores > score_threshold).sum())
     budget = 4 * max_detections
     while True:
-        chosen = _best(flat, score_threshold, budget, eligible)
-        rows, labels = chosen // num_categories, chosen % num_categories + 1
+        rows, columns = torch.where(_best(scores, score_threshold, budget, eligible))
+        labels = columns + 1
         deltas = regression.unflatten(1, (-1, 4))
         deltas = deltas[rows, labels if deltas.shape[1] > 1 else 0]
         boxes = box_coder.decode_single(deltas, proposals[rows])
         boxes = conventions.clip(boxes, image_size)
         solid = remove_small_boxes(boxes, min_size=conventions.least_side)
-        boxes, labels, best = boxes[solid], labels[solid], flat[chosen[solid]]
+        boxes, labels, best = boxes[solid], labels[solid], scores[rows[solid], columns[solid]]
         keep = _suppress(conventions.suppressed_as(boxes, image_size), best, labels, nms_threshold)
-        if len(keep) >= max_detections or len(chosen) == eligible:
+        if len(keep) >= max_detections or len(rows) == eligible:
             keep = keep[:max_detections]
             return boxes[keep], best[keep], labels[keep]
         budget *= 2
 
 
-def _best(flat: Tensor, threshold: float, budget: int, eligible: int) -> Tensor:
-    """Indices of all candidates that score as high as the budget-th one (ties included)."""
+def _best(scores: Tensor, threshold: float, budget: int, eligible: int) -> Tensor:
+    """A mask of candidates [R, C]: all that reach some score, at least `budget` and mostly less than twice as many.
+
+    The score is found by counting: a sort of a million candidates takes more memory than all the rest.
+    """
+    best = scores > threshold
     if eligible <= budget:
-        return torch.nonzero(flat > threshold).squeeze(1)
-    least = flat.topk(budget).values[-1]
-    return torch.nonzero(flat >= least).squeeze(1)
+        return best
+    # As many as the budget lie above `low`, fewer above `high`; scores differ by powers, so their logarithm is halved.
+    low, high = max(threshold, 1e-30), 2 * float(scores.detach().max())
+    for _ in range(40):
+        middle = math.sqrt(low * high)
+        above = scores >= middle
+        number = int(above.sum())
+        if number >= budget:
+            best, low = above, middle
+            if number <= 2 * budget:
+                break
+        else:
+            high = middle
+    return best
 
 
 def _suppress(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:
