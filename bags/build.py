@@ -202,6 +202,8 @@ def build_detector(config: Config, stats: CategoryStats) -> nn.Module:
         score_threshold=test.score_threshold,
         nms_threshold=test.nms_threshold,
         max_detections=test.max_detections,
+        max_per_category=test.max_per_category,
+        agnostic_nms=test.agnostic_nms,
         resize_in_training=augments or not config.data.short_sides,
         image_mean=detector.image_mean,
         image_std=detector.image_std,

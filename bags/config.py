@@ -194,6 +194,7 @@ def _check_schedule(config: Config, need: Need) -> None:
     need(test.batch_size >= 1, "test.batch_size", f"1 or more, got {test.batch_size}")
     limit = test.max_detections
     need(1 <= limit <= 10**6, "test.max_detections", f"1 to 1000000, got {limit}")
+    need(test.max_per_category >= 0, "test.max_per_category", f"0 (any number) or more, got {test.max_per_category}")
     need(0 <= test.score_threshold < 1, "test.score_threshold", f"0 <= threshold < 1, got {test.score_threshold}")
     need(0 < test.nms_threshold <= 1, "test.nms_threshold", f"above 0, to 1, got {test.nms_threshold}")
     _need_rising(need, "test.bins", test.bins)

@@ -198,6 +198,8 @@ class TestConfig:
     score_threshold: float = 0.0
     nms_threshold: float = 0.5
     max_detections: int = 300
+    max_per_category: int = 0  # detections of one category in an image; 0: any number
+    agnostic_nms: bool = False  # boxes suppress those of every category, not of their own alone
     bins: tuple[int, ...] = (10, 100, 1000)  # training instances, for AP1, AP2, ...
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.models.detection import _utils, roi_heads
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, fasterrcnn_mobilenet_v3_large_fpn
 from torchvision.models.detection.mask_rcnn import maskrcnn_resnet50_fpn
-from torchvision.ops import clip_boxes_to_image, nms
+from torchvision.ops import box_iou, clip_boxes_to_image, nms
 
 import bags
 from bags.build import (
@@ -23,6 +23,7 @@ from bags.build import (
 from bags.classifiers.base import BoxFeatures
 from bags.classifiers.softmax import class_weights
 from bags.data.statistics import CategoryStats
+from bags.detectors import postprocess
 from bags.detectors.postprocess import select_detections
 from bags.detectors.roi_heads import RoIHeads, box_loss
 from bags.engine.optim import build_optimizer, epoch_at, learning_rate, set_trained_part, train_mode
@@ -51,6 +52,66 @@ def test_select_detections_equals_torchvision(agnostic, threshold, keep):
         logits.softmax(1), deltas, proposals, (100, 120), _utils.BoxCoder((10, 10, 5, 5)), threshold, 0.5, keep
     )
     assert torch.equal(ours[1], scores) and torch.equal(ours[2], labels) and torch.equal(ours[0], boxes)
+
+
+def stable_nms(boxes, scores, labels, threshold):
+    """torchvision's suppression category by category, its final sort made stable."""
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    for label in labels.unique():
+        own = torch.where(labels == label)[0]
+        kept[own[nms(boxes[own], scores[own], threshold)]] = True
+    kept = torch.where(kept)[0]
+    return kept[scores[kept].argsort(descending=True, stable=True)]
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_random_cases_with_ties_equal_torchvision(seed, monkeypatch):
+    """torchvision's own `postprocess_detections`, its final sort stable: bit for bit."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, labels, levels = (int(torch.randint(low, high, (), generator=generator)) for low, high in
+                            ((1, 120), (2, 50), (1, 40)))  # fmt: skip
+    agnostic, keep = seed % 2 == 0, (1, 20, 300)[seed % 3]
+    threshold = (0.0, 0.01, 0.05)[seed // 3 % 3]
+    proposals = random_proposals(rows, seed).round() if seed % 5 else random_proposals(rows, seed)
+    logits = torch.randint(-levels, levels + 1, (rows, labels), generator=generator) / 4
+    logits[: rows // 2] = logits[:1]  # whole rows alike
+    deltas = torch.randn(rows, 4 if agnostic else 4 * labels, generator=generator)
+    peer = roi_heads.RoIHeads(None, None, None, 0.5, 0.5, 8, 0.5, None, threshold, 0.5, keep)
+    monkeypatch.setattr(roi_heads.box_ops, "batched_nms", stable_nms)
+    full = deltas.repeat(1, labels) if agnostic else deltas
+    theirs = [found[0] for found in peer.postprocess_detections(logits, full, [proposals], [(100, 120)])]
+    coder = _utils.BoxCoder((10, 10, 5, 5))
+    ours = select_detections(logits.softmax(1), deltas, proposals, (100, 120), coder, threshold, 0.5, keep)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("limit, agnostic_nms", [(0, True), (2, False), (2, True), (1, True)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_limits_of_a_category_and_suppression_across_them(limit, agnostic_nms, shared, monkeypatch):
+    """Equal to a loop over all candidates, however few are looked at together."""
+    monkeypatch.setattr(postprocess, "TIER", 16)
+    torch.manual_seed(5)
+    proposals, scores = random_proposals(40, 3), torch.rand(40, 13)
+    deltas = torch.randn(40, 4 if shared else 4 * 13)
+    coder = _utils.BoxCoder((10, 10, 5, 5))
+    boxes = coder.decode(deltas.repeat(1, 13) if shared else deltas, [proposals])
+    boxes = clip_boxes_to_image(boxes.flatten(0, 1), (100, 120)).view(40, 13, 4)
+    kept, shown = [], []
+    for score, row, label in sorted(((scores[r, c], r, c) for r in range(40) for c in range(1, 13)), reverse=True):
+        box = boxes[row, label][None]
+        rivals = [b for b, own in kept if agnostic_nms or own == label]
+        if rivals and box_iou(box, torch.cat(rivals)).max() > 0.5:
+            continue
+        kept.append((box, label))
+        if not limit or sum(own == label for _, _, own in shown) < limit:
+            shown.append((box, score, label))
+    for number in (3, 15, 500):
+        found = select_detections(
+            scores, deltas, proposals, (100, 120), coder, 0.0, 0.5, number,
+            max_per_category=limit, agnostic_nms=agnostic_nms,
+        )  # fmt: skip
+        assert found[2].tolist() == [label for _, _, label in shown[:number]]
+        assert torch.equal(found[0], torch.cat([box for box, _, _ in shown[:number]]))
 
 
 def test_exact_at_a_large_vocabulary():

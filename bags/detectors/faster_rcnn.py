@@ -71,6 +71,8 @@ def faster_rcnn(
     score_threshold: float,
     nms_threshold: float,
     max_detections: int,
+    max_per_category: int = 0,
+    agnostic_nms: bool = False,
     resize_in_training: bool = True,
     image_mean: tuple[float, ...] = (0.485, 0.456, 0.406),
     image_std: tuple[float, ...] = (0.229, 0.224, 0.225),
@@ -109,6 +111,8 @@ def faster_rcnn(
         score_thresh=score_threshold,
         nms_thresh=nms_threshold,
         detections_per_img=max_detections,
+        max_per_category=max_per_category,
+        agnostic_nms=agnostic_nms,
     )
     if framework in ("faster_rcnn", "mask_rcnn"):
         roi_heads = second_stage(STAGES[0])

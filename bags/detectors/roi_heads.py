@@ -43,13 +43,16 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         classifier: ProposalClassifier,
         box_regressor: nn.Linear,
         conventions: Conventions = STANDARD,
+        max_per_category: int = 0,
+        agnostic_nms: bool = False,
         **settings,
     ):
-        """`settings` are torchvision's; box_regressor has 4 outputs, or 4 * (C + 1)."""
+        """`settings` are torchvision's, other ones `select_detections`'; box_regressor: 4 outputs, or 4 * (C + 1)."""
         super().__init__(box_roi_pool, box_head, box_predictor=None, **settings)
         self.classifier = classifier
         self.box_regressor = box_regressor
         self.conventions = conventions
+        self.max_per_category, self.agnostic_nms = max_per_category, agnostic_nms
         self.proposal_matcher = conventions.matcher(settings["fg_iou_thresh"], settings["bg_iou_thresh"])
         self.box_coder = conventions.box_coder(self.box_coder.weights)
 
@@ -159,6 +162,8 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
                 self.nms_thresh,
                 self.detections_per_img,
                 self.conventions,
+                self.max_per_category,
+                self.agnostic_nms,
             )
             detections.append({"boxes": found, "scores": best, "labels": labels})
             if self.report_proposals:
