@@ -291,7 +291,7 @@ def test_released_objects_stand_for_themselves(tmp_path):
         samples = heads.sample([torch.tensor([[5.0, 4, 30, 40]])], targets)
         assert samples.labels[0].tolist() == expected
         assert samples.is_object[0].tolist() == [False, True, True]
-        assert torch.allclose(samples.deltas[0][1:], torch.zeros(2, 4), atol=1e-6)
+        assert torch.equal(samples.goals[0][1:], samples.boxes[0][1:])
     assert samples.matched[0].tolist() == [1, 0, 1]
 
 

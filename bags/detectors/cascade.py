@@ -82,6 +82,37 @@ class CascadeRoIHeads(nn.Module):
             proposals = self._next_proposals(stage, samples, stage.box_regressor(box_features.fc), image_shapes)
         return shown
 
+    @property
+    def box_stages(self) -> list[RoIHeads]:
+        """The stages in order."""
+        return list(self.stages)
+
+    def stage_features(self, features, proposals, image_shapes) -> list[tuple[list[Tensor], BoxFeatures]]:
+        """See `RoIHeads.stage_features`."""
+        stages = []
+        for stage in self.stages:
+            box_features = stage.box_features(features, proposals, image_shapes)
+            stages.append((proposals, box_features))
+            if stage is not self.stages[-1]:
+                proposals = stage.refine(proposals, stage.box_regressor(box_features.fc), image_shapes)
+        return stages
+
+    def stage_detections(
+        self, stages: list[tuple[list[Tensor], BoxFeatures]], image_shapes
+    ) -> list[dict[str, Tensor]]:
+        """See `RoIHeads.stage_detections`."""
+        logits = [stage.classifier(shown) for stage, (_, shown) in zip(self.stages, stages, strict=True)]
+        last, (boxes, box_features) = self.stages[-1], stages[-1]
+        scores = last.classifier.probs(torch.stack(logits).mean(0))
+        return last.detect(scores, last.box_regressor(box_features.fc), boxes, image_shapes)
+
+    def stage_losses(self, stages: list[tuple[BoxFeatures, Tensor]]) -> dict[str, Tensor]:
+        """See `RoIHeads.stage_losses`; named and weighted as in training."""
+        losses = {}
+        for number, (stage, weight, shown) in enumerate(zip(self.stages, self.loss_weights, stages, strict=True), 1):
+            losses |= {f"{name}_{number}": weight * value for name, value in stage.stage_losses([shown]).items()}
+        return losses
+
     def _losses(self, features, proposals, image_shapes, targets) -> dict[str, Tensor]:
         losses = {}
         for number, (stage, weight) in enumerate(zip(self.stages, self.loss_weights, strict=True)):
@@ -112,15 +143,8 @@ class CascadeRoIHeads(nn.Module):
         return [self.stages[number].mask_head(pooled) for number in stages]
 
     def _detect(self, features, proposals, image_shapes) -> list[dict[str, Tensor]]:
-        logits, boxes, last = [], proposals, self.stages[-1]
-        for stage in self.stages:
-            box_features = stage.box_features(features, boxes, image_shapes)
-            logits.append(stage.classifier(box_features))
-            regression = stage.box_regressor(box_features.fc)
-            if stage is not last:
-                boxes = stage.refine(boxes, regression, image_shapes)
-        scores = last.classifier.probs(torch.stack(logits).mean(0))
-        detections = last.detect(scores, regression, boxes, image_shapes)
+        detections = self.stage_detections(self.stage_features(features, proposals, image_shapes), image_shapes)
+        last = self.stages[-1]
         if self.has_mask():
             pooled = last.mask_roi_pool(features, [detection["boxes"] for detection in detections], image_shapes)
             labels = torch.cat([detection["labels"] for detection in detections])

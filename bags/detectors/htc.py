@@ -122,8 +122,15 @@ class HTCRoIHeads(CascadeRoIHeads):
         self, features, proposals, image_shapes, targets
     ) -> list[tuple[ProposalClassifier, BoxFeatures, Tensor]]:
         """See `CascadeRoIHeads.training_proposals`; leaves out the draws for the masks."""
-        features = {**features, "semantic": self.semantic(features)[0]}
-        return super().training_proposals(features, proposals, image_shapes, targets)
+        return super().training_proposals(self.with_context(features), proposals, image_shapes, targets)
+
+    def stage_features(self, features, proposals, image_shapes) -> list[tuple[list[Tensor], BoxFeatures]]:
+        """See `RoIHeads.stage_features`."""
+        return super().stage_features(self.with_context(features), proposals, image_shapes)
+
+    def with_context(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The pyramid, and the semantic branch's features beside it."""
+        return features if "semantic" in features else {**features, "semantic": self.semantic(features)[0]}
 
     def _mask_samples(self, stage: RoIHeads, samples: Samples, moved: list[Tensor], targets: list[dict]) -> Samples:
         """Interleaved: drawn anew, with the stage's own threshold, from the boxes that it has moved."""

@@ -23,12 +23,16 @@ class Samples(NamedTuple):
     boxes: list[Tensor]  # [R_i, 4] x1, y1, x2, y2 in pixels of the resized image
     labels: list[Tensor]  # [R_i] in 0..C
     matched: list[Tensor]  # [R_i] position of the matched object in its image
-    deltas: list[Tensor]  # [R_i, 4] from the box to the matched object
+    goals: list[Tensor]  # [R_i, 4] that object's box; in an image without objects the proposal's own
     is_object: list[Tensor]  # [R_i] bool: no proposal but an object's own box, added to learn from
 
     def foreground(self) -> "Samples":
         """Those of label 1 and above."""
-        return Samples(*([v[own > 0] for v, own in zip(values, self.labels, strict=True)] for values in self))
+        return self.take([labels > 0 for labels in self.labels])
+
+    def take(self, chosen: list[Tensor]) -> "Samples":
+        """Some of each image: masks [R_i] or positions."""
+        return Samples(*([v[own] for v, own in zip(values, chosen, strict=True)] for values in self))
 
 
 class RoIHeads(torchvision_roi_heads.RoIHeads):
@@ -79,9 +83,8 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
                 pooled = self.mask_roi_pool(features, samples.boxes, image_shapes)
                 losses["loss_mask"] = self.mask_loss(self.mask_head(pooled), samples, targets)
             return [], losses
-        box_features = self.box_features(features, proposals, image_shapes)
-        scores = self.classifier.probs(self.classifier(box_features))
-        detections = self.detect(scores, self.box_regressor(box_features.fc), proposals, image_shapes)
+        stages = self.stage_features(features, proposals, image_shapes)
+        detections = self.stage_detections(stages, image_shapes)
         if self.has_mask():
             pooled = self.mask_roi_pool(features, [detection["boxes"] for detection in detections], image_shapes)
             labels = torch.cat([detection["labels"] for detection in detections])
@@ -93,8 +96,32 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         samples = self.sample(proposals, targets)
         return [(self.classifier, self.box_features(features, samples.boxes, image_shapes), torch.cat(samples.labels))]
 
-    def sample(self, proposals: list[Tensor], targets: list[dict]) -> Samples:
-        """Adds the objects' boxes [K, 4] to the proposals, matches, and draws `batch_size_per_image` of each image."""
+    @property
+    def box_stages(self) -> list["RoIHeads"]:
+        """The stages that classify boxes, in order: this one alone."""
+        return [self]
+
+    def stage_features(
+        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes
+    ) -> list[tuple[list[Tensor], BoxFeatures]]:
+        """What each stage classifies in evaluation: its boxes per image, and their features."""
+        return [(proposals, self.box_features(features, proposals, image_shapes))]
+
+    def stage_detections(
+        self, stages: list[tuple[list[Tensor], BoxFeatures]], image_shapes
+    ) -> list[dict[str, Tensor]]:
+        """Detections of each image, without masks, from what `stage_features` gives (`fc` is enough)."""
+        [(boxes, box_features)] = stages
+        scores = self.classifier.probs(self.classifier(box_features))
+        return self.detect(scores, self.box_regressor(box_features.fc), boxes, image_shapes)
+
+    def stage_losses(self, stages: list[tuple[BoxFeatures, Tensor]]) -> dict[str, Tensor]:
+        """The classifiers' losses from the features and labels [R] of each stage's samples."""
+        [(box_features, labels)] = stages
+        return self.classifier.loss(self.classifier(box_features), labels)
+
+    def match(self, proposals: list[Tensor], targets: list[dict]) -> Samples:
+        """All proposals, and after them the objects' own boxes [K, 4], each with its label."""
         self.check_targets(targets)
         objects = [target["boxes"].to(proposals[0].dtype) for target in targets]
         counts = [len(boxes) for boxes in proposals]
@@ -105,12 +132,14 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         if not self.conventions.matches_objects:
             labels = [torch.cat(pair) for pair in zip(labels, own, strict=True)]
             matched = [torch.cat([m, torch.arange(len(o), device=m.device)]) for m, o in zip(matched, own, strict=True)]
-        drawn = self.subsample(labels)
-        boxes, matched, labels = ([v[d] for v, d in zip(x, drawn, strict=True)] for x in (boxes, matched, labels))
-        # In an image without objects all is background, and the deltas are not used.
         goals = [o[m] if len(o) else b for o, m, b in zip(objects, matched, boxes, strict=True)]
-        is_object = [d >= count for d, count in zip(drawn, counts, strict=True)]
-        return Samples(boxes, labels, matched, list(self.box_coder.encode(goals, boxes)), is_object)
+        is_object = [torch.arange(len(b), device=b.device) >= count for b, count in zip(boxes, counts, strict=True)]
+        return Samples(boxes, labels, matched, goals, is_object)
+
+    def sample(self, proposals: list[Tensor], targets: list[dict]) -> Samples:
+        """Of proposals and objects, `batch_size_per_image` drawn of each image."""
+        everything = self.match(proposals, targets)
+        return everything.take(self.subsample(everything.labels))
 
     def box_features(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes) -> BoxFeatures:
         """What the classifier and the box regression see of the boxes."""
@@ -119,7 +148,8 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
 
     def box_losses(self, box_features: BoxFeatures, regression: Tensor, samples: Samples) -> dict[str, Tensor]:
         """The classifier's losses and loss_box_reg."""
-        labels, deltas = torch.cat(samples.labels), torch.cat(samples.deltas)
+        labels = torch.cat(samples.labels)
+        deltas = torch.cat(self.box_coder.encode(samples.goals, samples.boxes))
         losses = self.classifier.loss(self.classifier(box_features), labels)
         return {**losses, "loss_box_reg": box_loss(regression, labels, deltas, self.conventions.box_beta)}
 
