@@ -3,13 +3,13 @@
 import hashlib
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from bags import distributed
 from bags.classifiers.base import ProposalClassifier
@@ -28,6 +28,7 @@ from bags.data.transforms import short_sides, training_transform
 from bags.detectors.backbones import build_backbone, load_backbone_weights
 from bags.detectors.conventions import CONVENTIONS
 from bags.detectors.faster_rcnn import faster_rcnn
+from bags.detectors.from_features import FromFeatures
 from bags.engine.checkpoint import load_checkpoint, load_weights, weights_digest
 from bags.engine.predict import predict
 from bags.errors import UserError
@@ -89,7 +90,7 @@ def build_train_loader(config: Config, index: AnnotationIndex, stats: CategorySt
     if masks:
         _check_masks(index, config.detector.framework)
     dataset = DetectionDataset(index, images, transform, masks, data.exif, semantic, data.semantic_classes)
-    return _loader(config, dataset, sampler)
+    return loader(config, dataset, sampler)
 
 
 def _check_masks(index: AnnotationIndex, framework: str) -> None:
@@ -103,15 +104,16 @@ def _check_masks(index: AnnotationIndex, framework: str) -> None:
 
 def build_val_loader(config: Config, dataset: DetectionDataset) -> DataLoader:
     """This rank's share of the images, in order."""
-    return _loader(config, dataset, ShardSampler(len(dataset), config.test.batch_size))
+    return loader(config, dataset, ShardSampler(len(dataset), config.test.batch_size))
 
 
-def _loader(config: Config, dataset: DetectionDataset, sampler) -> DataLoader:
+def loader(config: Config, dataset: Dataset, batches: Iterable[list], join: Callable = collate) -> DataLoader:
+    """Batches of items, each by its list of keys, `join`ed."""
     workers = config.data.workers
     return DataLoader(
         dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
+        batch_sampler=batches,
+        collate_fn=join,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
@@ -286,12 +288,19 @@ def check_categories(stats: CategoryStats, index: AnnotationIndex, source: Path)
 
 
 def predict_and_evaluate(
-    detector: nn.Module, config: Config, stats: CategoryStats, dataset: DetectionDataset, predictions: Path, device
+    detector: nn.Module,
+    config: Config,
+    stats: CategoryStats,
+    dataset: DetectionDataset,
+    predictions: Path,
+    device,
+    stored: DataLoader | None = None,
 ) -> dict[str, float]:
     """Writes the results file of a dataset, then scores it: `evaluate`'s numbers (those of masks as
     `mask_AP`, ...) and proposal accuracies.
 
     Every rank takes its share of the images; the numbers are complete in the main process only.
+    stored: batches of the images' kept features, if there are any.
     """
     accuracy = ProposalAccuracy(stats.num_categories)
 
@@ -301,10 +310,10 @@ def predict_and_evaluate(
         return accuracy.judge(proposals, detection["proposal_labels"], target["boxes"], target["labels"])
 
     detector.roi_heads.report_proposals = detector.transform.encode_masks = True
-    loader = build_val_loader(config, dataset)
-    settings = (config.data, config.detector, config.test, dataset.index.image_ids.tolist())
+    model, batches = (FromFeatures(detector), stored) if stored else (detector, build_val_loader(config, dataset))
+    settings = (stored is None, config.data, config.detector, config.test, dataset.index.image_ids.tolist())
     key = f"{weights_digest({'model': detector.state_dict()})} {hashlib.sha256(repr(settings).encode()).hexdigest()}"
-    for judged in predict(detector, loader, device, stats.category_ids, predictions, config.name, key, observe):
+    for judged in predict(model, batches, device, stats.category_ids, predictions, config.name, key, observe):
         accuracy.add(judged)
     detector.roi_heads.report_proposals = detector.transform.encode_masks = False
     accuracy.counts = distributed.total(accuracy.counts.to(device)).cpu()

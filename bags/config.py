@@ -188,6 +188,15 @@ def _check_schedule(config: Config, need: Need) -> None:
     parts = ("all", *(("head",) if not config.detector.has_masks else ()), *(("cls",) if agnostic else ()))
     need(not config.detector.other_categories or train.part in parts, "train.part",
          f"{' or '.join(parts)}: with detector.other_categories more starts new, got {train.part}")  # fmt: skip
+    if train.features == "cached":
+        need(
+            train.part == "cls",
+            "train.part",
+            f"cls: with train.features=cached no other can be trained, got {train.part}",
+        )
+        need(not config.data.short_sides, "train.features",
+             "live: data.short_sides draws sizes anew each time, which cannot be stored")  # fmt: skip
+    need(config.store.negatives >= 0, "store.negatives", f"0 or more, got {config.store.negatives}")
     row = config.init_row
     need(row != config.name, "detector.init_from", "another row than this one")
     need(row is None or (row and not set(row) & set("/\\")), "detector.init_from", f"row:NAME, got row:{row}")

@@ -173,6 +173,7 @@ class TrainConfig:
     """Trained part and schedule."""
 
     part: Literal["all", "head", "cls", "none"] = "all"  # head: the box branch after RoIAlign
+    features: Literal["cached", "live"] | None = None  # cached: part cls from a store; null: so wherever that can be
     epochs: int = 12
     batch_size: int = 16  # images, over all ranks
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -186,6 +187,15 @@ class TrainConfig:
     clip_norm: float = 35.0  # gradient norm; 0 does not clip
     log_every: int = 20  # iterations
     checkpoint_every: int = 200  # iterations; and at the end
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Proposal features on disk, which part `cls` is trained from (train.features=cached)."""
+
+    folder: str | None = None  # default: beside the checkpoint of init_from, as `last.features`
+    mirrored: bool = True  # also of mirrored images, where data.flip asks for them; false: training sees none
+    negatives: int = 1024  # background proposals of each image that training may draw from
 
 
 @dataclass(frozen=True)
@@ -219,6 +229,7 @@ class Config:
     classifier: ClassifierConfig = field(default_factory=SoftmaxConfig)
     sampler: SamplerConfig = field(default_factory=UniformConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
     test: TestConfig = field(default_factory=TestConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
@@ -228,6 +239,14 @@ class Config:
     def run_folder(self) -> Path:
         """`<output>/<dataset>/<config>`: where this run keeps its files."""
         return Path(self.output, self.data.name, self.name)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the classifier is trained from stored features: sizes drawn anew each time cannot be stored."""
+        one_size = not self.data.short_sides
+        return self.train.features == "cached" or (
+            self.train.features is None and self.train.part == "cls" and one_size
+        )
 
     @property
     def init_row(self) -> str | None:

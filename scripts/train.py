@@ -51,16 +51,27 @@ def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], N
         folders[config.run_folder] = config
         _is_complete(config.run_folder, config)  # refuses other settings before anything is trained
     with distributed.distributed(jobs[0][0].device) as device:
-        for config in (config for configs in jobs for config in configs):
+        waiting = [config for configs in jobs for config in configs]
+        while waiting:
+            config = waiting[0]
             if config.data.glyphs and distributed.is_main():
                 glyphs.make_glyphs(config.data.root, glyphs.PRESETS[config.data.glyphs])
             distributed.barrier()
-            run(config, device)
+            together = [other for other in waiting if other is config or _share_a_pass(config, other)]
+            waiting = [other for other in waiting if other not in together]
+            run(together, device)
         if distributed.is_main():
             rows: dict[str, list[Path]] = {}
             for config in (config for configs in jobs for config in configs):
                 rows.setdefault(config.name, []).append(config.run_folder)
             show(rows)
+
+
+def _share_a_pass(first: Config, other: Config) -> bool:
+    """Whether both rows train a classifier on the same stored features, batch by batch."""
+    from bags import cached
+
+    return first.is_cached and other.is_cached and cached.shared_settings(first) == cached.shared_settings(other)
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[Path], list[str]]:
@@ -97,53 +108,76 @@ def in_order(paths: list[Path], overrides: list[str], seed: int | None = None) -
     return ordered
 
 
-def run(config: Config, device) -> None:
-    """One row: data, detector, training, prediction, evaluation. Skipped where it is complete."""
-    import torch
+def run(configs: list[Config], device) -> None:
+    """Rows of one pass over the data (mostly one row): data, detectors, training, prediction, evaluation.
 
-    from bags import build, distributed
+    Those that are complete are skipped.
+    """
+    from bags import build, cached, distributed
     from bags.analysis.tables import write_metrics
     from bags.data.statistics import CategoryStats, disagreement
-    from bags.engine.checkpoint import load_checkpoint, weights_digest
     from bags.engine.train import train
 
-    folder = config.run_folder
-    if _is_complete(folder, config):
-        if distributed.is_main():
-            print(f"{folder}: complete, not run again", flush=True)
+    done = [config for config in configs if _is_complete(config.run_folder, config)]
+    for config in done if distributed.is_main() else ():
+        print(f"{config.run_folder}: complete, not run again", flush=True)
+    configs = [config for config in configs if config not in done]
+    if not configs:
         return
-    if config.init_row and not (config.init_file.with_name("metrics.json")).exists():
-        raise UserError(f"{config.init_file.parent}: no finished run; run the row {config.init_row} first")
-    index = build.open_index(config, "train")
+    first = configs[0]
+    if first.init_row and not (first.init_file.with_name("metrics.json")).exists():
+        raise UserError(f"{first.init_file.parent}: no finished run; run the row {first.init_row} first")
+    index = build.open_index(first, "train")
     stats = CategoryStats.from_index(index)
     if not sum(stats.instance_counts):
         raise UserError(f"{index.path}: `annotations` is empty: there is nothing to train on")
     if distributed.is_main() and (line := disagreement(index, stats)):
         print(f"note: {line}", file=sys.stderr)
-    loader = build.build_train_loader(config, index, stats)
-    validation = build.build_val_dataset(config)
+    loader = build.build_train_loader(first, index, stats)
+    validation = build.build_val_dataset(first)
     build.check_categories(stats, validation.index, index.path)
     if not len(validation.index.labels):
         raise UserError(f"{validation.index.path}: `annotations` is empty: there is nothing to evaluate on")
+    runs = [_begin(config, index, stats, device) for config in configs]
+    distributed.barrier()
+
+    if first.is_cached:
+        loader = cached.training_loader(first, runs, loader, device)
+    elif first.train.part == "cls" and first.train.features is None and distributed.is_main():
+        print(f"note: {first.name}: data.short_sides draws sizes anew, so nothing is stored: train.features=live")
+    train(runs, loader, device)
+
+    stored = None
+    if first.is_cached and len(runs) > 1 and not first.detector.has_masks:  # masks need the whole detector
+        stored = cached.validation_loader(first, runs[0].model, validation, device)
+    for config, one in zip(configs, runs, strict=True):
+        predictions = config.run_folder / "predictions.json"
+        metrics = build.predict_and_evaluate(one.model, config, stats, validation, predictions, device, stored)
+        if distributed.is_main():
+            write_metrics(config.run_folder, metrics)
+    distributed.barrier()
+
+
+def _begin(config: Config, index, stats, device):
+    """The detector of a row with the weights that it starts from, and its run folder."""
+    import torch
+
+    from bags import build, distributed
+    from bags.engine.checkpoint import load_checkpoint, weights_digest
+    from bags.engine.train import Run
+
     torch.manual_seed(config.seed)
     detector = build.build_detector(config, stats)
     with distributed.main_first():  # it may fetch weights
         build.initialise(detector, config, index, stats)
     detector.to(device, memory_format=torch.channels_last)
     if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
-        _write_environment(folder)
-    distributed.barrier()
-
+        config.run_folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, config.run_folder / "config.yaml")
+        _write_environment(config.run_folder)
     init = weights_digest(load_checkpoint(config.init_file)) if config.init_file else None
     about = {"config": config_to_dict(config), "stats": stats.to_dict(), "init": init}
-    train(detector, loader, config.train, device, folder, config.seed, config.name, about)
-
-    metrics = build.predict_and_evaluate(detector, config, stats, validation, folder / "predictions.json", device)
-    if distributed.is_main():
-        write_metrics(folder, metrics)
-    distributed.barrier()
+    return Run(detector, config.train, config.run_folder, config.seed, config.name, about)
 
 
 def _is_complete(folder: Path, config: Config) -> bool:
@@ -163,7 +197,7 @@ def _is_complete(folder: Path, config: Config) -> bool:
     other = config_to_dict(load_config(folder / "config.yaml"))
     ours = config_to_dict(config)
     for tree in (other, ours):  # these do not change a result
-        del tree["output"], tree["device"], tree["data"]["workers"], tree["train"]["log_every"]
+        del tree["output"], tree["device"], tree["data"]["workers"], tree["train"]["log_every"], tree["store"]["folder"]
         del tree["train"]["checkpoint_every"], tree["test"]["batch_size"]
     change = _first_difference(other, ours)
     if change:

@@ -34,7 +34,7 @@ def test_run_folder(job):
     names = {p.name for p in folder.iterdir()}
     assert {"config.yaml", "environment.json", "log.jsonl", "last.pth", "predictions.json", "metrics.json"} <= names
     log = read_lines(folder / "log.jsonl")
-    assert {"iteration", "epoch", "lr", "loss", "loss_group0", "loss_group1", "loss_box_reg"} <= log[-1].keys()
+    assert {"iteration", "epoch", "lr", "loss", "loss_group0", "loss_group1"} <= log[-1].keys()
     environment = json.loads((folder / "environment.json").read_text())
     assert torch.__version__.startswith(environment["packages"]["torch"]) and environment["ranks"] == 1
     assert yaml.safe_load((folder / "config.yaml").read_text())["classifier"]["boundaries"] == [5, 15]

@@ -82,9 +82,16 @@ class DetectionDataset(Dataset):
 
     def _read(self, position: int) -> tuple[Image.Image, dict, np.ndarray]:
         """Image, target, and the annotations (positions in the index) of its objects."""
-        image = self._image(position)
+        return self._image(position), *self._target(position)
+
+    def target(self, position: int) -> dict:
+        """The target (without masks) of an image that is not read."""
+        return self._target(position)[0]
+
+    def _target(self, position: int) -> tuple[dict, np.ndarray]:
         first, last = self.index.starts[position : position + 2]
-        limits = np.array([image.width, image.height] * 2, np.float32)
+        height, width = self.index.image_sizes[position].tolist()
+        limits = np.array([width, height] * 2, np.float32)
         boxes = np.clip(self.index.boxes[first:last], 0, limits)
         kept = ~self.index.crowd[first:last] & (boxes[:, 2:] - boxes[:, :2] >= 1e-3).all(1)
         if self.masks:
@@ -95,7 +102,7 @@ class DetectionDataset(Dataset):
             "labels": torch.from_numpy(self.index.labels[annotations]),
             "image_id": int(self.index.image_ids[position]),
         }
-        return image, target, annotations
+        return target, annotations
 
     def _image(self, position: int) -> Image.Image:
         path = image_path(self.folder, self.index.file_name(position))

@@ -97,9 +97,7 @@ class CascadeRoIHeads(nn.Module):
                 proposals = stage.refine(proposals, stage.box_regressor(box_features.fc), image_shapes)
         return stages
 
-    def stage_detections(
-        self, stages: list[tuple[list[Tensor], BoxFeatures]], image_shapes
-    ) -> list[dict[str, Tensor]]:
+    def stage_detections(self, stages: list[tuple[list[Tensor], BoxFeatures]], image_shapes) -> list[dict[str, Tensor]]:
         """See `RoIHeads.stage_detections`."""
         logits = [stage.classifier(shown) for stage, (_, shown) in zip(self.stages, stages, strict=True)]
         last, (boxes, box_features) = self.stages[-1], stages[-1]

@@ -107,9 +107,7 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         """What each stage classifies in evaluation: its boxes per image, and their features."""
         return [(proposals, self.box_features(features, proposals, image_shapes))]
 
-    def stage_detections(
-        self, stages: list[tuple[list[Tensor], BoxFeatures]], image_shapes
-    ) -> list[dict[str, Tensor]]:
+    def stage_detections(self, stages: list[tuple[list[Tensor], BoxFeatures]], image_shapes) -> list[dict[str, Tensor]]:
         """Detections of each image, without masks, from what `stage_features` gives (`fc` is enough)."""
         [(boxes, box_features)] = stages
         scores = self.classifier.probs(self.classifier(box_features))
@@ -122,7 +120,6 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
 
     def match(self, proposals: list[Tensor], targets: list[dict]) -> Samples:
         """All proposals, and after them the objects' own boxes [K, 4], each with its label."""
-        self.check_targets(targets)
         objects = [target["boxes"].to(proposals[0].dtype) for target in targets]
         counts = [len(boxes) for boxes in proposals]
         boxes, own = self.add_gt_proposals(proposals, objects), [target["labels"] for target in targets]
@@ -138,6 +135,7 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
 
     def sample(self, proposals: list[Tensor], targets: list[dict]) -> Samples:
         """Of proposals and objects, `batch_size_per_image` drawn of each image."""
+        self.check_targets(targets)
         everything = self.match(proposals, targets)
         return everything.take(self.subsample(everything.labels))
 

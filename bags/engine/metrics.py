@@ -41,13 +41,18 @@ class JsonLog:
 class Monitor:
     """Follows one run: averages losses over ranks, logs them, moves the bar, stops at a loss that is not finite."""
 
-    def __init__(self, folder: Path, title: str, config: TrainConfig, done: int, total: int):
-        """`done` and `total` count iterations."""
+    def __init__(self, folder: Path, title: str, config: TrainConfig, done: int, total: int, bar: bool = True):
+        """`done` and `total` count iterations; bar: whether this run has one (in the main process)."""
         self.title, self.config, self.total = title, config, total
         main, images = distributed.is_main(), config.batch_size
         self.log = JsonLog(folder / "log.jsonl", done) if main else None
         self.bar = tqdm(
-            total=total * images, initial=done * images, desc=title, unit="image", disable=not main, smoothing=0.05
+            total=total * images,
+            initial=done * images,
+            desc=title,
+            unit="image",
+            disable=not (main and bar),
+            smoothing=0.05,
         )
         self.smoothed_loss = None
         self.last_time, self.last_steps = time.perf_counter(), done

@@ -5,8 +5,10 @@ from its place in the epoch's order. So a run that was killed goes on from its l
 exactly as it would have gone on, and no random state needs to be saved.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,36 +26,66 @@ from bags.errors import UserError
 from bags.sections import TrainConfig
 
 
+@dataclass
+class Run:
+    """One model to be trained, and where it is kept.
+
+    losses: the module to call for them, `model` itself if None. about (config and statistics) goes into every
+    checkpoint.
+    """
+
+    model: nn.Module
+    config: TrainConfig
+    folder: Path
+    seed: int
+    title: str
+    about: dict
+    losses: nn.Module | None = None
+    # Filled in by `train`.
+    optimizer: torch.optim.Optimizer | None = None
+    done: int = 0  # iterations
+
+    def save(self, iteration: int) -> None:
+        """Writes `last.pth`."""
+        if distributed.is_main():
+            state = {"model": self.model.state_dict(), "iteration": iteration}
+            if self.optimizer:
+                state["optimizer"] = self.optimizer.state_dict()
+            save_checkpoint(self.folder / "last.pth", {**self.about, **state})
+
+
 def train_one_epoch(
-    model: nn.Module,
+    runs: Sequence[Run],
     loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
     device: torch.device,
     first_iteration: int,
     epochs: Sequence[int],
-    seed: int,
-    after_step: Callable[[int, dict[str, torch.Tensor], float], None],
+    after_step: Callable[[Run, int, dict[str, torch.Tensor], float], None],
 ) -> None:
-    """Optimises over what is left of an epoch; `after_step(iteration, losses, lr)` logs and saves.
+    """Optimises each run over what is left of an epoch; `after_step(run, iteration, losses, lr)` logs and saves.
 
     epochs: the first iteration of each epoch, and the total.
     """
-    train_mode(model)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for iteration, (images, targets) in enumerate(loader, start=first_iteration):
-        distributed.seed_rank(seed * 1_000_003 + iteration, device)
-        lr = learning_rate(config, iteration, epoch_at(epochs, iteration))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        losses = model(*to_device(images, targets, device))
-        loss = sum(losses.values())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if config.clip_norm > 0:
-            nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        optimizer.step()
-        after_step(iteration, losses, lr)
+    for run in runs:
+        train_mode(run.losses)
+    for iteration, batch in enumerate(loader, start=first_iteration):
+        images, targets = to_device(*batch, device)
+        for run in runs:
+            if iteration < run.done:  # killed while the others were saved
+                continue
+            distributed.seed_rank(run.seed * 1_000_003 + iteration, device)
+            lr = learning_rate(run.config, iteration, epoch_at(epochs, iteration))
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr
+            losses = run.losses(images, targets)
+            loss = sum(losses.values())
+            run.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if run.config.clip_norm > 0:
+                parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+                nn.utils.clip_grad_norm_(parameters, run.config.clip_norm)
+            run.optimizer.step()
+            after_step(run, iteration, losses, lr)
 
 
 def to_device(images: list[torch.Tensor], targets: list[dict], device: torch.device) -> tuple[list, list]:
@@ -93,76 +125,69 @@ def fit_classifiers(model: nn.Module, loader: DataLoader, device: torch.device, 
         classifier.fit(batches(classifier))
 
 
-def _resume(model: nn.Module, optimizer: torch.optim.Optimizer | None, folder: Path, stats: dict) -> dict | None:
-    """Loads the folder's latest checkpoint, if there is one, and returns it."""
-    saved = load_latest(folder)
+def _resume(run: Run) -> bool:
+    """Loads the folder's latest checkpoint, if there is one."""
+    saved = load_latest(run.folder)
     if saved is None:
-        return None
-    if saved["stats"] != stats:
-        raise UserError(f"{folder}: the training annotations have changed since this run began: remove the folder")
-    if type(saved.get("iteration")) is not int or (optimizer and "optimizer" not in saved):
-        raise UserError(f"{folder}: its checkpoint is not a run's own (no iteration or optimizer in it): remove it")
-    model.load_state_dict(saved["model"])
-    if optimizer:
-        optimizer.load_state_dict(saved["optimizer"])
-    return saved
+        return False
+    if saved["stats"] != run.about["stats"]:
+        raise UserError(f"{run.folder}: the training annotations have changed since this run began: remove the folder")
+    if type(saved.get("iteration")) is not int or (run.optimizer and "optimizer" not in saved):
+        raise UserError(f"{run.folder}: its checkpoint is not a run's own (no iteration or optimizer in it): remove it")
+    run.model.load_state_dict(saved["model"])
+    if run.optimizer:
+        run.optimizer.load_state_dict(saved["optimizer"])
+    run.done = saved["iteration"]
+    return True
 
 
-def train(
-    model: nn.Module,
-    loader: DataLoader,
-    config: TrainConfig,
-    device: torch.device,
-    folder: Path,
-    seed: int,
-    title: str,
-    about: dict,
-) -> None:
-    """Trains to the last epoch, from the folder's checkpoint if there is one; part `none` is fitted instead.
+def train(runs: Sequence[Run], loader: DataLoader, device: torch.device) -> None:
+    """Trains to the last epoch, from each folder's checkpoint if there is one; part `none` is fitted instead.
 
-    `loader.batch_sampler` has `start(epoch, first_batch)` and `batches_in(epoch)`. `about` (config and
-    statistics) goes into every checkpoint. Writes `last.pth`, `previous.pth` and `log.jsonl`. Raises
-    UserError for a loss that is not finite.
+    All runs see the same batches, so their epochs and batch size are the same; each draws its random numbers as
+    it would alone. `loader.batch_sampler` has `start(epoch, first_batch)` and `batches_in(epoch)`. Writes
+    `last.pth`, `previous.pth` and `log.jsonl`. Raises UserError for a loss that is not finite.
     """
-    set_trained_part(model, config.part)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    optimizer = build_optimizer(model, config) if trainable else None
     sampler = loader.batch_sampler
     sampler.start(0)
-    epochs = [0, *itertools.accumulate(sampler.batches_in(epoch) for epoch in range(config.epochs))]
-    total = epochs[-1] if trainable else 0
-    saved = _resume(model, optimizer, folder, about["stats"])
-    done = saved["iteration"] if saved else 0
-    if saved is None and not trainable:
-        fit_classifiers(model, loader, device, seed, title)
-    parallel = model
-    if trainable and distributed.world_size() > 1:
-        parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+    epochs = [0, *itertools.accumulate(sampler.batches_in(epoch) for epoch in range(runs[0].config.epochs))]
+    for run in runs:
+        _start(run, loader, device)
+    total = epochs[-1] if runs[0].optimizer else 0
+    done = min(run.done for run in runs)
+    with contextlib.ExitStack() as stack:
+        monitors = [
+            stack.enter_context(Monitor(r.folder, r.title, r.config, r.done, total, bar=r is runs[0])) for r in runs
+        ]
+        monitor_of = dict(zip(map(id, runs), monitors, strict=True))
 
-    def save(iteration: int) -> None:
-        """Writes `last.pth`."""
-        if distributed.is_main():
-            state = {"model": model.state_dict(), "iteration": iteration}
-            if trainable:
-                state["optimizer"] = optimizer.state_dict()
-            save_checkpoint(folder / "last.pth", {**about, **state})
-
-    with Monitor(folder, title, config, done, total) as monitor:
-
-        def after_step(iteration: int, losses: dict[str, torch.Tensor], lr: float) -> None:
+        def after_step(run: Run, iteration: int, losses: dict[str, torch.Tensor], lr: float) -> None:
             """Logs, and saves now and then."""
             steps = iteration + 1
-            saves = steps % config.checkpoint_every == 0 and steps < total
-            monitor.step(iteration, epoch_at(epochs, steps), losses, lr, check=saves)
+            saves = steps % run.config.checkpoint_every == 0 and steps < total
+            monitor_of[id(run)].step(iteration, epoch_at(epochs, steps), losses, lr, check=saves)
             if saves:
-                save(steps)
+                run.save(steps)
 
         while done < total:
             epoch = int(epoch_at(epochs, done))
             sampler.start(epoch, done - epochs[epoch])
-            train_one_epoch(parallel, loader, optimizer, config, device, done, epochs, seed, after_step)
+            train_one_epoch(runs, loader, device, done, epochs, after_step)
             done = epochs[epoch + 1]
-    distributed.share_buffers(model)
-    if saved is None or saved["iteration"] < total or not (folder / "last.pth").exists():
-        save(total)
+    for run in runs:
+        distributed.share_buffers(run.model)
+        if run.done < total or not (run.folder / "last.pth").exists():
+            run.save(total)
     distributed.barrier()
+
+
+def _start(run: Run, loader: DataLoader, device: torch.device) -> None:
+    """What is trained, by which optimiser, from where; wraps `losses` for several ranks."""
+    set_trained_part(run.model, run.config.part)
+    trainable = any(p.requires_grad for p in run.model.parameters())
+    run.optimizer = build_optimizer(run.model, run.config) if trainable else None
+    if not _resume(run) and not trainable:
+        fit_classifiers(run.model, loader, device, run.seed, run.title)
+    run.losses = run.losses or run.model
+    if trainable and distributed.world_size() > 1:
+        run.losses = DistributedDataParallel(run.losses, [device] if device.type == "cuda" else None)

@@ -1,0 +1,177 @@
+"""Configuration -> stores of proposal features, and what is trained and scored from them.
+
+Everything but the classifier is frozen in part `cls`, so it is run once per image. What the store depends
+on is in its header: weights, annotations, settings.
+"""
+
+import hashlib
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from bags import build
+from bags.data.dataset import DetectionDataset
+from bags.data.index import AnnotationIndex
+from bags.data.samplers import ShardSampler
+from bags.detectors.from_features import FromFeatures, Seen, seen, training_pool
+from bags.engine.checkpoint import weights_digest
+from bags.engine.features import (
+    FeatureStore,
+    Layout,
+    Record,
+    SeenFeatures,
+    SeenRow,
+    SeenView,
+    TrainingFeatures,
+    View,
+    collate_samples,
+    open_store,
+    pool_row,
+)
+from bags.engine.train import Run
+from bags.sections import Config, DetectorConfig
+
+NOT_OF_THE_FEATURES = ("init_from", "other_categories", "reset_classifier", "backbone_weights")
+DRAWN_LATER = ("batch_size", "positive_fraction")  # of the RoI section: how training draws from the store
+
+
+def training_store(config: Config, detector: nn.Module, dataset: DetectionDataset, device) -> FeatureStore:
+    """The store of a training set's proposals, made where it is not complete. The detector holds its final weights."""
+    views = [False, True] if config.data.flip > 0 and config.store.mirrored else [False]
+    stages, width = _shape(detector)
+    plain = DetectionDataset(dataset.index, dataset.folder, masks=dataset.masks, exif=dataset.exif)
+
+    def records(images: list[Tensor], targets: list[dict], positions: list[int]) -> list[Record]:
+        """All views of some images."""
+        found = []
+        for mirrored in views:
+            shown = [_view(*pair, mirrored, device) for pair in zip(images, targets, strict=True)]
+            seeds = [2 * position + mirrored for position in positions]
+            pools = training_pool(detector, *map(list, zip(*shown, strict=True)), config.store.negatives, seeds)
+            found += [_pool_record(*pair, mirrored) for pair in zip(pools, positions, strict=True)]
+        return sorted(found, key=lambda record: record.view)
+
+    settings = {"negatives": config.store.negatives, "mirrored": len(views) > 1}
+    layout = Layout("float16", pool_row(stages), View, stages, width)
+    return _open(config, "train", detector, plain, settings, layout, records)
+
+
+def validation_store(config: Config, detector: nn.Module, dataset: DetectionDataset, device) -> FeatureStore:
+    """The store of what the classifiers need of each validation image, in float32, made where it is not complete."""
+    stages, width = _shape(detector)
+
+    def records(images: list[Tensor], _, positions: list[int]) -> list[Record]:
+        """Some images."""
+        return [
+            _seen_record(*pair) for pair in zip(seen(detector, [i.to(device) for i in images]), positions, strict=True)
+        ]
+
+    layout = Layout("float32", SeenRow, SeenView, stages, width)
+    return _open(config, "val", detector, dataset, {}, layout, records)
+
+
+def training_loader(config: Config, runs: list[Run], live: DataLoader, device) -> DataLoader:
+    """Batches of stored features, of the images and seeds that the live loader's would be of.
+
+    The runs, whose detectors differ in their classifiers alone, are made to take them. On a GPU with twice
+    the room, the whole store is copied to its memory first.
+    """
+    store = training_store(config, runs[0].model, live.dataset, device)
+    resident = device.type == "cuda" and 2 * store.nbytes() < torch.cuda.mem_get_info(device)[0]
+    whole = store.whole(device) if resident else None
+    for run in runs:
+        run.losses = FromFeatures(run.model, whole)
+    flip = config.data.flip if config.store.mirrored else 0.0
+    roi = config.detector.roi
+    features = TrainingFeatures(store, flip, roi.batch_size, roi.positive_fraction, resident)
+    return build.loader(config, features, live.batch_sampler, collate_samples)
+
+
+def validation_loader(config: Config, detector: nn.Module, dataset: DetectionDataset, device) -> DataLoader:
+    """This rank's share of the validation images, as `FromFeatures` takes them."""
+    store = validation_store(config, detector, dataset, device)
+    sampler = ShardSampler(len(dataset), config.test.batch_size)
+    return build.loader(config, SeenFeatures(store, Seen, dataset.target), sampler)
+
+
+def shared_settings(config: Config) -> tuple:
+    """Equal for rows whose classifiers can be trained in one pass over one store."""
+    train = config.train
+    return (str(config.init_file), repr(config.data), repr(_detector_settings(config.detector)), repr(config.store),
+            config.detector.roi.batch_size, config.detector.roi.positive_fraction, repr(config.sampler),
+            train.epochs, train.batch_size, config.seed, config.device)  # fmt: skip
+
+
+def _open(config: Config, split: str, detector: nn.Module, dataset: DetectionDataset, settings, layout, records):
+    """`open_store` with the header of a configuration; the detector is in evaluation mode meanwhile."""
+    frozen = {name: value for name, value in detector.state_dict().items() if "classifier." not in name}
+    about = {
+        "weights": weights_digest({"model": frozen}),
+        "annotations": _annotations_digest(dataset.index),
+        "images": f"{dataset.folder} exif={dataset.exif}",
+        "settings": _digest({**settings, "detector": _detector_settings(config.detector)}),
+    }
+    folder = config.init_file.with_suffix(".features")
+    folder = (Path(config.store.folder) if config.store.folder else folder) / split
+    detector.eval()
+    return open_store(
+        folder,
+        about,
+        layout,
+        len(dataset),
+        lambda batches: build.loader(config, dataset, batches),
+        records,
+        config.test.batch_size,
+        config.name,
+    )
+
+
+def _shape(detector: nn.Module) -> tuple[int, int]:
+    """(stages, numbers in a feature)."""
+    stages = detector.roi_heads.box_stages
+    return len(stages), stages[0].box_regressor.in_features
+
+
+def _detector_settings(detector: DetectorConfig) -> dict:
+    """What proposals and features depend on beside the weights."""
+    settings = {f.name: getattr(detector, f.name) for f in fields(detector) if f.name not in NOT_OF_THE_FEATURES}
+    settings["roi"] = {key: value for key, value in asdict(detector.roi).items() if key not in DRAWN_LATER}
+    return settings
+
+
+def _digest(values: object) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()
+
+
+def _annotations_digest(index: AnnotationIndex) -> str:
+    digest = hashlib.sha256()
+    for values in (index.image_ids, index.image_sizes, index.starts, index.boxes, index.labels, index.crowd):
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def _view(image: Tensor, target: dict, mirrored: bool, device) -> tuple[Tensor, dict]:
+    """One image and its objects on the device, mirrored or not."""
+    boxes = target["boxes"]
+    if mirrored:
+        image, width = image.flip(-1), image.shape[-1]
+        boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
+    return image.to(device), {"boxes": boxes.to(device), "labels": target["labels"].to(device)}
+
+
+def _pool_record(pool, position: int, mirrored: bool) -> Record:
+    rows = np.empty(len(pool.fc), pool_row(pool.fc.shape[1]))
+    columns = {"label": pool.labels, "overlap": pool.overlaps, "score": pool.scores, "is_object": pool.is_object}
+    for name, values in columns.items():
+        rows[name] = values.cpu().numpy()
+    return Record(pool.fc, rows, (position, mirrored))
+
+
+def _seen_record(found: Seen, position: int) -> Record:
+    rows = np.empty(len(found.boxes), SeenRow)
+    rows["box"] = found.boxes.cpu().numpy()
+    return Record(found.fc, rows, (position, False, found.size, found.scale, found.original))
