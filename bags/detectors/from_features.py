@@ -53,9 +53,9 @@ def training_pool(
     originals, (images, targets) = images, detector.transform(images, targets)
     assert len(originals) == len(seeds) == len(targets)
     features = detector.backbone(images.tensors)
+    proposals, scores = _training_proposals(detector.rpn, images, features)
     if hasattr(detector.roi_heads, "with_context"):
         features = detector.roi_heads.with_context(features)
-    proposals, scores = _training_proposals(detector.rpn, images, features)
     shapes, stages = images.image_sizes, detector.roi_heads.box_stages
     samples = stages[0].match(proposals, targets)
     chosen = [

@@ -1,0 +1,293 @@
+"""Classifiers trained from stored features: the same as from images, whatever happens in between."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script, write_configs
+
+import bags
+from bags import build, cached
+from bags.data.statistics import CategoryStats
+from bags.detectors.from_features import FromFeatures, seen
+from bags.engine.features import TrainingFeatures, collate_samples, shards_of
+from bags.engine.optim import set_trained_part, train_mode
+from bags.errors import UserError
+
+CPU = torch.device("cpu")
+EVERYTHING = ["detector.roi.batch_size=100000", "detector.roi.positive_fraction=1"]
+FRAMEWORKS = {
+    "faster": [],
+    "mask": ["detector.framework=mask_rcnn"],
+    "cascade": ["detector.framework=cascade_rcnn"],
+    "htc": ["detector.framework=htc"],
+}
+
+
+def prepared(folder, glyphs, *overrides):
+    """(config of `bags`, detector in whose folder its weights are, data) on tiny glyphs, with a softmax classifier."""
+    configs = write_configs(folder / "configs", glyphs)
+    keys = [f"output={folder / 'runs'}", "classifier={name: softmax}", *overrides]
+    config = bags.load_config(configs / "softmax_retrained.yaml", keys)
+    index = build.open_index(config, "train")
+    torch.manual_seed(0)
+    detector = build.build_detector(config, CategoryStats.from_index(index))
+    with torch.no_grad():  # as large as trained ones: random features all look alike
+        for stage in detector.roi_heads.box_stages:
+            stage.classifier.linear.weight.normal_(0, 0.3)
+            stage.box_regressor.weight.normal_(0, 0.05)
+    set_trained_part(detector, "cls")
+    dataset = build.build_train_loader(config, index, CategoryStats.from_index(index)).dataset
+    return config, detector, dataset
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_losses_are_those_of_a_live_step(tmp_path, glyphs, framework, mirrored):
+    """Where everything is sampled nothing is left to chance: fp16 features are all that differs."""
+    overrides = [*EVERYTHING, *FRAMEWORKS[framework], "store.negatives=100000", f"data.flip={float(mirrored)}"]
+    config, detector, dataset = prepared(tmp_path, glyphs, *overrides)
+    store = cached.training_store(config, detector, dataset, CPU)
+    stored = TrainingFeatures(store, config.data.flip, 100000, 1.0, resident=False)
+    model = FromFeatures(detector)
+    train_mode(model)
+    for position in (0, 5):
+        losses = model(*collate_samples([stored[position, 7]]))
+        image, target = dataset[position, 7]
+        train_mode(detector)
+        expected = {k: v for k, v in detector([image], [target]).items() if "classifier" in k}
+        assert losses.keys() == expected.keys() and len(losses) in (1, 3)
+        for key, value in expected.items():
+            torch.testing.assert_close(losses[key], value, rtol=2e-3, atol=1e-4)
+        resident = FromFeatures(detector, store.whole(CPU)).train()
+        numbers = TrainingFeatures(store, config.data.flip, 100000, 1.0, resident=True)
+        assert resident(*collate_samples([numbers[position, 7]])) == losses
+
+
+def test_what_is_drawn_is_what_a_live_step_draws(tmp_path, glyphs):
+    """Per image batch_size proposals, at most a share of them foreground, other ones with each seed; no more."""
+    config, detector, dataset = prepared(tmp_path, glyphs, "store.negatives=12", "data.flip=0.5")
+    store = cached.training_store(config, detector, dataset, CPU)
+    assert len(store.places) == len(dataset) and (store.places >= 0).all()  # both views of all images
+    for position in range(len(dataset)):
+        _, rows = store[position, False]
+        assert rows["is_object"].sum() == len(dataset[position, 0][1]["labels"])
+        assert (rows["label"][rows["is_object"]] > 0).all() and (rows["overlap"][rows["is_object"]] == 1).all()
+        background = (rows["label"][:, 0] == 0) & ~rows["is_object"]
+        assert background.sum() <= 12 and (rows["overlap"][:, 0][background] < 0.5).all()
+    items = TrainingFeatures(store, 0.5, 8, 0.5, resident=False)
+    drawn = [items[3, seed] for seed in range(40)]
+    assert all(1 <= (labels[0] > 0).sum() <= 4 and len(labels[0]) <= 8 for _, labels in drawn)
+    assert len({features[0].numpy().tobytes() for features, _ in drawn}) > 30
+    again = items[3, 11]
+    assert torch.equal(again[0][0], drawn[11][0][0]) and torch.equal(again[1][0], drawn[11][1][0])
+    mirrored = [features[0] for features, _ in drawn]
+    plain = {row.tobytes() for row in np.array(store[3, False][0][:, 0])}
+    views = [all(row.numpy().tobytes() in plain for row in own) for own in mirrored]
+    flips = []
+    for seed in range(40):  # as the live loader's flip of the same seed
+        flips.append(not torch.equal(dataset[3, seed][1]["boxes"], dataset.target(3)["boxes"]))
+    assert views == [not flip for flip in flips] and 5 < sum(flips) < 35
+
+
+@pytest.mark.parametrize("framework", ["faster", "cascade"])
+def test_detections_from_stored_features(tmp_path, glyphs, framework):
+    config, detector, _ = prepared(tmp_path, glyphs, *FRAMEWORKS[framework])
+    dataset = build.build_val_dataset(config)
+    loader = cached.validation_loader(config, detector, dataset, CPU)
+    model, count = FromFeatures(detector).eval(), 0
+    detector.eval()
+    loader.batch_sampler.start(0)
+    for batch, targets in loader:
+        for found, target in zip(model(batch), targets, strict=True):
+            position = dataset.index.image_ids.tolist().index(target["image_id"])
+            image, live_target = dataset[position]
+            [expected] = detector([image])
+            assert torch.equal(target["boxes"], live_target["boxes"])
+            assert torch.equal(found["labels"], expected["labels"]) and len(found["labels"])
+            torch.testing.assert_close(found["boxes"], expected["boxes"], rtol=0, atol=1e-3)
+            torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-5, atol=1e-7)
+            count += 1
+    assert count == len(dataset)
+
+
+def test_one_image_seen_alone_or_with_others(tmp_path, glyphs):
+    _, detector, dataset = prepared(tmp_path, glyphs)
+    images = [dataset[position, 0][0] for position in range(3)]
+    together, alone = seen(detector.eval(), images), [seen(detector, [image])[0] for image in images]
+    for a, b in zip(together, alone, strict=True):
+        assert a.size == b.size and a.original == b.original and len(a.boxes) == len(b.boxes)
+        torch.testing.assert_close(a.fc, b.fc, rtol=1e-4, atol=1e-5)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("at", [1, 5])
+def test_an_extraction_that_was_killed_goes_on(tmp_path, glyphs, monkeypatch, at):
+    config, detector, dataset = prepared(tmp_path, glyphs, "data.flip=0.5")
+    whole = files(cached.training_store(config, detector, dataset, CPU).folder)
+    assert len(shards_of(len(dataset))) == 2 and len(whole) == 1 + 2 * 3
+    shutil.rmtree(config.init_file.with_suffix(".features"))
+    plain, calls = cached.training_pool, []
+
+    def dies(*given):
+        calls.append(1)
+        if len(calls) == 8 * 2 + at * 2:  # after the probe's images
+            raise KeyboardInterrupt
+        return plain(*given)
+
+    monkeypatch.setattr(cached, "training_pool", dies)
+    with pytest.raises(KeyboardInterrupt):
+        cached.training_store(config, detector, dataset, CPU)
+    monkeypatch.setattr(cached, "training_pool", plain)
+    assert files(cached.training_store(config, detector, dataset, CPU).folder) == whole
+
+
+def test_another_store_is_refused_and_says_why(tmp_path, glyphs):
+    config, detector, dataset = prepared(tmp_path, glyphs)
+    folder = cached.training_store(config, detector, dataset, CPU).folder
+    before = files(folder)
+    for override, reason in (("detector.rpn.train_proposals=30", "settings"), ("store.negatives=3", "settings")):
+        other = bags.load_config(tmp_path / "configs/bags.yaml", [f"output={tmp_path / 'runs'}", override])
+        with pytest.raises(UserError, match=rf"other {reason}: remove the folder"):
+            cached.training_store(other, detector, dataset, CPU)
+    with torch.no_grad():
+        detector.roi_heads.classifier.linear.weight.zero_()  # trained from the store, not in it
+        assert cached.training_store(config, detector, dataset, CPU).images == len(dataset)
+        weight = detector.roi_heads.box_head.fc6.weight
+        kept = weight[0, 0].clone()
+        weight[0, 0] += 1
+    with pytest.raises(UserError, match="other weights: remove"):
+        cached.training_store(config, detector, dataset, CPU)
+    weight.data[0, 0] = kept
+    dataset.index.labels[0] += 1
+    with pytest.raises(UserError, match="other annotations: remove"):
+        cached.training_store(config, detector, dataset, CPU)
+    dataset.index.labels[0] -= 1
+    assert files(folder) == before
+    (folder / "0.fc").write_bytes(before["0.fc"][:-5])
+    with pytest.raises(UserError, match="damaged: remove this shard's three files"):
+        cached.training_store(config, detector, dataset, CPU)
+    for path in folder.glob("0.*"):
+        path.unlink()
+    assert files(cached.training_store(config, detector, dataset, CPU).folder) == before
+    (folder / "store.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read: remove the folder"):
+        cached.training_store(config, detector, dataset, CPU)
+
+
+def test_what_does_not_fit_is_not_begun(tmp_path, glyphs, monkeypatch, capsys):
+    config, detector, dataset = prepared(tmp_path, glyphs)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match="do not fit .*store.folder to another disk"):
+        cached.training_store(config, detector, dataset, CPU)
+    assert f"for each of {len(dataset)} images" in capsys.readouterr().err
+    assert [path.name for path in (config.init_file.with_suffix(".features") / "train").iterdir()] == ["store.json"]
+
+
+def test_sizes_are_printed_as_they_are(tmp_path, glyphs, capsys):
+    """Images of equal size and few proposals: the estimate from eight images is close."""
+    config, detector, dataset = prepared(tmp_path, glyphs)
+    store = cached.training_store(config, detector, dataset, CPU)
+    told = float(capsys.readouterr().err.split("about ")[1].split(" MB")[0])
+    measured = sum(path.stat().st_size for path in store.folder.glob("*.[fr]*")) / len(dataset) / 1e6
+    assert told == pytest.approx(measured, abs=0.006)
+
+
+def test_a_feature_too_large_for_fp16_is_refused(tmp_path, glyphs):
+    config, detector, dataset = prepared(tmp_path, glyphs)
+    detector.roi_heads.box_head.fc7.weight.data.fill_(1e5)
+    with pytest.raises(UserError, match="not a finite number in float16: train.features=live"):
+        cached.training_store(config, detector, dataset, CPU)
+
+
+def test_what_cannot_be_stored_is_said(tmp_path, glyphs):
+    configs = write_configs(tmp_path / "configs", glyphs)
+    sizes = "data.short_sides=[48,64]"
+    with pytest.raises(UserError, match="train.features.*live.*short_sides"):
+        bags.load_config(configs / "bags.yaml", [sizes, "train.features=cached"])
+    with pytest.raises(UserError, match="train.part.*cls"):
+        bags.load_config(configs / "softmax.yaml", ["train.features=cached"])
+    assert not bags.load_config(configs / "bags.yaml", [sizes]).is_cached
+    assert bags.load_config(configs / "bags.yaml").is_cached
+    assert not bags.load_config(configs / "bags.yaml", ["train.features=live"]).is_cached
+    assert not bags.load_config(configs / "softmax.yaml").is_cached
+
+
+def weights(run):
+    return torch.load(run / "last.pth", weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def swept(job, tmp_path_factory):
+    """Both retrained rows of the job in one pass, from a store of their own, with both flips."""
+    configs, runs, _ = job
+    folder = tmp_path_factory.mktemp("swept")
+    for name in ("last.pth", "config.yaml", "metrics.json", "predictions.json"):
+        (folder / "tiny" / "softmax").mkdir(parents=True, exist_ok=True)
+        shutil.copy(runs / "tiny" / "softmax" / name, folder / "tiny" / "softmax")
+    rows = [configs / "bags.yaml", configs / "softmax_retrained.yaml"]
+    done = run_script("train", *rows, f"output={folder}", "data.flip=0.5")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("train: features") + done.stderr.count("MB for each of") >= 1
+    return configs, folder
+
+
+def test_one_pass_for_several_rows_gives_each_its_own_result(swept, tmp_path):
+    configs, folder = swept
+    for row in ("bags", "softmax_retrained"):
+        shutil.copytree(folder / "tiny" / "softmax", tmp_path / row / "tiny" / "softmax",
+                        ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+        done = run_script("train", configs / f"{row}.yaml", f"output={tmp_path / row}", "data.flip=0.5")
+        assert done.returncode == 0, done.stderr
+        alone, together = weights(tmp_path / row / "tiny" / row), weights(folder / "tiny" / row)
+        assert all(torch.equal(alone[key], together[key]) for key in alone)
+        numbers = [json.loads((f / "tiny" / row / "metrics.json").read_text()) for f in (tmp_path / row, folder)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("after", ["softmax/last.features/train/0.fc", "bags/log.jsonl", "softmax_retrained/last.pth"])
+def test_killed_anywhere_the_weights_are_the_same(swept, tmp_path, after):
+    configs, folder = swept
+    shutil.copytree(folder / "tiny" / "softmax", tmp_path / "tiny" / "softmax",
+                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+    rows = [str(configs / "bags.yaml"), str(configs / "softmax_retrained.yaml")]
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *rows, f"output={tmp_path}", "data.flip=0.5"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (tmp_path / "tiny" / after).exists() and time.time() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "tiny" / "softmax_retrained" / "metrics.json").exists(), "killed too late to test anything"
+    done = run_script("train", *rows, f"output={tmp_path}", "data.flip=0.5")
+    assert done.returncode == 0, done.stderr
+    for row in ("bags", "softmax_retrained"):
+        resumed, undisturbed = weights(tmp_path / "tiny" / row), weights(folder / "tiny" / row)
+        assert all(torch.equal(resumed[key], undisturbed[key]) for key in resumed)
+
+
+def test_two_ranks_make_the_same_store(swept, tmp_path):
+    configs, folder = swept
+    shutil.copytree(folder / "tiny" / "softmax", tmp_path / "tiny" / "softmax",
+                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(ROOT / "scripts/train.py"), str(configs / "bags.yaml"),
+               f"output={tmp_path}", "data.flip=0.5"]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (files(f / "tiny" / "softmax" / "last.features" / "train") for f in (folder, tmp_path))
+    assert one == two
+    assert sorted(weights(tmp_path / "tiny" / "bags")) == sorted(weights(folder / "tiny" / "bags"))
