@@ -17,6 +17,7 @@ from bags.classifiers.focal import SigmoidFocal
 from bags.classifiers.group_softmax import GroupSoftmax
 from bags.classifiers.groups import assign_groups, within_group_weights
 from bags.classifiers.ncm import NearestClassMean
+from bags.classifiers.norcal import NorCal
 from bags.classifiers.softmax import ReweightedSoftmax, Softmax, class_weights
 from bags.classifiers.tau_norm import TauNorm
 from bags.config import config_from_dict, override_config
@@ -40,6 +41,7 @@ from bags.sections import (
     DetectorConfig,
     GroupSoftmaxConfig,
     NCMConfig,
+    NorCalConfig,
     RepeatFactorConfig,
     ReweightedSoftmaxConfig,
     SigmoidFocalConfig,
@@ -138,6 +140,8 @@ def build_classifier(
         case TauNormConfig(tau=tau, select=select, background=background, tail_below=below):
             tail = [label for label, count in enumerate(counts, start=1) if count < below]
             return TauNorm(in_features, number, tau, select, background, tail)
+        case NorCalConfig(gamma=gamma, counts=kind):
+            return NorCal(in_features, stats.image_counts if kind == "images" else counts, gamma)
         case GroupSoftmaxConfig():
             groups = assign_groups(counts, config.boundaries)
             weights = within_group_weights(groups, counts) if config.reweight else None

@@ -103,7 +103,7 @@ def shared_settings(config: Config) -> tuple:
     train = config.train
     return (str(config.init_file), repr(config.data), repr(_detector_settings(config.detector)), repr(config.store),
             config.detector.roi.batch_size, config.detector.roi.positive_fraction, repr(config.sampler),
-            train.epochs, train.batch_size, config.seed, config.device)  # fmt: skip
+            train.part, train.epochs, train.batch_size, config.seed, config.device)  # fmt: skip
 
 
 def _open(config: Config, split: str, detector: nn.Module, dataset: DetectionDataset, settings, layout, records):

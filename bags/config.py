@@ -20,6 +20,7 @@ from bags.sections import (
     DetectorConfig,
     GroupSoftmaxConfig,
     NCMConfig,
+    NorCalConfig,
     RepeatFactorConfig,
     ReweightedSoftmaxConfig,
     SigmoidFocalConfig,
@@ -228,7 +229,9 @@ def _check_methods(config: Config, need: Need) -> None:
         case TauNormConfig(tau=tau, tail_below=below):
             need(0 <= tau < math.inf, "classifier.tau", f"0 or more, got {tau}")
             need(below >= 1, "classifier.tail_below", f"1 or more, got {below}")
-    if isinstance(classifier, NCMConfig | TauNormConfig):
+        case NorCalConfig(gamma=gamma):
+            need(0 <= gamma < math.inf, "classifier.gamma", f"0 or more, got {gamma}")
+    if isinstance(classifier, NCMConfig | TauNormConfig | NorCalConfig):
         need(train.part == "none", "train.part", f"none: {classifier.name} trains nothing, got {train.part}")
     match config.sampler:
         case RepeatFactorConfig(threshold=threshold):

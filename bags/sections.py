@@ -145,6 +145,15 @@ class TauNormConfig:
 
 
 @dataclass(frozen=True)
+class NorCalConfig:
+    """Normalised calibration; takes a trained softmax, trains nothing."""
+
+    name: Literal["norcal"] = "norcal"
+    gamma: float = 0.6
+    counts: Literal["images", "instances"] = "images"  # what a category's exp(logit) is divided by, to the gamma
+
+
+@dataclass(frozen=True)
 class UniformConfig:
     """Every image once per epoch."""
 
@@ -214,7 +223,13 @@ class TestConfig:
 
 
 ClassifierConfig = (
-    SoftmaxConfig | GroupSoftmaxConfig | ReweightedSoftmaxConfig | SigmoidFocalConfig | NCMConfig | TauNormConfig
+    SoftmaxConfig
+    | GroupSoftmaxConfig
+    | ReweightedSoftmaxConfig
+    | SigmoidFocalConfig
+    | NCMConfig
+    | TauNormConfig
+    | NorCalConfig
 )
 SamplerConfig = UniformConfig | RepeatFactorConfig | TailOnlyConfig
 
@@ -247,6 +262,15 @@ class Config:
         return self.train.features == "cached" or (
             self.train.features is None and self.train.part == "cls" and one_size
         )
+
+    @property
+    def shares_features(self) -> bool:
+        """Whether all but the classifier is as in `init_from`: rows that agree in that can share its features.
+
+        NCM may look at what was pooled, which is not kept.
+        """
+        untrained = self.train.part == "none" and self.classifier.name != "ncm"
+        return self.is_cached or (untrained and self.init_file is not None)
 
     @property
     def init_row(self) -> str | None:

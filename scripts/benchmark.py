@@ -6,6 +6,7 @@
     python scripts/benchmark.py data            # AnnotationIndex on annotations like a tenth of LVIS v1 train
     python scripts/benchmark.py data --full     # ... like all of it (1.27 million; needs 10 GB of memory)
     python scripts/benchmark.py train_step      # a step of R50-FPN against torchvision's; GroupSoftmax against softmax
+    python scripts/benchmark.py classifier_stage  # BAGS from stored features, R50-FPN, against the live detector
     python scripts/benchmark.py loss --json     # [{case, ours_s, peer, peer_s, ratio, identical}, ...]
 
 Memory is measured in processes of its own; those cases have ours_mb and peer_mb instead of seconds.
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bags.errors import UserError, run_script
 
-NAMES = ("loss", "train_step", "inference", "evaluation", "data")
+NAMES = ("loss", "train_step", "classifier_stage", "inference", "evaluation", "data")
 
 
 def main() -> None:

@@ -68,10 +68,11 @@ def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], N
 
 
 def _share_a_pass(first: Config, other: Config) -> bool:
-    """Whether both rows train a classifier on the same stored features, batch by batch."""
+    """Whether both rows are trained on (if at all) and scored from the same features, batch by batch."""
     from bags import cached
 
-    return first.is_cached and other.is_cached and cached.shared_settings(first) == cached.shared_settings(other)
+    both = first.shares_features and other.shares_features
+    return both and cached.shared_settings(first) == cached.shared_settings(other)
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[Path], list[str]]:
@@ -148,7 +149,7 @@ def run(configs: list[Config], device) -> None:
     train(runs, loader, device)
 
     stored = None
-    if first.is_cached and len(runs) > 1 and not first.detector.has_masks:  # masks need the whole detector
+    if first.shares_features and len(runs) > 1 and not first.detector.has_masks:  # masks need the whole detector
         stored = cached.validation_loader(first, runs[0].model, validation, device)
     for config, one in zip(configs, runs, strict=True):
         predictions = config.run_folder / "predictions.json"

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, run_script, write_configs
 
 import bags
@@ -291,3 +292,47 @@ def test_two_ranks_make_the_same_store(swept, tmp_path):
     one, two = (files(f / "tiny" / "softmax" / "last.features" / "train") for f in (folder, tmp_path))
     assert one == two
     assert sorted(weights(tmp_path / "tiny" / "bags")) == sorted(weights(folder / "tiny" / "bags"))
+
+
+def test_a_sweep_of_scores_runs_the_detector_once(job, tmp_path):
+    """Calibration of a trained detector: NorCal with gamma 0 is the detector itself; its limits are test's."""
+    configs, runs, _ = job
+    shutil.copytree(configs, tmp_path / "configs")
+    shutil.copytree(runs / "tiny" / "softmax", tmp_path / "runs" / "tiny" / "softmax",
+                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+    row = {"base": "softmax.yaml", "detector": {"init_from": "row:softmax"}, "classifier": {"name": "norcal"},
+           "train": {"part": "none"}}  # fmt: skip
+    (tmp_path / "configs" / "norcal.yaml").write_text(yaml.safe_dump(row))
+    over = ["--over", "classifier.gamma", "0", "0.5", "--over", "test.max_detections", "1", "30"]
+    done = run_script("sweep", tmp_path / "configs/norcal.yaml", f"output={tmp_path / 'runs'}", *over)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("MB for each of") == 1 and "highest AP: norcal,gamma=" in done.stdout
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| norcal")]
+    assert rows == [f"norcal,gamma={g},max_detections={m}" for g in ("0", "0.5") for m in (1, 30)]
+    own = json.loads((tmp_path / "runs/tiny/softmax/metrics.json").read_text())
+    found = {row: json.loads((tmp_path / "runs/tiny" / row / "metrics.json").read_text()) for row in rows}
+    assert found["norcal,gamma=0,max_detections=30"] == pytest.approx(own, abs=1e-6, nan_ok=True)
+    live = run_script("train", tmp_path / "configs/norcal.yaml", f"output={tmp_path / 'runs'}", "classifier.gamma=0.5")
+    assert live.returncode == 0, live.stderr
+    alone = json.loads((tmp_path / "runs/tiny/norcal/metrics.json").read_text())
+    assert found["norcal,gamma=0.5,max_detections=30"] == pytest.approx(alone, abs=1e-6, nan_ok=True)
+    for row in rows:
+        entries = json.loads((tmp_path / "runs/tiny" / row / "predictions.json").read_text())
+        number = np.bincount([entry["image_id"] for entry in entries]).max()
+        assert number == 1 if row.endswith("=1") else 1 < number <= 30
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--over", "classifier.others_ratio"], "expected a key and its values"),
+        (["--over", "classifier.others_ratio=2", "3"], "expected a key and its values"),
+        (["--over", "classifier.others_ratio", "2", "2"], "a value is there twice"),
+        (["--over", "classifier.other_ratio", "2"], "did you mean classifier.others_ratio"),
+        (["--over", "classifier.others_ratio", "2", "--best", "AP99"], "no row has that number: expected one of AP,"),
+    ],
+)
+def test_mistakes_in_a_sweep(swept, arguments, message):
+    configs, folder = swept
+    done = run_script("sweep", configs / "bags.yaml", f"output={folder}", "data.flip=0.5", *arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -19,7 +19,8 @@ from bags.classifiers.focal import SigmoidFocal
 from bags.classifiers.group_softmax import SelectedCrossEntropy, dense_cross_entropy
 from bags.classifiers.groups import assign_groups, within_group_weights
 from bags.classifiers.ncm import NearestClassMean
-from bags.classifiers.softmax import WEIGHTINGS, ReweightedSoftmax, class_weights
+from bags.classifiers.norcal import NorCal
+from bags.classifiers.softmax import WEIGHTINGS, ReweightedSoftmax, Softmax, class_weights
 from bags.classifiers.tau_norm import TauNorm
 
 VECTORS = json.loads(Path(__file__).with_name("vectors.json").read_text())
@@ -396,3 +397,12 @@ def test_reweighted_groups_equal_the_released_code():
     assert [v.item() for v in losses.values()] == pytest.approx(data["losses"].tolist(), **DOUBLE)
     gradient = torch.autograd.grad(sum(losses.values()), logits)[0]
     assert np.allclose(gradient, data["grad"], rtol=1e-6, atol=1e-12)
+
+
+def test_norcal_by_hand():
+    """exp(logit) 6, 3, 1 and counts 100, 0 (taken as 1): 6, 3 / 100^0.5 = 0.3, 1 of 7.3 together."""
+    logits = torch.tensor([[6.0, 3.0, 1.0]], dtype=torch.float64).log()
+    found = NorCal(4, (100, 0), gamma=0.5).probs(logits)
+    torch.testing.assert_close(found, torch.tensor([[6.0, 0.3, 1.0]], dtype=torch.float64) / 7.3)
+    assert torch.equal(NorCal(4, (100, 0), gamma=0).probs(logits), Softmax(4, 2).probs(logits))
+    assert NorCal(4, (100, 0)).probs(logits.half()).dtype == torch.float32

@@ -27,7 +27,7 @@ from bags.errors import UserError
 
 FORMAT = 1
 MOST_IMAGES = 512  # of a shard; a killed run repeats at most one
-PROBED = 8  # images that the expected size is measured on
+PROBED = 8  # images at most, and one of 50, that the expected size is measured on
 
 View = np.dtype([("position", "<i4"), ("mirrored", "?"), ("first", "<i8"), ("rows", "<i4")])
 SeenView = np.dtype([*View.descr, ("size", "<i4", (2,)), ("scale", "<f8"), ("original", "<i4", (2,))])
@@ -176,7 +176,7 @@ def _begin(folder: Path, header: dict) -> None:
 
 def _announce(folder: Path, layout: Layout, images: int, loader_of, records_of) -> None:
     """Prints how large the store will be, measured on a few images. Raises UserError where the disk is too small."""
-    probed = sorted(set(np.linspace(0, images - 1, PROBED, dtype=int).tolist()))
+    probed = np.linspace(0, images - 1, min(PROBED, -(-images // 50)), dtype=int).tolist()
     records = [
         record
         for position, (shown, targets) in zip(probed, loader_of([[p] for p in probed]), strict=True)

@@ -1,0 +1,76 @@
+"""Runs a row once for every combination of some keys' values, and compares the results.
+
+    python scripts/sweep.py configs/glyphs-100/bags.yaml --over classifier.others_ratio 0 1 2 4 8 16 n all
+    python scripts/sweep.py configs/glyphs-100/bags.yaml --over classifier.boundaries [100] [10,100] [10,100,1000]
+    python scripts/sweep.py configs/glyphs-100/paper/tau_norm.yaml --over classifier.tau 0 0.25 0.5 1 --best AP_tail
+    python scripts/sweep.py CONFIG --over classifier.gamma 0 0.6 --over test.max_detections 50 100   # all combinations
+
+Rows that differ only in how a classifier is trained (part cls), or in how its scores are used (part none: tau-norm,
+NorCal; thresholds and limits of section test), share one pass of the detector over each set of images. Finished rows
+are not run again. More values: the same command with more of them.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bags.errors import UserError, run_script
+
+
+def main() -> None:
+    """Parses the command line; rows, seeds, then the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="+", help="a YAML file, and section.key=value overrides for all rows")
+    parser.add_argument("--over", nargs="+", action="append", required=True, metavar=("KEY", "VALUE"))
+    parser.add_argument("--seeds", help="comma-separated; run folders go below <output>/seed<N>")
+    parser.add_argument("--best", default="AP", help="the number that the best row is told by (default AP)")
+    arguments = parser.parse_intermixed_args()
+    from bags.config import load_config
+    from scripts.train import in_order, run_jobs, seeds_of, split_arguments
+
+    paths, overrides = split_arguments(arguments.config)
+    if len(paths) != 1 or paths[0].is_dir():
+        raise UserError(f"{', '.join(map(str, paths)) or 'no configuration'}: expected one YAML file")
+    name = load_config(paths[0], overrides).name
+    rows = [[*overrides, *own, f"name={row_name(name, own)}"] for own in combinations(arguments.over)]
+    jobs = [[in_order(paths, row, seed)[0] for row in rows] for seed in seeds_of(arguments.seeds)]
+    run_jobs(jobs, lambda folders: show(folders, arguments.best))
+
+
+def combinations(over: list[list[str]]) -> list[tuple[str, ...]]:
+    """Overrides of each row."""
+    for key, *values in over:
+        if not values or "=" in key:
+            raise UserError(f"--over {key}: expected a key and its values, as in --over classifier.others_ratio 1 8")
+        if len(set(values)) < len(values):
+            raise UserError(f"--over {key}: a value is there twice")
+    return list(itertools.product(*([f"{key}={value}" for value in values] for key, *values in over)))
+
+
+def row_name(name: str, overrides: tuple[str, ...]) -> str:
+    """The row's folder: what is swept, without its section."""
+    return ",".join([name, *(override.partition("=")[0].split(".")[-1] + "=" + override.partition("=")[2]
+                             for override in overrides)]).replace("/", "_")  # fmt: skip
+
+
+def show(folders: dict[str, list[Path]], best: str) -> None:
+    """Prints the table, and the row whose mean of `best` is highest."""
+    from bags.analysis.tables import read_metrics, render_table
+
+    rows = {name: [read_metrics(folder) for folder in own] for name, own in folders.items()}
+    print(f"\n{render_table(rows)}")
+    means = {name: sum(run.get(best, math.nan) for run in own) / len(own) for name, own in rows.items()}
+    known = {name: value for name, value in means.items() if not math.isnan(value)}
+    if not known:
+        raise UserError(
+            f"--best {best}: no row has that number: expected one of {', '.join(next(iter(rows.values()))[0])}"
+        )
+    print(f"\nhighest {best}: {max(known, key=known.get)}, {100 * max(known.values()):.2f}")
+
+
+if __name__ == "__main__":
+    run_script(main)
