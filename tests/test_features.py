@@ -132,23 +132,26 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("at", [1, 5])
-def test_an_extraction_that_was_killed_goes_on(tmp_path, glyphs, monkeypatch, at):
-    config, detector, dataset = prepared(tmp_path, glyphs, "data.flip=0.5")
+@pytest.mark.parametrize("images", [3, 20])
+def test_an_extraction_that_was_killed_goes_on(tmp_path, glyphs, monkeypatch, images):
+    """In the first shard, in the second one."""
+    config, detector, dataset = prepared(tmp_path, glyphs, "data.flip=0.5", "test.batch_size=2")
     whole = files(cached.training_store(config, detector, dataset, CPU).folder)
     assert len(shards_of(len(dataset))) == 2 and len(whole) == 1 + 2 * 3
     shutil.rmtree(config.init_file.with_suffix(".features"))
-    plain, calls = cached.training_pool, []
+    plain, seen_images = cached.training_pool, []
 
-    def dies(*given):
-        calls.append(1)
-        if len(calls) == 8 * 2 + at * 2:  # after the probe's images
+    def dies(detector, shown, *given):
+        seen_images.extend(shown)
+        if len(seen_images) > 2 + 2 * images:  # both views; one image was looked at for the expected size
             raise KeyboardInterrupt
-        return plain(*given)
+        return plain(detector, shown, *given)
 
     monkeypatch.setattr(cached, "training_pool", dies)
     with pytest.raises(KeyboardInterrupt):
         cached.training_store(config, detector, dataset, CPU)
+    folder = config.init_file.with_suffix(".features") / "train"
+    assert [path.name for path in folder.glob("*.views")] == (["0.views"] if images > 16 else [])
     monkeypatch.setattr(cached, "training_pool", plain)
     assert files(cached.training_store(config, detector, dataset, CPU).folder) == whole
 
