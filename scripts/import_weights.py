@@ -37,7 +37,7 @@ from bags.detectors.weights import (
 )
 from bags.engine.checkpoint import FORMAT, write_file
 from bags.errors import UserError, run_script
-from bags.sections import Config, NCMConfig, ReweightedSoftmaxConfig, SoftmaxConfig, TauNormConfig
+from bags.sections import Config, NCMConfig, NorCalConfig, ReweightedSoftmaxConfig, SoftmaxConfig, TauNormConfig
 
 TORCHVISION_ANCHORS = {
     "resnet": ((32,), (64,), (128,), (256,), (512,)),
@@ -84,7 +84,7 @@ def import_weights(source: str, config: Config, annotations: Path | None, eps: f
     Returns (checkpoint, lines that say what was taken and what was not). Raises UserError unless every
     tensor of the file has its place in the detector, and every place its tensor.
     """
-    if isinstance(config.classifier, NCMConfig | TauNormConfig):
+    if isinstance(config.classifier, NCMConfig | TauNormConfig | NorCalConfig):
         raise UserError(f"{config.name}: {config.classifier.name} is made from a trained softmax: import that one")
     names = []
     if Path(source).suffix in (".pth", ".pt"):
