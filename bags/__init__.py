@@ -3,12 +3,23 @@
 import importlib
 
 _PUBLIC = {
+    "ACSL": "bags.classifiers.acsl",
     "AnnotationIndex": "bags.data.index",
+    "BalancedSigmoid": "bags.classifiers.logit_adjustment",
     "CategoryStats": "bags.data.statistics",
+    "ClassBalancedSigmoid": "bags.classifiers.class_balanced",
+    "DropLoss": "bags.classifiers.drop_loss",
+    "EqualizationLoss": "bags.classifiers.equalization",
+    "EqualizationLossV2": "bags.classifiers.equalization_v2",
+    "Federated": "bags.classifiers.federated",
     "GroupSoftmax": "bags.classifiers.group_softmax",
+    "LogitAdjusted": "bags.classifiers.logit_adjustment",
     "NearestClassMean": "bags.classifiers.ncm",
+    "NorCal": "bags.classifiers.norcal",
     "ProposalAccuracy": "bags.evaluation.proposal_accuracy",
     "ReweightedSoftmax": "bags.classifiers.softmax",
+    "Seesaw": "bags.classifiers.seesaw",
+    "Sigmoid": "bags.classifiers.sigmoid",
     "SigmoidFocal": "bags.classifiers.focal",
     "Softmax": "bags.classifiers.softmax",
     "TauNorm": "bags.classifiers.tau_norm",

@@ -14,19 +14,23 @@ from pathlib import Path
 
 import yaml
 
-from bags.errors import UserError
-from bags.sections import (
-    Config,
-    DetectorConfig,
+from bags.classifier_sections import (
+    ACSLConfig,
+    ClassBalancedSigmoidConfig,
+    ClassifierConfig,
+    EQLv2Config,
+    FederatedConfig,
     GroupSoftmaxConfig,
+    LogitAdjustmentConfig,
     NCMConfig,
     NorCalConfig,
-    RepeatFactorConfig,
     ReweightedSoftmaxConfig,
+    SeesawConfig,
     SigmoidFocalConfig,
-    TailOnlyConfig,
     TauNormConfig,
 )
+from bags.errors import UserError
+from bags.sections import Config, DetectorConfig, RepeatFactorConfig, TailOnlyConfig
 from bags.typed_yaml import convert, merge, parse_yaml, read_tree
 
 
@@ -231,6 +235,7 @@ def _check_methods(config: Config, need: Need) -> None:
             need(below >= 1, "classifier.tail_below", f"1 or more, got {below}")
         case NorCalConfig(gamma=gamma):
             need(0 <= gamma < math.inf, "classifier.gamma", f"0 or more, got {gamma}")
+    _check_later_methods(classifier, need)
     if isinstance(classifier, NCMConfig | TauNormConfig | NorCalConfig):
         need(train.part == "none", "train.part", f"none: {classifier.name} trains nothing, got {train.part}")
     match config.sampler:
@@ -238,3 +243,28 @@ def _check_methods(config: Config, need: Need) -> None:
             need(0 < threshold <= 1, "sampler.threshold", f"above 0, to 1, got {threshold}")
         case TailOnlyConfig(below=below):
             need(below >= 1, "sampler.below", f"1 or more, got {below}")
+
+
+def _check_later_methods(classifier: ClassifierConfig, need: Need) -> None:
+    prior = getattr(classifier, "prior", 0.5)
+    need(0 < prior < 1, "classifier.prior", f"a probability between 0 and 1, got {prior}")
+    tail = getattr(classifier, "tail_images", 0)
+    need(tail >= 0, "classifier.tail_images", f"0 or more, got {tail}")
+    not_negative: tuple[str, ...] = ()
+    match classifier:
+        case EQLv2Config():
+            not_negative = ("gamma", "mu", "alpha")
+        case SeesawConfig():
+            not_negative = ("p", "q", "scale")
+        case FederatedConfig(number=number):
+            need(number >= 1, "classifier.number", f"1 or more, got {number}")
+            not_negative = ("power",)
+        case LogitAdjustmentConfig():
+            not_negative = ("tau",)
+        case ACSLConfig(threshold=threshold):
+            need(0 < threshold < 1, "classifier.threshold", f"between 0 and 1, got {threshold}")
+        case ClassBalancedSigmoidConfig(beta=beta):
+            need(0 <= beta < 1, "classifier.beta", f"0 <= beta < 1, got {beta}")
+    for key in not_negative:
+        value = getattr(classifier, key)
+        need(0 <= value < math.inf, f"classifier.{key}", f"0 or more, got {value}")

@@ -8,8 +8,8 @@ from conftest import ROOT
 
 import bags
 from bags.analysis.paper import PAPER
+from bags.classifier_sections import GroupSoftmaxConfig, SoftmaxConfig
 from bags.config import config_from_dict, config_to_dict, save_config
-from bags.sections import GroupSoftmaxConfig, SoftmaxConfig
 
 
 def write(folder, name="row.yaml", **content):
