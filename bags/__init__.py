@@ -25,12 +25,14 @@ _PUBLIC = {
     "TauNorm": "bags.classifiers.tau_norm",
     "UserError": "bags.errors",
     "assign_groups": "bags.classifiers.groups",
+    "balance": "bags.balancing",
     "build_detector": "bags.build",
     "class_weights": "bags.classifiers.softmax",
     "evaluate": "bags.evaluation.detection_ap",
     "load_config": "bags.config",
     "load_detector": "bags.build",
     "repeat_factors": "bags.data.samplers",
+    "unbalance": "bags.balancing",
     "within_group_weights": "bags.classifiers.groups",
 }
 __all__ = list(_PUBLIC)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {
     "cached": {"build", "engine", "detectors", "data", "sections"},
     "analysis": {"evaluation", "config", "sections", "errors"},
+    "balancing": {"methods", "classifiers.base", "classifier_sections", "detectors", "data.statistics"},
     "methods": {"classifiers", "classifier_sections", "data.statistics"},
     "build": {
         "methods",
