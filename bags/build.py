@@ -25,7 +25,7 @@ from bags.detectors.from_features import FromFeatures
 from bags.engine.checkpoint import load_checkpoint, load_weights, weights_digest
 from bags.engine.predict import predict
 from bags.errors import UserError
-from bags.evaluation.detection_ap import evaluate
+from bags.evaluation.detection_ap import Scores, score
 from bags.evaluation.proposal_accuracy import ProposalAccuracy
 from bags.methods import build_classifier, columns
 from bags.sections import Config, DetectorConfig, RepeatFactorConfig, TailOnlyConfig, UniformConfig
@@ -235,11 +235,11 @@ def predict_and_evaluate(
     predictions: Path,
     device,
     stored: DataLoader | None = None,
-) -> dict[str, float]:
-    """Writes the results file of a dataset, then scores it: `evaluate`'s numbers (those of masks as
-    `mask_AP`, ...) and proposal accuracies.
+) -> tuple[dict[str, float], dict[str, Scores]]:
+    """Writes the results file of a dataset, then scores it: (numbers of boxes, of masks as `mask_AP`, ..., and
+    proposal accuracies; all that was found of "bbox" and "segm").
 
-    Every rank takes its share of the images; the numbers are complete in the main process only.
+    Every rank takes its share of the images; only the main process scores, the others return nothing.
     stored: batches of the images' kept features, if there are any.
     """
     accuracy = ProposalAccuracy(stats.num_categories)
@@ -258,12 +258,12 @@ def predict_and_evaluate(
     detector.roi_heads.report_proposals = detector.transform.encode_masks = False
     accuracy.counts = distributed.total(accuracy.counts.to(device)).cpu()
     if not distributed.is_main():
-        return {}
-    results = {}
+        return {}, {}
+    results, scores = {}, {}
     for iou_type, prefix in (("bbox", ""), ("segm", "mask_")):
         if iou_type == "segm" and not (config.detector.has_masks and dataset.index.has_segmentation.any()):
             continue
-        found = evaluate(
+        scores[iou_type] = score(
             Path(config.data.root) / config.data.val,
             predictions,
             iou_type,
@@ -272,8 +272,8 @@ def predict_and_evaluate(
             boundaries=config.test.bins,
             max_detections=config.test.max_detections,
         )
-        results |= {f"{prefix}{name}": value for name, value in found.items()}
-    return results | accuracy.summary(stats.instance_counts, config.test.bins)
+        results |= {f"{prefix}{name}": value for name, value in scores[iou_type].numbers.items()}
+    return results | accuracy.summary(stats.instance_counts, config.test.bins), scores
 
 
 def load_detector(

@@ -1,17 +1,18 @@
-"""Scores a checkpoint or a results file.
+"""Scores a checkpoint or a results file, or compares two results files.
 
     python scripts/evaluate.py runs/glyphs-100/bags/last.pth              # predicts on its validation set
     python scripts/evaluate.py last.pth data.root=elsewhere --output out    # the same, other place
     python scripts/evaluate.py predictions.json --annotations val.json    # a results file, no model and no torch needed
     python scripts/evaluate.py predictions.json --annotations val.json --bins 20,400,8000 --engine pycocotools
+    python scripts/evaluate.py --compare old.json new.json --annotations val.json   # differences, by how much luck
 
-Bins come from the training counts in the checkpoint, or from `instance_count` in the annotations. A results
-file's numbers also go to metrics.json and categories.csv (counts, bin and AP of each category), in
---output or in the folder NAME_evaluation beside the file; they include AP_fixed (Dave et al. 2021).
+Bins come from the training counts in the checkpoint, or from `instance_count` in the annotations. The numbers of a
+results file include AP_fixed (Dave et al. 2021). What is written: metrics.json, categories.csv (counts, bin and AP
+of each category) and figures/ (precision and recall by bin; AP by training instances), in --output or in the folder
+NAME_evaluation beside the file. The intervals of --compare are a bootstrap over the images.
 """
 
 import argparse
-import csv
 import json
 import math
 import sys
@@ -21,18 +22,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bags.errors import UserError, run_script
 
+MOST = 8  # categories that --compare names on each side
+OF_RESULTS = ("annotations", "bins", "engine")
+
 
 def main() -> None:
     """Parses the command line and prints the table; with --json the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="checkpoint (.pth) or results file (.json)")
+    parser.add_argument("source", nargs="?", type=Path, help="checkpoint (.pth) or results file (.json)")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for a checkpoint's configuration")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results files: B minus A")
+    parser.add_argument("--draws", type=int, default=1000, help="of --compare's bootstrap (default 1000; 0: none)")
     parser.add_argument("--annotations", type=Path, help="ground truth of a results file")
     parser.add_argument("--bins", help="of a results file: rising training counts, default 10,100,1000")
     parser.add_argument("--engine", help="of a results file: hotcoco (default), or the official lvis or pycocotools")
     parser.add_argument("--output", type=Path, help="folder for what is written")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
     arguments = parser.parse_intermixed_args()
+    if (arguments.source is None) == (arguments.compare is None):
+        raise UserError("expected a checkpoint or a results file, or --compare with two results files")
+    if arguments.compare:
+        return compare_results(arguments)
     if arguments.source.suffix.lower() == ".json":
         if arguments.annotations is None:
             raise UserError(f"{arguments.source}: a results file needs --annotations, its ground truth")
@@ -40,49 +50,102 @@ def main() -> None:
             raise UserError(f"{arguments.overrides[0]}: overrides are for a checkpoint, not for a results file")
         metrics, name = evaluate_results(arguments), arguments.source.stem
     else:
-        for option in ("annotations", "bins", "engine"):
+        for option in OF_RESULTS:
             if getattr(arguments, option):
                 raise UserError(f"--{option} is for a results file; a checkpoint takes data.val=... or test.bins=...")
         metrics, name = evaluate_checkpoint(arguments.source, arguments.overrides, arguments.output)
     if metrics is None:  # not the main process
         return
     if arguments.json:
-        print(json.dumps({k: None if math.isnan(v) else v for k, v in metrics.items()}))
+        print(json.dumps(plain(metrics)))
     else:
         from bags.analysis.tables import render_table
 
         print(render_table({name: [metrics]}))
 
 
+def plain(values: dict) -> dict:
+    """With None for NaN, which JSON does not have."""
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
+
+
+def boundaries(text: str | None) -> tuple[int, ...]:
+    """The numbers of --bins."""
+    try:
+        bins = tuple(int(number) for number in (text or "10,100,1000").split(","))
+    except ValueError:
+        raise UserError(f"--bins {text}: expected whole numbers separated by commas, as in 10,100") from None
+    if list(bins) != sorted(set(bins)) or bins[0] < 1:
+        raise UserError(f"--bins {text}: expected rising numbers above 0")
+    return bins
+
+
 def evaluate_results(arguments: argparse.Namespace) -> dict[str, float]:
     """The numbers of boxes and, if the file has them, of masks (`mask_AP`, ...); also written."""
-    from bags.analysis.tables import write_metrics
+    from bags.analysis.tables import write_metrics, write_scores
     from bags.evaluation.detection_ap import has_masks, score
 
-    try:
-        bins = tuple(int(text) for text in (arguments.bins or "10,100,1000").split(","))
-    except ValueError:
-        raise UserError(f"--bins {arguments.bins}: expected whole numbers separated by commas, as in 10,100") from None
-    if list(bins) != sorted(set(bins)) or bins[0] < 1:
-        raise UserError(f"--bins {arguments.bins}: expected rising numbers above 0")
+    source, bins = arguments.source, boundaries(arguments.bins)
     settings = {"boundaries": bins, "engine": arguments.engine or "hotcoco", "fixed": True}
-    metrics, rows = score(arguments.annotations, arguments.source, **settings)
-    if has_masks(arguments.source):
-        masks, mask_rows = score(arguments.annotations, arguments.source, "segm", **settings)
-        metrics |= {f"mask_{name}": value for name, value in masks.items()}
-        for row, own in zip(rows, mask_rows, strict=True):
-            row |= {"mask_AP": own["AP"], "mask_AP50": own["AP50"]}
-    folder = arguments.output or arguments.source.with_name(f"{arguments.source.stem}_evaluation")
+    scores = {"bbox": score(arguments.annotations, source, **settings)}
+    metrics = dict(scores["bbox"].numbers)
+    if has_masks(source):
+        scores["segm"] = score(arguments.annotations, source, "segm", **settings)
+        metrics |= {f"mask_{name}": value for name, value in scores["segm"].numbers.items()}
+    folder = arguments.output or source.with_name(f"{source.stem}_evaluation")
     folder.mkdir(parents=True, exist_ok=True)
     write_metrics(folder, metrics)
-    temporary = folder / "categories.tmp"
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({k: "" if v != v else v for k, v in row.items()} for row in rows)
-    temporary.replace(folder / "categories.csv")
-    print(f"written: {folder / 'metrics.json'} {folder / 'categories.csv'}", file=sys.stderr)
+    files = [folder / "metrics.json", *write_scores(folder, source.stem, scores, bins)]
+    print(f"written: {' '.join(map(str, files))}", file=sys.stderr)
     return metrics
+
+
+def compare_results(arguments: argparse.Namespace) -> None:
+    """Prints what changed from A to B: means with their intervals, and the categories that changed most."""
+    from bags.analysis.tables import write_comparison
+    from bags.evaluation.comparison import compare
+    from bags.evaluation.detection_ap import has_masks
+
+    if arguments.annotations is None:
+        raise UserError("--compare needs --annotations, the ground truth of both files")
+    if arguments.engine or arguments.overrides:
+        raise UserError("--compare takes --annotations, --bins, --draws, --output and --json")
+    kinds = ["bbox", "segm"] if all(map(has_masks, arguments.compare)) else ["bbox"]
+    found = {
+        kind: compare(
+            arguments.annotations, *arguments.compare, kind, arguments.draws, boundaries=boundaries(arguments.bins)
+        )
+        for kind in kinds
+    }
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        write_comparison(arguments.output, found)
+    for kind, result in found.items():
+        if arguments.json:
+            numbers = {name: plain(getattr(result, name)) for name in ("first", "second")}
+            print(json.dumps({"iou_type": kind, **numbers, "intervals": result.intervals}))
+        else:
+            print_comparison(kind, result, [str(path) for path in arguments.compare])
+
+
+def print_comparison(kind: str, result, names: list[str]) -> None:
+    """One table of means, one of categories."""
+    print(f"\n{'boxes' if kind == 'bbox' else 'masks'}, A = {names[0]}, B = {names[1]}, in percent")
+    print(f"{'':<10}{'A':>8}{'B':>8}{'B - A':>8}   95 % of the draws")
+    for name, first in result.first.items():
+        second, low_high = result.second[name], result.intervals.get(name, (math.nan, math.nan))
+        if math.isnan(first):
+            continue
+        spread = "" if math.isnan(low_high[0]) else f"{100 * low_high[0]:+8.2f} to {100 * low_high[1]:+.2f}"
+        print(f"{name:<10}{100 * first:8.2f}{100 * second:8.2f}{100 * (second - first):+8.2f}{spread}")
+    ordered = sorted(result.rows, key=lambda row: row["difference"])
+    for title, rows in (("gained", ordered[::-1]), ("lost", ordered)):
+        rows = [row for row in rows[:MOST] if row["difference"] * (1 if title == "gained" else -1) > 0]
+        print(f"\ncategories that {title} most" + ("" if rows else ": none"))
+        for row in rows:
+            count = f"{row['training_instances']} instances" if "training_instances" in row else ""
+            print(f"{100 * row['difference']:+8.2f}  {100 * row['first']:6.2f} -> {100 * row['second']:6.2f}  "
+                  f"{row['name']}  {count}".rstrip())  # fmt: skip
 
 
 def evaluate_checkpoint(path: Path, overrides: list[str], output: Path | None) -> tuple[dict | None, str]:
@@ -90,6 +153,7 @@ def evaluate_checkpoint(path: Path, overrides: list[str], output: Path | None) -
     import torch
 
     from bags import build, distributed
+    from bags.analysis.tables import write_metrics, write_scores
 
     detector, meta = build.load_detector(path, overrides=overrides)
     config, stats = meta["config"], meta["stats"]
@@ -99,8 +163,14 @@ def evaluate_checkpoint(path: Path, overrides: list[str], output: Path | None) -
         detector.to(device, memory_format=torch.channels_last)
         folder = output or path.parent / "evaluation"
         folder.mkdir(parents=True, exist_ok=True)
-        metrics = build.predict_and_evaluate(detector, config, stats, dataset, folder / "predictions.json", device)
-        return metrics if distributed.is_main() else None, config.name
+        metrics, scores = build.predict_and_evaluate(
+            detector, config, stats, dataset, folder / "predictions.json", device
+        )
+        if not distributed.is_main():
+            return None, config.name
+        write_metrics(folder, metrics)
+        write_scores(folder, config.name, scores, config.test.bins)
+        return metrics, config.name
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def run(configs: list[Config], device) -> None:
     Those that are complete are skipped.
     """
     from bags import build, cached, distributed
-    from bags.analysis.tables import write_metrics
+    from bags.analysis.tables import write_metrics, write_scores
     from bags.data.statistics import CategoryStats, disagreement
     from bags.engine.train import train
 
@@ -153,8 +153,9 @@ def run(configs: list[Config], device) -> None:
         stored = cached.validation_loader(first, runs[0].model, validation, device)
     for config, one in zip(configs, runs, strict=True):
         predictions = config.run_folder / "predictions.json"
-        metrics = build.predict_and_evaluate(one.model, config, stats, validation, predictions, device, stored)
+        metrics, scores = build.predict_and_evaluate(one.model, config, stats, validation, predictions, device, stored)
         if distributed.is_main():
+            write_scores(config.run_folder, config.name, scores, config.test.bins)
             write_metrics(config.run_folder, metrics)
     distributed.barrier()
 

@@ -275,7 +275,7 @@ def test_proposals_are_judged_in_the_pixels_of_the_original_image(tmp_path):
         return [{**none, "proposals": near, "proposal_labels": torch.tensor([2, 0])}], {}
 
     detector.roi_heads.forward = forward
-    found = predict_and_evaluate(
+    found, _ = predict_and_evaluate(
         detector, config, STATS, build_val_dataset(config), tmp_path / "p.json", torch.device("cpu")
     )
     assert (found["ACC"], found["ACC2"], found["ACCbg"]) == (1, 1, 1)
@@ -408,7 +408,7 @@ def test_a_prediction_that_was_killed_goes_on(job, tmp_path, monkeypatch):
     detector, meta = load_detector(runs / "tiny/bags/last.pth", overrides=["test.batch_size=2"])
     config, stats = meta["config"], meta["stats"]
     dataset, device = build_val_dataset(config), torch.device("cpu")
-    expected = predict_and_evaluate(detector, config, stats, dataset, tmp_path / "whole.json", device)
+    expected, _ = predict_and_evaluate(detector, config, stats, dataset, tmp_path / "whole.json", device)
     forward, seen = detector.forward, []
 
     def dies_after(calls):
@@ -429,7 +429,7 @@ def test_a_prediction_that_was_killed_goes_on(job, tmp_path, monkeypatch):
         with share.open("a") as file:  # one image of the batch that was being written
             file.write(share.read_text().splitlines()[-1] + "\n" + '[[[0, 3, 1]], [{"image_')
     dies_after(None)
-    found = predict_and_evaluate(detector, config, stats, dataset, tmp_path / "p.json", device)
+    found, _ = predict_and_evaluate(detector, config, stats, dataset, tmp_path / "p.json", device)
     assert (tmp_path / "p.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert {k: v for k, v in found.items() if v == v} == {k: v for k, v in expected.items() if v == v}
     assert sum(seen) == len(dataset) and not share.exists()

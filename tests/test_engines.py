@@ -215,7 +215,7 @@ def test_engines_are_named(tmp_path):
 def test_rows_of_categories(tmp_path):
     truth, rng = federated(tmp_path, 3)
     (tmp_path / "r.json").write_text(json.dumps(detections_of(truth, rng, 2, False)))
-    found, rows = detection_ap.score(tmp_path / "truth.json", tmp_path / "r.json", boundaries=(20, 50))
+    found, rows, _ = detection_ap.score(tmp_path / "truth.json", tmp_path / "r.json", boundaries=(20, 50))
     assert [row["id"] for row in rows] == list(range(1, 13)) and rows[4]["name"] == "c5"
     assert [row["bin"] for row in rows] == [1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3]
     assert rows[0]["frequency"] == "c" and rows[1]["training_instances"] == 14 and rows[1]["training_images"] == 2

@@ -55,6 +55,44 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return np.convolve(padded, np.ones(2 * half + 1) / (2 * half + 1), mode="valid")
 
 
+def plot_precision_recall(path: Path, curves: dict[str, np.ndarray]) -> None:
+    """Mean precision [2, 101] of sets of categories at IoU 0.5 (solid) and 0.75 (dashed), over recall 0 to 1."""
+    figure, axes = plt.subplots(figsize=(6, 4.8), layout="constrained")
+    recall = np.linspace(0, 1, 101)
+    shown = [name for name in curves if name == "AP" or name[2:].isdigit()]
+    for name, colour in zip(shown, ("black", *COLOURS * len(shown)), strict=False):
+        if np.isnan(curves[name]).all():
+            continue
+        label = "all categories" if name == "AP" else f"bin {name[2:]}"
+        axes.plot(recall, curves[name][0], color=colour, lw=1.8, label=label)
+        axes.plot(recall, curves[name][1], color=colour, lw=1.2, ls="--")
+    axes.set(xlabel="recall", ylabel="mean precision", xlim=(0, 1), ylim=(0, 1.02))
+    axes.legend(title="IoU 0.5 solid, 0.75 dashed", fontsize=8, title_fontsize=8)
+    _save(figure, path)
+
+
+def plot_ap_by_instances(path: Path, runs: dict[str, list[dict]], boundaries: Sequence[int]) -> None:
+    """AP of each category over its training instances; a line through the mean of neighbours; bins' borders dashed.
+
+    runs: name -> rows with AP and training_instances, as `detection_ap.score` gives them; rows without are left out.
+    """
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for (name, rows), colour in zip(runs.items(), COLOURS * (len(runs) // len(COLOURS) + 1), strict=False):
+        known = [(r["training_instances"], 100 * r["AP"]) for r in rows if "training_instances" in r]
+        points = np.array(sorted(p for p in known if p[1] == p[1]), float).reshape(-1, 2)
+        if not len(points):
+            continue
+        counts = np.maximum(points[:, 0], 0.5)  # none at all: left of 1
+        axes.plot(counts, points[:, 1], ".", ms=5, alpha=0.4, color=colour)
+        axes.plot(_running_mean(counts), _running_mean(points[:, 1]), color=colour, lw=1.8, label=name)
+    for border in boundaries:
+        axes.axvline(border, color="0.5", ls="--", lw=1)
+    axes.set(xscale="log", xlabel="training instances of the category", ylabel="AP", ylim=(0, None))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+    _save(figure, path)
+
+
 def plot_predictions(
     path: Path, images: Sequence[Image.Image], columns: dict[str, Sequence[dict]], caption: str = ""
 ) -> None:

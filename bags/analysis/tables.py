@@ -1,5 +1,6 @@
 """Result files of runs -> the paper's tables: methods as rows, AP columns in percent."""
 
+import csv
 import json
 import math
 import statistics
@@ -8,6 +9,8 @@ from pathlib import Path
 
 from bags.analysis.paper import PaperTable
 from bags.errors import UserError
+from bags.evaluation.comparison import Comparison
+from bags.evaluation.detection_ap import Scores
 
 COLUMNS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf", "AP50", "AP_tail", "AP_head", "AP_fixed",
            "mask_AP", "mask_AP_tail", "mask_AP_head")  # fmt: skip
@@ -34,6 +37,48 @@ def write_metrics(folder: Path, values: dict[str, float]) -> None:
     temporary = folder / "metrics.tmp"
     temporary.write_text(json.dumps(plain, indent=1))
     temporary.replace(folder / "metrics.json")
+
+
+def write_scores(folder: Path, name: str, scores: dict[str, Scores], boundaries: Sequence[int]) -> list[Path]:
+    """Writes `categories.csv` (counts, bin and AP of each category) and the figures of one results file.
+
+    scores: "bbox", and "segm" where there are masks, whose columns and figures are named mask_*. Returns the files.
+    """
+    from bags.analysis.plots import plot_ap_by_instances, plot_precision_recall
+
+    rows = [dict(row) for row in scores["bbox"].rows]
+    for row, own in zip(rows, scores["segm"].rows if "segm" in scores else (), strict=False):
+        row |= {"mask_AP": own["AP"], "mask_AP50": own["AP50"]}
+    written = [_write_csv(folder / "categories.csv", rows)]
+    for kind, own in scores.items():
+        prefix = "" if kind == "bbox" else "mask_"
+        written += [folder / f"figures/{prefix}precision_recall.png", folder / f"figures/{prefix}ap_by_instances.png"]
+        plot_precision_recall(written[-2], own.curves)
+        plot_ap_by_instances(written[-1], {name: own.rows}, boundaries)
+    return written
+
+
+def write_comparison(folder: Path, found: dict[str, Comparison]) -> None:
+    """Writes `comparison.json` (means, intervals) and `comparison.csv` (categories); of masks `mask_comparison.*`."""
+    for kind, result in found.items():
+        stem = "comparison" if kind == "bbox" else "mask_comparison"
+        table = {
+            name: {"first": value, "second": result.second[name], "interval": result.intervals.get(name)}
+            for name, value in result.first.items()
+            if not math.isnan(value)
+        }
+        (folder / f"{stem}.json").write_text(json.dumps(table, indent=1))
+        _write_csv(folder / f"{stem}.csv", result.rows)
+
+
+def _write_csv(path: Path, rows: list[dict]) -> Path:
+    """Rows with equal keys; NaN becomes empty."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({k: "" if v != v else v for k, v in row.items()} for row in rows)
+    return temporary.replace(path)
 
 
 def render_paper_table(table: PaperTable, runs: dict[str, list[dict[str, float]]], published: bool) -> str:

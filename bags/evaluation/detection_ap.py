@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import hotcoco
 import numpy as np
@@ -24,13 +25,42 @@ ENGINES = ("hotcoco", "lvis", "pycocotools")
 FIXED = 10_000  # detections of a category in AP_fixed
 
 
+class Scores(NamedTuple):
+    """What `score` finds in one results file."""
+
+    numbers: dict[str, float]  # by name, in 0..1
+    rows: list[dict]  # one for each category: id, name, training_instances, training_images, frequency, bin, AP, AP50
+    curves: dict[str, np.ndarray]  # AP, AP1, ... -> mean precision [IoU 0.5 and 0.75, recall 0, 0.01, ..., 1]
+
+
+class Training(NamedTuple):
+    """What is known of the categories' training data, by ascending id; None where it is not."""
+
+    instances: Sequence[int] | None
+    images: Sequence[int] | None
+    letters: np.ndarray | None  # r, c, f
+    bins: np.ndarray | None  # 0 for the rarest
+    num_bins: int
+
+    def sets(self) -> dict[str, np.ndarray]:
+        """Which categories [C] enter which mean."""
+        found = {}
+        if self.letters is not None:
+            found |= {f"AP{letter}": self.letters == letter for letter in "rcf"}
+        if self.bins is not None:
+            found |= {f"AP{n + 1}": self.bins == n for n in range(self.num_bins)}
+            found["AP_tail"] = self.bins < self.num_bins // 2
+            found["AP_head"] = self.bins >= self.num_bins // 2
+        return found
+
+
 def evaluate(annotations: str | Path, predictions: str | Path, iou_type: str = "bbox", **settings) -> dict[str, float]:
     """AP AP50 AP75 APs APm APl AR, APr APc APf, AP1 AP2 ..., AP_tail AP_head: floats in 0..1.
 
     annotations: a COCO or LVIS JSON file; predictions: a results file, a list of {image_id, category_id,
     bbox, score}, for iou_type "segm" with a segmentation (RLE). The settings are those of `score`.
     """
-    return score(annotations, predictions, iou_type, **settings)[0]
+    return score(annotations, predictions, iou_type, **settings).numbers
 
 
 def score(
@@ -43,8 +73,8 @@ def score(
     max_detections: int | None = None,
     engine: str = "hotcoco",
     fixed: bool = False,
-) -> tuple[dict[str, float], list[dict]]:
-    """(numbers by name, one row for each category).
+) -> Scores:
+    """Numbers, a row for each category, and precision-recall curves.
 
     instance_counts   [C] training boxes per category by ascending id; default: the file's
                       `instance_count`. Bin n holds boundaries[n-2] <= count < boundaries[n-1].
@@ -57,15 +87,14 @@ def score(
 
     AP_tail is the mean over the categories of the lower half of the bins (the paper: fewer than 100
     instances), AP_head over the others. A number that no category of the ground truth enters is
-    NaN. Rows hold id, name, training_instances, training_images, frequency, bin, AP, AP50. Raises UserError
-    for a file that cannot be used.
+    NaN. Raises UserError for a file that cannot be used.
     """
     annotations, predictions = Path(annotations), Path(predictions)
     if engine not in ENGINES:
         raise UserError(f"engine {engine}: expected one of {', '.join(ENGINES)}")
-    content, lvis = _checked_truth(annotations)
+    content, lvis = checked_truth(annotations)
     limit = max_detections or (300 if lvis else 100)
-    try:
+    with _engine_errors(annotations, predictions):
         truth = hotcoco.COCO(str(annotations))
         found = _detections(truth, predictions, content, iou_type)
         if engine == "hotcoco":
@@ -74,11 +103,55 @@ def score(
             entries = _checked_entries(read_json(predictions), predictions, content, iou_type)
             precision, recall = official.match(engine, annotations, entries, iou_type, lvis, limit)
         best = _fixed(truth, found, predictions, iou_type, lvis, limit, precision) if fixed else None
+    training = training_of(content, instance_counts, image_counts, boundaries)
+    sets = training.sets()
+    results = _summary(precision, recall, sets)
+    if best is not None:
+        results["AP_fixed"] = _mean(per_category_ap(best[..., 0]))
+    everything = np.ones(precision.shape[2], bool)
+    curves = {
+        name: _mean_curve(precision[[0, 5]][:, :, chosen, 0]) for name, chosen in {"AP": everything, **sets}.items()
+    }
+    return Scores(results, _rows(content, training, precision), curves)
+
+
+def match(
+    annotations: str | Path, predictions: str | Path, iou_type: str = "bbox", max_detections: int | None = None
+) -> tuple[list[dict], dict]:
+    """(what the engine found for each image and category, content of the annotation file).
+
+    An entry holds image_id, category_id, dtScores [D] (falling), dtMatched and dtIgnore [10 IoUs][D], gtIgnore [G],
+    as pycocotools' evalImgs do, of objects of any size. Raises UserError for a file that cannot be used.
+    """
+    annotations, predictions = Path(annotations), Path(predictions)
+    content, lvis = checked_truth(annotations)
+    limit = max_detections or (300 if lvis else 100)
+    with _engine_errors(annotations, predictions):
+        truth = hotcoco.COCO(str(annotations))
+        evaluation = _evaluation(truth, _detections(truth, predictions, content, iou_type), iou_type, lvis, limit)
+        evaluation.params.area_rng, evaluation.params.area_rng_lbl = [[0, 1e10]], ["all"]
+        evaluation.evaluate()
+        return [entry for entry in evaluation.eval_imgs if entry is not None], content
+
+
+@contextlib.contextmanager
+def _engine_errors(annotations: Path, predictions: Path) -> Iterator[None]:
+    """What the engine raises becomes a UserError that names both files."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{annotations}: with {predictions}: cannot be evaluated ({error})") from None
 
+
+def training_of(
+    content: dict,
+    instance_counts: Sequence[int] | None = None,
+    image_counts: Sequence[int] | None = None,
+    boundaries: Sequence[int] = (10, 100, 1000),
+) -> Training:
+    """Training counts as given, else as the annotation file tells them; see `score`."""
     categories = sorted(content["categories"], key=lambda c: c["id"])
     instances = _known(categories, "instance_count") if instance_counts is None else instance_counts
     images = _known(categories, "image_count") if image_counts is None else image_counts
@@ -89,21 +162,24 @@ def score(
     if letters is None and images is not None:
         letters = frequency(images)
     bins = None if instances is None else instance_bin(instances, boundaries)
-    results = _summary(precision, recall, None if letters is None else np.asarray(letters), bins, len(boundaries) + 1)
-    if best is not None:
-        results["AP_fixed"] = _mean(per_category_ap(best[..., 0]))
+    letters = None if letters is None else np.asarray(letters)
+    return Training(instances, images, letters, bins, len(boundaries) + 1)
+
+
+def _rows(content: dict, training: Training, precision: np.ndarray) -> list[dict]:
+    categories = sorted(content["categories"], key=lambda c: c["id"])
     columns = {
         "id": [c["id"] for c in categories],
         "name": [c["name"] for c in categories],
-        "training_instances": instances,
-        "training_images": images,
-        "frequency": letters,
-        "bin": None if bins is None else (bins + 1).tolist(),
+        "training_instances": training.instances,
+        "training_images": training.images,
+        "frequency": training.letters,
+        "bin": None if training.bins is None else (training.bins + 1).tolist(),
         "AP": per_category_ap(precision[..., 0]).tolist(),
         "AP50": per_category_ap(precision[:1, ..., 0]).tolist(),
     }
     known = {key: values for key, values in columns.items() if values is not None}
-    return results, [dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True)]
+    return [dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True)]
 
 
 def has_masks(predictions: str | Path) -> bool:
@@ -115,7 +191,7 @@ def has_masks(predictions: str | Path) -> bool:
         raise UserError(f"{predictions}: cannot be read ({error})") from None
 
 
-def _checked_truth(path: Path) -> tuple[dict, bool]:
+def checked_truth(path: Path) -> tuple[dict, bool]:
     """The ground truth, and whether it is LVIS's. Raises UserError for what the engine would stumble over."""
     content = read_annotations(path)
     if not content["annotations"]:
@@ -179,12 +255,17 @@ def _quiet() -> Iterator[None]:
         os.close(kept)
 
 
-def _match(truth: hotcoco.COCO, found: hotcoco.COCO, iou_type: str, lvis: bool, limit: int):
-    """(precision [10, 101, C, areas], recall [10, C, areas]) at `limit` detections per image."""
+def _evaluation(truth: hotcoco.COCO, found: hotcoco.COCO, iou_type: str, lvis: bool, limit: int) -> hotcoco.COCOeval:
     if lvis:  # over all categories, ties in the order of the file
         found = found.cap_detections_per_image(limit)
     evaluation = hotcoco.COCOeval(truth, found, iou_type, lvis_style=lvis)
     evaluation.params.max_dets = [limit] if lvis else [1, 10, limit]
+    return evaluation
+
+
+def _match(truth: hotcoco.COCO, found: hotcoco.COCO, iou_type: str, lvis: bool, limit: int):
+    """(precision [10, 101, C, areas], recall [10, C, areas]) at `limit` detections per image."""
+    evaluation = _evaluation(truth, found, iou_type, lvis, limit)
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation.eval["precision"][..., -1], evaluation.eval["recall"][..., -1]
@@ -218,7 +299,14 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else math.nan
 
 
-def _summary(precision, recall, letters, bins, num_bins: int) -> dict[str, float]:
+def _mean_curve(precision: np.ndarray) -> np.ndarray:
+    """Precision [T, 101, C] of some categories -> its mean [T, 101] over those with ground truth; NaN without any."""
+    valid = precision > -1
+    total = np.where(valid, precision, 0).sum(2)
+    return np.where(valid.any(2), total / np.maximum(valid.sum(2), 1), np.nan)
+
+
+def _summary(precision, recall, sets: dict[str, np.ndarray]) -> dict[str, float]:
     ap, mean = per_category_ap(precision[..., 0]), _mean
     results = {
         "AP": mean(ap),
@@ -228,13 +316,7 @@ def _summary(precision, recall, letters, bins, num_bins: int) -> dict[str, float
     for area, name in enumerate("sml", start=1):
         results[f"AP{name}"] = mean(per_category_ap(precision[..., area]))
     results["AR"] = mean(np.where((recall[..., 0] > -1).all(0), recall[..., 0].mean(0), np.nan))
-    if letters is not None:
-        results |= {f"AP{letter}": mean(ap[letters == letter]) for letter in "rcf"}
-    if bins is not None:
-        results |= {f"AP{n + 1}": mean(ap[bins == n]) for n in range(num_bins)}
-        results["AP_tail"] = mean(ap[bins < num_bins // 2])
-        results["AP_head"] = mean(ap[bins >= num_bins // 2])
-    return results
+    return results | {name: mean(ap[chosen]) for name, chosen in sets.items()}
 
 
 def _checked_entries(entries: object, path: Path, content: dict, iou_type: str) -> list[dict]:

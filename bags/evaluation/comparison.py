@@ -1,0 +1,175 @@
+"""Two results files on the same ground truth: what changed, where, and how sure that is.
+
+The interval is a paired bootstrap: images are drawn with replacement, the same ones for both files, and both are
+scored on each draw. A draw is a weight for each image (how often it was drawn), and AP is computed from weighted
+counts: the same number as from a dataset in which images are repeated.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from bags.errors import UserError
+from bags.evaluation.detection_ap import match, training_of
+
+RECALLS = np.linspace(0, 1, 101)
+AT_ONCE = 2_000_000  # numbers of one array: draws are taken in parts where a category has many detections
+
+
+class Detections(NamedTuple):
+    """One category's detections in one results file, best first. D detections, T IoU thresholds."""
+
+    image: np.ndarray  # int64 [D] position of the image
+    hit: np.ndarray  # bool [T, D] matched to an object that counts
+    counted: np.ndarray  # bool [T, D] not to be ignored
+
+
+class Comparison(NamedTuple):
+    """Numbers in 0..1; a difference is the second file's minus the first's."""
+
+    first: dict[str, float]
+    second: dict[str, float]
+    intervals: dict[str, tuple[float, float]]  # of the difference, 95 %; NaN where no draw has such a category
+    rows: list[dict]  # id, name, training_instances, first, second, difference of each category with ground truth
+
+
+def compare(
+    annotations: str | Path,
+    first: str | Path,
+    second: str | Path,
+    iou_type: str = "bbox",
+    draws: int = 1000,
+    seed: int = 0,
+    instance_counts: Sequence[int] | None = None,
+    image_counts: Sequence[int] | None = None,
+    boundaries: Sequence[int] = (10, 100, 1000),
+    max_detections: int | None = None,
+) -> Comparison:
+    """AP AP50 AP75 and the means of sets of categories of two results files, and how they differ.
+
+    draws: of the bootstrap; 0 gives no intervals. The other settings are those of `detection_ap.score`. A category
+    without an object in a draw does not enter that draw's means. Raises UserError for files that cannot be used.
+    """
+    if draws < 0:
+        raise UserError(f"draws={draws}: expected 0 or more")
+    matched = [match(annotations, path, iou_type, max_detections) for path in (first, second)]
+    content = matched[0][1]
+    training = training_of(content, instance_counts, image_counts, boundaries)
+    categories = sorted(content["categories"], key=lambda c: c["id"])
+    labels = {category["id"]: k for k, category in enumerate(categories)}
+    images = {image["id"]: k for k, image in enumerate(content["images"])}
+    objects = objects_of([*matched[0][0], *matched[1][0]], labels, images)
+    files = [detections_of(entries, labels, images) for entries, _ in matched]
+    sets = {"AP": np.ones(len(labels), bool), **training.sets()}
+
+    whole = [ap_of(file, objects, np.ones((1, len(images)))) for file in files]
+    numbers = [{name: float(values[0]) for name, values in means(ap, sets).items()} for ap in whole]
+    weights = np.random.default_rng(seed).multinomial(len(images), np.full(len(images), 1 / len(images)), draws)
+    intervals = {}
+    if draws:
+        drawn = [ap_of(file, objects, weights, f"bootstrap, {Path(path).name}")
+                 for file, path in zip(files, (first, second), strict=True)]  # fmt: skip
+        a, b = (means(ap, sets) for ap in drawn)
+        intervals = {name: interval(b[name] - a[name]) for name in a}
+    rows = []
+    for k, category in enumerate(categories):
+        a, b = (float(ap[0, :, k].mean()) for ap in whole)
+        counts = {} if training.instances is None else {"training_instances": training.instances[k]}
+        if a == a:
+            rows.append({"id": category["id"], "name": category["name"], **counts,
+                         "first": a, "second": b, "difference": b - a})  # fmt: skip
+    return Comparison(*numbers, intervals, rows)
+
+
+def objects_of(entries: list[dict], labels: dict[int, int], images: dict[int, int]) -> np.ndarray:
+    """Objects that count of each category in each image, float [C, I]."""
+    objects = np.zeros((len(labels), len(images)))
+    for entry in entries:
+        number = len(entry["gtIgnore"]) - sum(entry["gtIgnore"])
+        objects[labels[entry["category_id"]], images[entry["image_id"]]] = number
+    return objects
+
+
+def detections_of(entries: list[dict], labels: dict[int, int], images: dict[int, int]) -> list[Detections | None]:
+    """What `match` found, by category; None without detections."""
+    parts: list[list[dict]] = [[] for _ in labels]
+    order = {image: k for k, image in enumerate(sorted(images))}  # equal scores: by image id, as the engines
+    for entry in sorted(entries, key=lambda entry: order[entry["image_id"]]):
+        if len(entry["dtScores"]):
+            parts[labels[entry["category_id"]]].append(entry)
+    found = []
+    for own in parts:
+        if not own:
+            found.append(None)
+            continue
+        scores = np.concatenate([entry["dtScores"] for entry in own])
+        best_first = np.argsort(-scores, kind="stable")
+        image = np.concatenate([np.full(len(entry["dtScores"]), images[entry["image_id"]]) for entry in own])
+        matched, ignored = (
+            np.concatenate([np.array(entry[key], bool) for entry in own], 1)[:, best_first]
+            for key in ("dtMatched", "dtIgnore")
+        )
+        found.append(Detections(image[best_first], matched & ~ignored, ~ignored))
+    return found
+
+
+def ap_of(
+    file: list[Detections | None], objects: np.ndarray, weights: np.ndarray, title: str | None = None
+) -> np.ndarray:
+    """AP [draws, T, C] with images weighted by `weights` [draws, I]; NaN where a draw has no object.
+
+    objects: [C, I]. title: of the progress bar; None shows none.
+    """
+    thresholds = next((len(own.hit) for own in file if own), 1)
+    result = np.full((len(weights), thresholds, len(file)), np.nan)
+    for label, own in enumerate(tqdm(file, desc=title, unit="category", disable=title is None)):
+        totals = weights @ objects[label]  # [draws]
+        present = np.flatnonzero(totals > 0)
+        if own is None or not own.hit.any():
+            result[present, :, label] = 0
+            continue
+        step = max(1, AT_ONCE // len(own.image))
+        for part in np.array_split(present, -(-len(present) // step)) if len(present) else ():
+            of_detections = weights[np.ix_(part, own.image)].astype(np.float64)
+            for t in range(thresholds):
+                result[part, t, label] = _weighted_ap(of_detections, own.hit[t], own.counted[t], totals[part])
+    return result
+
+
+def _weighted_ap(weights: np.ndarray, hit: np.ndarray, counted: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """AP [draws] of one category at one IoU. weights: [draws, D] of the detections' images; totals: [draws] objects.
+
+    Only precision at hits matters: between two hits it falls.
+    """
+    hits = np.flatnonzero(hit)
+    if not len(hits):
+        return np.zeros(len(weights))
+    right = np.cumsum(weights[:, hits], 1)
+    all_so_far = np.cumsum(weights * counted, 1)[:, hits]
+    precision = right / (all_so_far + np.spacing(1))
+    precision = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]  # the best at this recall or a higher one
+    reached = np.searchsorted(RECALLS, right / totals[:, None], side="right")  # recalls of the 101 up to each hit
+    return (precision * np.diff(reached, axis=1, prepend=0)).sum(1) / len(RECALLS)
+
+
+def means(ap: np.ndarray, sets: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """AP [draws, 10, C] -> means [draws] over thresholds and sets of categories; AP50, AP75 over all."""
+    by_category = ap.mean(1)
+    found = {name: _mean(by_category[:, chosen]) for name, chosen in sets.items()}
+    single = {"AP50": 0, "AP75": 5}
+    return {"AP": found.pop("AP"), **{name: _mean(ap[:, t]) for name, t in single.items()}, **found}
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Mean of each row's numbers; NaN where there are none."""
+    known = ~np.isnan(values)
+    return np.where(known.any(1), np.where(known, values, 0).sum(1) / np.maximum(known.sum(1), 1), np.nan)
+
+
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of the draws that have a difference."""
+    known = differences[~np.isnan(differences)]
+    return tuple(np.percentile(known, [2.5, 97.5]).tolist()) if len(known) else (np.nan, np.nan)
