@@ -7,6 +7,7 @@ wrong types and impossible values raise `UserError` before any data is read.
 """
 
 import dataclasses
+import itertools
 import math
 import typing
 from collections.abc import Callable
@@ -185,7 +186,7 @@ def _check_schedule(config: Config, need: Need) -> None:
         need(0 <= getattr(train, key) <= 1, f"train.{key}", f"0 to 1, got {getattr(train, key)}")
     need(0 <= train.clip_norm < math.inf, "train.clip_norm", f"0 (no clipping) or more, got {train.clip_norm}")
     need(train.warmup_iterations >= 0, "train.warmup_iterations", f"0 or more, got {train.warmup_iterations}")
-    rising_milestones = all(0 < a < b for a, b in zip(train.milestones, (*train.milestones[1:], math.inf), strict=True))
+    rising_milestones = all(a < b for a, b in itertools.pairwise((0, *train.milestones, math.inf)))
     need(rising_milestones, "train.milestones", f"rising epochs above 0, got {list(train.milestones)}")
     need(train.part == "all" or config.detector.init_from is not None, "detector.init_from",
          f"a checkpoint: with train.part={train.part} the rest of the detector would stay random")  # fmt: skip

@@ -100,6 +100,10 @@ def test_files_that_are_not_configurations(tmp_path):
         bags.load_config(tmp_path / "softmax.yaml", ["train.lr"])
 
 
+def test_a_schedule_without_milestones():
+    assert bags.load_config(ROOT / "configs/glyphs-100/softmax.yaml", ["train.milestones=[]"]).train.milestones == ()
+
+
 def test_every_shipped_configuration_loads():
     paths = sorted((ROOT / "configs").rglob("[!_]*.yaml"))
     assert paths
