@@ -21,6 +21,7 @@ _PUBLIC = {
     "Seesaw": "bags.classifiers.seesaw",
     "Sigmoid": "bags.classifiers.sigmoid",
     "SigmoidFocal": "bags.classifiers.focal",
+    "SimCal": "bags.classifiers.simcal",
     "Softmax": "bags.classifiers.softmax",
     "TauNorm": "bags.classifiers.tau_norm",
     "UserError": "bags.errors",

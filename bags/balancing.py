@@ -26,7 +26,7 @@ from bags.detectors.roi_heads import RoIHeads
 from bags.methods import build_classifier, columns
 
 SECTIONS = {section().name: section for section in typing.get_args(ClassifierConfig)}
-UNTRAINED = ("tau_norm", "norcal")  # what they do, they do to trained weights
+ON_TRAINED = ("tau_norm", "norcal", "simcal")  # what they do, they do beside or with trained weights
 
 
 def balance(
@@ -54,8 +54,8 @@ def balance(
                      C categories for features as wide as the box head's
     image_counts     [C] training images per label, which some methods count; default: instance_counts
     keep_weights     the classifier starts from the detector's own layer instead of a new one; for methods whose layer
-                     is a plain softmax's (with "softmax", detections stay exactly what they were). "norcal" and
-                     "tau_norm" need it: nothing of them is trained.
+                     is a plain softmax's (with "softmax", detections stay exactly what they were). "norcal",
+                     "tau_norm" (nothing of them is trained) and "simcal" need it.
     Returns the detector. Raises ValueError for what is no such detector, and for counts that do not fit it.
     """
     roi_heads, predictor = _parts(detector)
@@ -191,8 +191,8 @@ def _new_classifier(
     if name not in SECTIONS or name == "ncm":  # whose means are fitted to proposals
         known = ", ".join(sorted(SECTIONS.keys() - {"ncm"}))
         raise ValueError(f"classifier: expected a classifier or one of {known}, got {name!r}")
-    if name in UNTRAINED and not keep_weights:
-        raise ValueError(f"classifier {name}: nothing of it is trained, so it needs keep_weights=True")
+    if name in ON_TRAINED and not keep_weights:
+        raise ValueError(f"classifier {name}: works with the detector's own layer, so it needs keep_weights=True")
     grouped = name == GroupSoftmaxConfig().name
     section = GroupSoftmaxConfig(boundaries=tuple(boundaries)) if grouped else SECTIONS[name]()
     if keep_weights and columns(section, counts) != columns(SoftmaxConfig(), counts):

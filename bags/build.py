@@ -15,7 +15,13 @@ from bags import distributed
 from bags.config import config_from_dict, override_config
 from bags.data.dataset import DetectionDataset, collate
 from bags.data.index import AnnotationIndex
-from bags.data.samplers import RepeatFactorSampler, ShardSampler, TrainSampler, repeat_factors
+from bags.data.samplers import (
+    ClassBalancedSampler,
+    RepeatFactorSampler,
+    ShardSampler,
+    TrainSampler,
+    repeat_factors,
+)
 from bags.data.statistics import CategoryStats
 from bags.data.transforms import short_sides, training_transform
 from bags.detectors.backbones import build_backbone, load_backbone_weights
@@ -28,7 +34,7 @@ from bags.errors import UserError
 from bags.evaluation.detection_ap import Scores, score
 from bags.evaluation.proposal_accuracy import ProposalAccuracy
 from bags.methods import build_classifier, columns
-from bags.sections import Config, DetectorConfig, RepeatFactorConfig, TailOnlyConfig, UniformConfig
+from bags.sections import ClassBalancedConfig, Config, DetectorConfig, RepeatFactorConfig, TailOnlyConfig, UniformConfig
 
 
 def open_index(config: Config, split: str) -> AnnotationIndex:
@@ -59,6 +65,8 @@ def build_train_loader(config: Config, index: AnnotationIndex, stats: CategorySt
     match config.sampler:
         case RepeatFactorConfig(threshold=threshold, released=released):
             sampler = RepeatFactorSampler(repeat_factors(index, threshold, released), batch_size, seed, wide)
+        case ClassBalancedConfig():
+            sampler = ClassBalancedSampler(index, batch_size, seed)
         case UniformConfig() | TailOnlyConfig():
             sampler = TrainSampler(len(index), batch_size, seed, wide)
     if CONVENTIONS[config.detector.conventions].augments:
@@ -186,9 +194,11 @@ def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stat
     if config.train.part != "all":
         _check_same_images(saved_config.detector, config.detector, path)
     new = load_weights(detector, checkpoint, skip)
-    if config.train.part == "none" and any("classifier.linear." in name for name in new):
+    keeps = "train.part=none" if config.train.part == "none" else None
+    keeps = "two heads" if config.classifier.name == "simcal" else keeps
+    if keeps and any("classifier.linear." in name for name in new):
         raise UserError(
-            f"{path}: with train.part=none the classifier {config.classifier.name} needs trained weights, but those of "
+            f"{path}: with {keeps} the classifier {config.classifier.name} needs trained weights, but those of "
             f"{saved.name} {'are reset by detector.reset_classifier' if same else 'are of another kind'}"
         )
     unused = [name for name in checkpoint["model"] if name not in detector.state_dict()]

@@ -162,6 +162,14 @@ class ClassBalancedSigmoidConfig:
     prior: float = 0.001
 
 
+@dataclass(frozen=True)
+class SimCalConfig:
+    """Dual-head calibration (Wang et al. 2020); takes a trained softmax, trains a second one."""
+
+    name: Literal["simcal"] = "simcal"
+    below: int = 300  # training instances of the categories that take the second one's scores
+
+
 ClassifierConfig = (
     SoftmaxConfig
     | GroupSoftmaxConfig
@@ -180,4 +188,5 @@ ClassifierConfig = (
     | DropLossConfig
     | ACSLConfig
     | ClassBalancedSigmoidConfig
+    | SimCalConfig
 )

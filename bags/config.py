@@ -28,10 +28,11 @@ from bags.classifier_sections import (
     ReweightedSoftmaxConfig,
     SeesawConfig,
     SigmoidFocalConfig,
+    SimCalConfig,
     TauNormConfig,
 )
 from bags.errors import UserError
-from bags.sections import Config, DetectorConfig, RepeatFactorConfig, TailOnlyConfig
+from bags.sections import ClassBalancedConfig, Config, DetectorConfig, RepeatFactorConfig, TailOnlyConfig
 from bags.typed_yaml import convert, merge, parse_yaml, read_tree
 
 
@@ -244,6 +245,12 @@ def _check_methods(config: Config, need: Need) -> None:
             need(0 < threshold <= 1, "sampler.threshold", f"above 0, to 1, got {threshold}")
         case TailOnlyConfig(below=below):
             need(below >= 1, "sampler.below", f"1 or more, got {below}")
+        case ClassBalancedConfig():
+            need(config.is_cached, "train.features",
+                 "cached, and train.part=cls: sampler class_balanced draws from stored proposals")  # fmt: skip
+    if isinstance(classifier, SimCalConfig):
+        need(classifier.below >= 1, "classifier.below", f"1 or more, got {classifier.below}")
+        need(train.part == "cls", "train.part", f"cls: simcal keeps the softmax of init_from, got {train.part}")
 
 
 def _check_later_methods(classifier: ClassifierConfig, need: Need) -> None:

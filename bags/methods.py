@@ -19,6 +19,7 @@ from bags.classifier_sections import (
     SeesawConfig,
     SigmoidConfig,
     SigmoidFocalConfig,
+    SimCalConfig,
     SoftmaxConfig,
     TauNormConfig,
 )
@@ -37,6 +38,7 @@ from bags.classifiers.ncm import NearestClassMean
 from bags.classifiers.norcal import NorCal
 from bags.classifiers.seesaw import Seesaw
 from bags.classifiers.sigmoid import Sigmoid
+from bags.classifiers.simcal import SimCal
 from bags.classifiers.softmax import ReweightedSoftmax, Softmax, class_weights
 from bags.classifiers.tau_norm import TauNorm
 from bags.data.statistics import CategoryStats
@@ -84,6 +86,8 @@ def build_classifier(
             return ACSL(in_features, images, threshold)
         case ClassBalancedSigmoidConfig(beta=beta, prior=prior):
             return ClassBalancedSigmoid(in_features, counts, beta, prior)
+        case SimCalConfig(below=below):
+            return SimCal(in_features, counts, below)
     raise TypeError(f"no classifier for {type(config).__name__}")
 
 

@@ -113,6 +113,13 @@ class TailOnlyConfig:
 
 
 @dataclass(frozen=True)
+class ClassBalancedConfig:
+    """Categories in turn, an image of each, its proposals of that category and as many of background."""
+
+    name: Literal["class_balanced"] = "class_balanced"
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Trained part and schedule."""
 
@@ -157,7 +164,7 @@ class TestConfig:
     bins: tuple[int, ...] = (10, 100, 1000)  # training instances, for AP1, AP2, ...
 
 
-SamplerConfig = UniformConfig | RepeatFactorConfig | TailOnlyConfig
+SamplerConfig = UniformConfig | RepeatFactorConfig | TailOnlyConfig | ClassBalancedConfig
 
 
 @dataclass(frozen=True)

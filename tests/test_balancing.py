@@ -305,7 +305,7 @@ def test_what_cannot_be_balanced(small):
         bags.balance(small, COUNTS, classifier="bag")
     with pytest.raises(ValueError, match="keep_weights: the layer of group_softmax"):
         bags.balance(small, COUNTS, keep_weights=True)
-    with pytest.raises(ValueError, match="norcal: nothing of it is trained"):
+    with pytest.raises(ValueError, match="norcal: works with the detector"):
         bags.balance(small, COUNTS, classifier="norcal")
     with pytest.raises(ValueError, match="has 3 categories, the detector 4"):
         bags.balance(small, COUNTS, classifier=bags.Softmax(12, 3))

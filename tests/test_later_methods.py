@@ -1,15 +1,19 @@
 """The methods after the paper against slow versions (one proposal and one category at a time, written from the
 equations), hand-worked numbers and properties."""
 
+import json
 import math
 import multiprocessing
 
+import numpy as np
 import pytest
 import torch
 from test_methods import features, tensor
 
 import bags
 from bags.classifiers.base import CosineLinear
+from bags.data.samplers import ClassBalancedSampler
+from bags.engine.features import TrainingFeatures
 
 COUNTS = (3, 2000, 50, 7, 300, 40, 12, 5000)  # training instances of labels 1..8
 IMAGES = (3, 900, 45, 7, 101, 100, 10, 4000)
@@ -384,6 +388,96 @@ def test_acsl_on_background():
     assert not torch.equal(again, weights)
     scores = classifier.probs(torch.log(tensor([[1, 3, 1, 1, 1, 1, 1, 1, 1]])))
     assert scores[0, :3].tolist() == pytest.approx([0.5, 0.75, 0.5])
+
+
+# --------------------------------------------------------------------------- two heads, class-balanced proposals
+
+
+def test_simcal_by_hand():
+    """Label 1 is rare: its score comes from the second softmax; only that learns, and the first stays frozen."""
+    classifier = bags.SimCal(4, (5, 500), below=300)
+    logits = torch.log(tensor([[1, 1, 2, 3, 4, 1]]))  # original 1/4 1/4 1/2, calibrated 3/8 1/2 1/8
+    assert classifier.probs(logits).tolist() == [pytest.approx([0.25, 0.5, 0.5])]
+    assert classifier.loss(logits, torch.tensor([2]))["loss_classifier"].item() == pytest.approx(math.log(8))
+    classifier.requires_grad_(False)
+    assert not any(p.requires_grad for p in classifier.parameters())
+    classifier.requires_grad_(True)
+    assert {name for name, p in classifier.named_parameters() if p.requires_grad} == {
+        "calibrated.weight", "calibrated.bias",
+    }  # fmt: skip
+    classifier.loss(classifier(features(torch.randn(3, 4))), torch.tensor([0, 1, 2]))["loss_classifier"].backward()
+    assert classifier.linear.weight.grad is None and classifier.calibrated.weight.grad.abs().sum() > 0
+    norms = classifier.weight_norms().tolist()
+    calibrated, original = classifier.calibrated.weight.norm(dim=1), classifier.linear.weight.norm(dim=1)
+    assert norms == pytest.approx([original[0].item(), calibrated[1].item(), original[2].item()])
+
+
+def small_index(tmp_path):
+    """Labels per image: 1 1 2 | 1 | 3 (and a crowd of 2) | nothing; a fourth category never occurs."""
+    shown = {1: [1, 1, 2], 2: [1], 3: [3], 4: []}
+    annotations = [
+        {"image_id": i, "category_id": c, "bbox": [1, 1, 5, 5], "area": 25, "iscrowd": 0}
+        for i, labels in shown.items()
+        for c in labels
+    ] + [{"image_id": 3, "category_id": 2, "bbox": [1, 1, 5, 5], "area": 25, "iscrowd": 1}]
+    for number, annotation in enumerate(annotations, start=1):
+        annotation["id"] = number
+    images = [{"id": i, "width": 20, "height": 20, "file_name": f"{i}.png"} for i in shown]
+    categories = [{"id": c, "name": f"c{c}"} for c in (1, 2, 3, 4)]
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return bags.AnnotationIndex.open(path)
+
+
+def test_class_balanced_sampler(tmp_path):
+    """Every category that occurs comes equally often, with an image that holds it; seeds and epochs repeat."""
+    sampler = ClassBalancedSampler(small_index(tmp_path), batch_size=3, seed=0)
+    assert sampler.batches_in(0) == len(sampler) == 2
+    images = {1: set(), 2: set(), 3: set()}
+    for epoch in range(40):
+        sampler.start(epoch)
+        keys = [key for batch in sampler for key in batch]
+        assert len(keys) == 6 and sorted(label for _, _, label in keys) == [1, 1, 2, 2, 3, 3]
+        assert {label for _, _, label in keys[:3]} == {1, 2, 3}
+        for position, _, label in keys:
+            images[label].add(position)
+    assert images == {1: {0, 1}, 2: {0}, 3: {2}}
+    batches = list(sampler)
+    sampler.start(39, first_batch=1)
+    assert list(sampler) == batches[1:]
+    sampler.start(0)
+    assert list(sampler) != batches
+
+
+class TwoStages:
+    """A store of one image: labels of both stages; features are the rows' numbers."""
+
+    images = 1
+    labels = np.array([[1, 1], [1, 0], [2, 2], [0, 1], [0, 0], [0, 0], [0, 0], [3, 3]])
+
+    def __getitem__(self, _):
+        rows = np.zeros(8, [("label", np.int32, 2), ("is_object", bool)])
+        rows["label"] = self.labels
+        return np.repeat(np.arange(8.0)[:, None, None], 2, 1), rows
+
+
+def test_drawing_a_category_from_stored_proposals():
+    """All proposals of it, and as many of background; where there is less background, all of that."""
+    data = TrainingFeatures(TwoStages(), flip=0, batch_size=4, positive_fraction=0.5, resident=False)
+    drawn = set()
+    for seed in range(30):
+        features_of, labels = data[0, seed, 1]
+        assert [sorted(own.tolist()) for own in labels] == [[0, 0, 1, 1], [0, 0, 1, 1]]
+        assert [set(own[kept == 1, 0].tolist()) for own, kept in zip(features_of, labels, strict=True)] == [
+            {0, 1},
+            {0, 3},
+        ]
+        drawn |= set(features_of[0][labels[0] == 0, 0].tolist())
+    assert drawn == {3, 4, 5, 6}
+    assert data[0, 5, 1][0][0].equal(data[0, 5, 1][0][0])
+    assert [len(own) for own in data[0, 0, 3][1]] == [2, 2]
+    data.store.labels = np.array([[1, 1]] * 7 + [[0, 0]])
+    assert [len(own) for own in data[0, 0, 1][1]] == [8, 8]
 
 
 # --------------------------------------------------------------------------- all of them

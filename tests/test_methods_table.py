@@ -50,7 +50,7 @@ def test_every_method_has_a_row_of_its_own(table):
     states = [torch.load(runs / "tiny" / r.config / "last.pth", weights_only=True)["model"] for r in METHODS.rows]
     stages = [s["roi_heads.classifier.linear.weight"] for s in states]
     # Every tiny category is rare, so DropLoss drops nothing that EQL does not.
-    alike = [{"softmax", "norcal", "logit_adjustment_scores"}, {"eql", "drop_loss"}]
+    alike = [{"softmax", "norcal", "logit_adjustment_scores", "simcal"}, {"eql", "drop_loss"}]
     for row, weight in zip(METHODS.rows, stages, strict=True):
         same = {o.config for o, w in zip(METHODS.rows, stages, strict=True) if torch.equal(w, weight)}
         assert same == next((group for group in alike if row.config in group), {row.config})
@@ -58,6 +58,9 @@ def test_every_method_has_a_row_of_its_own(table):
     for row, state in zip(METHODS.rows, states, strict=True):  # the classifier alone was trained
         frozen = all(torch.equal(v, state[k]) for k, v in base.items() if "classifier" not in k)
         assert frozen != (row.config.endswith("_all") or row.config == "rfs")
+    two = next(s for r, s in zip(METHODS.rows, states, strict=True) if r.config == "simcal")
+    start = next(s for r, s in zip(METHODS.rows, states, strict=True) if r.config == "softmax_balanced")
+    assert not torch.equal(two["roi_heads.classifier.calibrated.weight"], start["roi_heads.classifier.linear.weight"])
 
 
 def test_seconds_are_of_the_own_steps(table):
@@ -109,6 +112,8 @@ def test_methods_combine_with_other_samplers_and_the_whole_detector():
         ("classifier={name: class_balanced_sigmoid, beta: 1}", "classifier.beta: expected 0 <= beta < 1"),
         ("classifier={name: logit_adjustment, adjust: both}", "classifier.adjust"),
         ("classifier={name: seesaw, gamma: 1}", "classifier.gamma"),
+        ("classifier={name: simcal}", "train.part: expected cls: simcal keeps the softmax"),
+        ("sampler={name: class_balanced}", "train.features: expected cached"),
     ],
 )
 def test_impossible_settings(override, message):

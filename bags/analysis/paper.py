@@ -138,6 +138,8 @@ METHODS = PaperTable(
         Row("NorCal", "norcal"),
         Row("logit adjustment of the scores", "logit_adjustment_scores"),
         Row("softmax, retrained", "softmax_retrained"),
+        Row("softmax, class-balanced proposals", "softmax_balanced"),
+        Row("SimCal", "simcal"),
         Row("BAGS", "bags", (23.1, 13.1, 22.5, 28.2)),
         Row("logit adjustment (Balanced Softmax)", "logit_adjustment"),
         Row("Seesaw", "seesaw"),
