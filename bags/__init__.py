@@ -29,6 +29,7 @@ _PUBLIC = {
     "balance": "bags.balancing",
     "build_detector": "bags.build",
     "class_weights": "bags.classifiers.softmax",
+    "equal_boundaries": "bags.classifiers.groups",
     "evaluate": "bags.evaluation.detection_ap",
     "load_config": "bags.config",
     "load_detector": "bags.build",

@@ -22,6 +22,9 @@ class GroupSoftmaxConfig:
     others: bool = True  # o in Table 4
     group_weights: tuple[float, ...] | None = None  # factors of the groups' losses, the background group's first
     reweight: bool = False  # samples of a group weighted by 1/n within it
+    equal_groups: int = 0  # not in the paper: so many groups of equal total instances, in place of boundaries
+    scale: float = 0.0  # not in the paper: of a cosine layer; 0: a linear layer
+    temperatures: tuple[float, ...] | Literal["learned"] | None = None  # not in the paper: of the groups' softmaxes
 
 
 @dataclass(frozen=True)

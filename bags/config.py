@@ -222,9 +222,14 @@ def _check_methods(config: Config, need: Need) -> None:
         case GroupSoftmaxConfig(boundaries=boundaries, others_ratio=beta, group_weights=weights):
             _need_rising(need, "classifier.boundaries", boundaries)
             need(isinstance(beta, str) or 0 <= beta < math.inf, "classifier.others_ratio", f"0 or more, got {beta}")
-            number = len(boundaries) + 2
+            number = (classifier.equal_groups or len(boundaries) + 1) + 1
             usable = weights is None or (len(weights) == number and all(0 <= w < math.inf for w in weights))
             need(usable, "classifier.group_weights", f"{number} numbers of 0 or more, got {weights}")
+            need(classifier.equal_groups >= 0, "classifier.equal_groups", f"0 or more, got {classifier.equal_groups}")
+            need(0 <= classifier.scale < math.inf, "classifier.scale", f"0 or more, got {classifier.scale}")
+            given = classifier.temperatures
+            usable = given in (None, "learned") or (len(given) == number and all(0 < t < math.inf for t in given))
+            need(usable, "classifier.temperatures", f"learned, or {number} numbers above 0, got {given}")
         case ReweightedSoftmaxConfig(beta=beta):
             need(0 <= beta < 1, "classifier.beta", f"0 <= beta < 1, got {beta}")
         case SigmoidFocalConfig(gamma=gamma, alpha=alpha):

@@ -32,7 +32,7 @@ from bags.classifiers.equalization_v2 import EqualizationLossV2
 from bags.classifiers.federated import Federated
 from bags.classifiers.focal import SigmoidFocal
 from bags.classifiers.group_softmax import GroupSoftmax
-from bags.classifiers.groups import assign_groups, within_group_weights
+from bags.classifiers.groups import CategoryGroups, assign_groups, equal_boundaries, within_group_weights
 from bags.classifiers.logit_adjustment import BalancedSigmoid, LogitAdjusted
 from bags.classifiers.ncm import NearestClassMean
 from bags.classifiers.norcal import NorCal
@@ -42,6 +42,7 @@ from bags.classifiers.simcal import SimCal
 from bags.classifiers.softmax import ReweightedSoftmax, Softmax, class_weights
 from bags.classifiers.tau_norm import TauNorm
 from bags.data.statistics import CategoryStats
+from bags.errors import UserError
 
 
 def build_classifier(
@@ -92,7 +93,7 @@ def build_classifier(
 
 
 def _group_softmax(config: GroupSoftmaxConfig, in_features: int, counts: Sequence[int]) -> GroupSoftmax:
-    groups = assign_groups(counts, config.boundaries)
+    groups = _groups(config, counts)
     weights = within_group_weights(groups, counts) if config.reweight else None
     return GroupSoftmax(
         in_features,
@@ -102,15 +103,26 @@ def _group_softmax(config: GroupSoftmaxConfig, in_features: int, counts: Sequenc
         config.others,
         config.group_weights,
         weights,
+        config.scale,
+        config.temperatures,
     )
+
+
+def _groups(config: GroupSoftmaxConfig, counts: Sequence[int]) -> CategoryGroups:
+    if not config.equal_groups:
+        return assign_groups(counts, config.boundaries)
+    try:
+        return assign_groups(counts, equal_boundaries(counts, config.equal_groups))
+    except ValueError as error:
+        raise UserError(f"classifier.{error}") from None
 
 
 def columns(config: ClassifierConfig, instance_counts: Sequence[int]) -> tuple:
     """What the rows of a classifier's layer stand for; equal for layers whose weights can be exchanged."""
     match config:
         case GroupSoftmaxConfig():
-            groups = assign_groups(instance_counts, config.boundaries)
-            return groups.group_of, config.background_group, config.others
+            groups = _groups(config, instance_counts)
+            return groups.group_of, config.background_group, config.others, config.scale > 0
         case SeesawConfig():
             return config.name, config.scale > 0
         case EQLv2Config():

@@ -14,7 +14,7 @@ ALLOWED = {
     "cached": {"build", "engine", "detectors", "data", "sections"},
     "analysis": {"evaluation", "config", "sections", "errors"},
     "balancing": {"methods", "classifiers.base", "classifier_sections", "detectors", "data.statistics"},
-    "methods": {"classifiers", "classifier_sections", "data.statistics"},
+    "methods": {"classifiers", "classifier_sections", "data.statistics", "errors"},
     "build": {
         "methods",
         "engine",

@@ -1,6 +1,7 @@
 """The methods after the paper against slow versions (one proposal and one category at a time, written from the
 equations), hand-worked numbers and properties."""
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -388,6 +389,85 @@ def test_acsl_on_background():
     assert not torch.equal(again, weights)
     scores = classifier.probs(torch.log(tensor([[1, 3, 1, 1, 1, 1, 1, 1, 1]])))
     assert scores[0, :3].tolist() == pytest.approx([0.5, 0.75, 0.5])
+
+
+# --------------------------------------------------------------------------- options of the grouped softmax
+
+
+def grouped(counts=(5, 50, 6), boundaries=(10,), **settings):
+    return bags.GroupSoftmax(4, bags.assign_groups(counts, boundaries), "n", **settings)
+
+
+def test_temperatures_by_hand():
+    """Labels 1, 3 in group 1, 2 in group 2. Dividing by 1/2 squares the odds, dividing by 2 takes their root."""
+    classifier = grouped(temperatures=(1, 0.5, 2))
+    logits = torch.log(tensor([[1, 3, 2, 1, 1, 1, 4]]))
+    expected = [0.25, 0.75 / 6, 0.75 * 2 / 3, 0.75 / 6]
+    assert classifier.probs(logits)[0].tolist() == pytest.approx(expected)
+    labels = torch.tensor([3])
+    assert classifier.loss(logits, labels) == grouped().loss(logits, labels)  # scores alone
+    for wrong in ((1, 2), (1, 0, 1), (1, 1, 1, 1)):
+        with pytest.raises(ValueError, match="temperatures"):
+            grouped(temperatures=wrong)
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_learned_temperatures(others):
+    """They start at 1; a factor of 2 for a group is the plain loss of its logits times 2; all are trained."""
+    torch.manual_seed(0)
+    classifier, plain = grouped(others=others, temperatures="learned"), grouped(others=others)
+    logits, labels = torch.randn(6, classifier.linear.out_features), torch.tensor([0, 1, 2, 3, 0, 1])
+    ours, theirs = classifier.loss(logits, labels), plain.loss(logits, labels)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert torch.equal(classifier.probs(logits), plain.probs(logits))
+    with torch.no_grad():
+        classifier.log_factors[1] = math.log(2)
+    doubled, group1 = logits.clone(), slice(2, 5) if others else slice(1, 3)
+    doubled[:, group1] *= 2
+    ours, theirs = classifier.loss(logits, labels), plain.loss(doubled, labels)
+    assert all(torch.allclose(ours[key], theirs[key]) for key in theirs)
+    assert torch.allclose(classifier.probs(logits), plain.probs(doubled))
+    sum(classifier.loss(logits, labels).values()).backward()
+    gradient = classifier.log_factors.grad.clone()
+    for n in range(3):  # by finite differences
+        found = []
+        for step in (1e-3, -1e-3):
+            with torch.no_grad():
+                classifier.log_factors[n] += step
+                found.append(sum(classifier.loss(logits.double(), labels).values()).item())
+                classifier.log_factors[n] -= step
+        assert (found[0] - found[1]) / 2e-3 == pytest.approx(gradient[n].item(), abs=1e-3)
+
+
+def test_cosine_layer_within_groups():
+    torch.manual_seed(0)
+    classifier, fc = grouped(scale=20.0), torch.randn(5, 4)
+    cosine = torch.cosine_similarity(fc[:, None], classifier.linear.weight[None], dim=2)
+    torch.testing.assert_close(classifier(features(fc)), 20 * cosine)
+    assert classifier.weight_norms().shape == (4,)
+    assert torch.equal(grouped(scale=0.0).linear.bias, torch.zeros(7))
+
+
+def test_equal_boundaries_by_hand_and_by_trying_all():
+    """Totals of 20 counts cut at any distinct counts: none has a smaller sum of squares."""
+    assert bags.equal_boundaries([1, 2, 3, 6], 2) == (6,)
+    assert bags.equal_boundaries([5, 5, 5, 15], 2) == (15,)
+    assert bags.equal_boundaries([4, 9], 1) == ()
+    assert bags.equal_boundaries([0, 0, 3], 2) == (3,)
+    generator = torch.Generator().manual_seed(0)
+    for number in (2, 3, 4):
+        counts = torch.randint(0, 60, (20,), generator=generator).square().tolist()
+        edges = sorted(set(counts))
+
+        def cost(boundaries, counts=counts):
+            groups = bags.assign_groups(counts, boundaries)
+            return sum(sum(counts[label - 1] for label in groups.members(g)) ** 2 for g in range(len(groups.sizes)))
+
+        least = min(cost(cut) for cut in itertools.combinations(edges[1:], number - 1))
+        found = bags.equal_boundaries(counts, number)
+        assert len(found) == number - 1 and cost(found) == least
+    with pytest.raises(ValueError, match="1 to 2"):
+        bags.equal_boundaries([4, 9, 9], 3)
 
 
 # --------------------------------------------------------------------------- two heads, class-balanced proposals

@@ -10,7 +10,10 @@ from conftest import ROOT, metrics, read_lines, run_script
 import bags
 from bags.analysis.paper import METHODS
 from bags.analysis.tables import read_seconds
+from bags.classifier_sections import GroupSoftmaxConfig
+from bags.data.statistics import CategoryStats
 from bags.engine.metrics import Clock
+from bags.methods import build_classifier
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,15 @@ def test_methods_combine_with_other_samplers_and_the_whole_detector():
         assert bags.load_config(folder / "bags.yaml", [f"classifier.name={name}"]).is_cached
 
 
+def test_groups_of_equal_instances_from_a_configuration():
+    """`equal_groups` replaces the boundaries; more of them than distinct counts is one clear error."""
+    stats = CategoryStats((1, 2, 3), ("a", "b", "c"), (500, 50, 450), (9, 9, 9))
+    classifier = build_classifier(GroupSoftmaxConfig(equal_groups=2, temperatures="learned"), 4, 0, stats)
+    assert classifier.groups.boundaries == (500,) and len(classifier.log_factors) == 3
+    with pytest.raises(bags.UserError, match="classifier.equal_groups: expected 1 to 3"):
+        build_classifier(GroupSoftmaxConfig(equal_groups=4), 4, 0, stats)
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
@@ -112,6 +124,10 @@ def test_methods_combine_with_other_samplers_and_the_whole_detector():
         ("classifier={name: class_balanced_sigmoid, beta: 1}", "classifier.beta: expected 0 <= beta < 1"),
         ("classifier={name: logit_adjustment, adjust: both}", "classifier.adjust"),
         ("classifier={name: seesaw, gamma: 1}", "classifier.gamma"),
+        ("classifier={name: group_softmax, scale: -1}", "classifier.scale"),
+        ("classifier={name: group_softmax, equal_groups: -1}", "classifier.equal_groups"),
+        ("classifier={name: group_softmax, temperatures: [1, 2]}", "classifier.temperatures: expected learned, or 5"),
+        ("classifier={name: group_softmax, temperatures: warm}", "classifier.temperatures"),
         ("classifier={name: simcal}", "train.part: expected cls: simcal keeps the softmax"),
         ("sampler={name: class_balanced}", "train.features: expected cached"),
     ],
