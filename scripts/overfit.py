@@ -73,7 +73,7 @@ def overfit(framework: str, classifier: str, overrides: list[str]) -> bool:
     config = load_config(file, [*CLASSIFIERS[classifier], f"name={framework}-{classifier}", *overrides])
     start = time.perf_counter()
     with distributed(config.device) as device:
-        run(config, device)
+        run([config], device)
     metrics = json.loads((config.run_folder / "metrics.json").read_text())
     found = {key: metrics[key] for key in ("AP50", "mask_AP50") if key in metrics}
     good = min(found.values()) > 0.9

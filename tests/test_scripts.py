@@ -194,3 +194,12 @@ def test_checkpoint_is_self_contained(job, glyphs, tmp_path):
     categories = {c["id"]: c["name"] for c in json.loads((glyphs / "val.json").read_text())["categories"]}
     assert entries and all(categories[e["category_id"]] == e["category"] for e in entries)
     assert {e["file_name"] for e in entries} <= {"photos/plain.png", "photos/00000001.jpg"}
+
+
+def test_overfit_says_what_failed():
+    """One epoch is not enough; the script itself is what is tested here."""
+    done = run_script("overfit", "faster_rcnn", "--classifiers", "group_softmax", "train.epochs=1", "device=cpu")
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.startswith("faster_rcnn group_softmax: AP50 0.") and done.stdout.endswith("FAILED\n")
+    done = run_script("overfit", "fast_rcnn")
+    assert done.returncode == 2 and "fast_rcnn: expected one of faster_rcnn, mask_rcnn" in done.stderr
