@@ -1,7 +1,7 @@
 """Equalization loss (EQL; Tan et al., CVPR 2020).
 
-Published (Mask R-CNN R50, mask AP / APr APc APf): LVIS v1, 12 epochs, 18.6 / 2.1 17.4 27.2 against 16.1 / 0.0 12.0 27.4 of
-softmax (table of the authors' later repository); LVIS v0.5 24.0 / 9.4 25.2 28.4 against 21.2 / 3.2 21.1 28.7.
+Published (Mask R-CNN R50, mask AP / APr APc APf): LVIS v1, 12 epochs, 18.6 / 2.1 17.4 27.2 against 16.1 / 0.0 12.0 27.4
+of softmax (table of the authors' later repository); LVIS v0.5 24.0 / 9.4 25.2 28.4 against 21.2 / 3.2 21.1 28.7.
 """
 
 from collections.abc import Sequence
