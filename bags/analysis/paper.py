@@ -141,6 +141,7 @@ METHODS = PaperTable(
         Row("softmax, class-balanced proposals", "softmax_balanced"),
         Row("SimCal", "simcal"),
         Row("BAGS", "bags", (23.1, 13.1, 22.5, 28.2)),
+        Row("BAGS, cosine layer", "bags_cosine"),
         Row("logit adjustment (Balanced Softmax)", "logit_adjustment"),
         Row("Seesaw", "seesaw"),
         Row("sigmoid", "sigmoid"),
