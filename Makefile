@@ -3,7 +3,7 @@
 #   CONFIG      a YAML file, or a folder whose rows are all run      GPUS    processes (torchrun), one per GPU
 #   CHECKPOINT  what eval and predict use                            ARGS    section.key=value overrides, or flags
 #   IMAGES      what predict looks at                                RUNS    run folders that table compares
-#   TABLE       which table of the paper (1, 2, 3, 4, fig4)
+#   TABLE       which table of the paper (1, 2, 3, 4, fig4), or methods
 #   PYTHON      the interpreter that makes VENV                      VENV    an existing environment can be used
 
 CONFIG ?= configs/glyphs-100
@@ -38,7 +38,7 @@ eval: $(READY)  ## Evaluate CHECKPOINT on its validation set
 predict: $(READY)  ## Draw what CHECKPOINT finds in IMAGES (a file or a folder) to predictions/
 	$(BIN)/python scripts/predict.py $(CHECKPOINT) $(IMAGES) $(ARGS)
 
-table: $(READY)  ## Compare the finished runs in RUNS; or TABLE=1, 2, 3, 4 or fig4 of the paper, running what CONFIG lacks
+table: $(READY)  ## Compare the finished runs in RUNS; or TABLE=1, 2, 3, 4, fig4 or methods, running what CONFIG lacks
 	$(if $(TABLE),$(LAUNCH) scripts/tables.py --paper $(TABLE) $(CONFIG),$(BIN)/python scripts/tables.py $(RUNS)) $(ARGS)
 
 test: $(READY)  ## Run the tests

@@ -1,4 +1,4 @@
-"""Configuration -> objects. The only place that maps a name to a class."""
+"""Configuration -> objects: data, detectors, detections on disk."""
 
 import hashlib
 import itertools
@@ -12,18 +12,16 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from bags import distributed
-from bags.classifiers.base import ProposalClassifier
-from bags.classifiers.focal import SigmoidFocal
-from bags.classifiers.group_softmax import GroupSoftmax
-from bags.classifiers.groups import assign_groups, within_group_weights
-from bags.classifiers.ncm import NearestClassMean
-from bags.classifiers.norcal import NorCal
-from bags.classifiers.softmax import ReweightedSoftmax, Softmax, class_weights
-from bags.classifiers.tau_norm import TauNorm
 from bags.config import config_from_dict, override_config
 from bags.data.dataset import DetectionDataset, collate
 from bags.data.index import AnnotationIndex
-from bags.data.samplers import RepeatFactorSampler, ShardSampler, TrainSampler, repeat_factors
+from bags.data.samplers import (
+    ClassBalancedSampler,
+    RepeatFactorSampler,
+    ShardSampler,
+    TrainSampler,
+    repeat_factors,
+)
 from bags.data.statistics import CategoryStats
 from bags.data.transforms import short_sides, training_transform
 from bags.detectors.backbones import build_backbone, load_backbone_weights
@@ -35,21 +33,8 @@ from bags.engine.predict import predict
 from bags.errors import UserError
 from bags.evaluation.detection_ap import Scores, score
 from bags.evaluation.proposal_accuracy import ProposalAccuracy
-from bags.sections import (
-    ClassifierConfig,
-    Config,
-    DetectorConfig,
-    GroupSoftmaxConfig,
-    NCMConfig,
-    NorCalConfig,
-    RepeatFactorConfig,
-    ReweightedSoftmaxConfig,
-    SigmoidFocalConfig,
-    SoftmaxConfig,
-    TailOnlyConfig,
-    TauNormConfig,
-    UniformConfig,
-)
+from bags.methods import build_classifier, columns
+from bags.sections import ClassBalancedConfig, Config, DetectorConfig, RepeatFactorConfig, TailOnlyConfig, UniformConfig
 
 
 def open_index(config: Config, split: str) -> AnnotationIndex:
@@ -80,6 +65,8 @@ def build_train_loader(config: Config, index: AnnotationIndex, stats: CategorySt
     match config.sampler:
         case RepeatFactorConfig(threshold=threshold, released=released):
             sampler = RepeatFactorSampler(repeat_factors(index, threshold, released), batch_size, seed, wide)
+        case ClassBalancedConfig():
+            sampler = ClassBalancedSampler(index, batch_size, seed)
         case UniformConfig() | TailOnlyConfig():
             sampler = TrainSampler(len(index), batch_size, seed, wide)
     if CONVENTIONS[config.detector.conventions].augments:
@@ -120,49 +107,6 @@ def loader(config: Config, dataset: Dataset, batches: Iterable[list], join: Call
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
     )
-
-
-def build_classifier(
-    config: ClassifierConfig, in_features: int, pooled_features: int, stats: CategoryStats
-) -> ProposalClassifier:
-    """The classifier that `config.name` names, untrained. Features: numbers per proposal in BoxFeatures."""
-    counts, number = stats.instance_counts, stats.num_categories
-    match config:
-        case SoftmaxConfig():
-            return Softmax(in_features, number)
-        case ReweightedSoftmaxConfig(weighting=weighting, beta=beta):
-            return ReweightedSoftmax(in_features, class_weights(counts, weighting, beta))
-        case SigmoidFocalConfig(gamma=gamma, alpha=alpha):
-            return SigmoidFocal(in_features, number, gamma, alpha)
-        case NCMConfig(features=features, scale=scale):
-            width = in_features if features == "fc" else pooled_features
-            return NearestClassMean(in_features, number, width, features, scale)
-        case TauNormConfig(tau=tau, select=select, background=background, tail_below=below):
-            tail = [label for label, count in enumerate(counts, start=1) if count < below]
-            return TauNorm(in_features, number, tau, select, background, tail)
-        case NorCalConfig(gamma=gamma, counts=kind):
-            return NorCal(in_features, stats.image_counts if kind == "images" else counts, gamma)
-        case GroupSoftmaxConfig():
-            groups = assign_groups(counts, config.boundaries)
-            weights = within_group_weights(groups, counts) if config.reweight else None
-            return GroupSoftmax(
-                in_features,
-                groups,
-                config.others_ratio,
-                config.background_group,
-                config.others,
-                config.group_weights,
-                weights,
-            )
-    raise TypeError(f"no classifier for {type(config).__name__}")
-
-
-def _columns(config: ClassifierConfig, instance_counts: Sequence[int]) -> tuple:
-    """What the rows of a classifier's layer stand for; equal for layers whose weights can be exchanged."""
-    if isinstance(config, GroupSoftmaxConfig):
-        groups = assign_groups(instance_counts, config.boundaries)
-        return groups.group_of, config.background_group, config.others
-    return ()
 
 
 def build_detector(config: Config, stats: CategoryStats) -> nn.Module:
@@ -239,7 +183,7 @@ def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stat
     saved_stats = CategoryStats.from_dict(checkpoint["stats"], path)
     saved_config = config_from_dict(checkpoint["config"], f"{path}: config")
     saved = saved_config.classifier
-    same = _columns(saved, saved_stats.instance_counts) == _columns(config.classifier, stats.instance_counts)
+    same = columns(saved, saved_stats.instance_counts) == columns(config.classifier, stats.instance_counts)
     skip = ["classifier."] if config.detector.reset_classifier or not same else []
     if config.detector.other_categories:
         skip = ["classifier.", "mask_fcn_logits."]
@@ -250,9 +194,11 @@ def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stat
     if config.train.part != "all":
         _check_same_images(saved_config.detector, config.detector, path)
     new = load_weights(detector, checkpoint, skip)
-    if config.train.part == "none" and any("classifier.linear." in name for name in new):
+    keeps = "train.part=none" if config.train.part == "none" else None
+    keeps = "two heads" if config.classifier.name == "simcal" else keeps
+    if keeps and any("classifier.linear." in name for name in new):
         raise UserError(
-            f"{path}: with train.part=none the classifier {config.classifier.name} needs trained weights, but those of "
+            f"{path}: with {keeps} the classifier {config.classifier.name} needs trained weights, but those of "
             f"{saved.name} {'are reset by detector.reset_classifier' if same else 'are of another kind'}"
         )
     unused = [name for name in checkpoint["model"] if name not in detector.state_dict()]

@@ -7,6 +7,7 @@ wrong types and impossible values raise `UserError` before any data is read.
 """
 
 import dataclasses
+import itertools
 import math
 import typing
 from collections.abc import Callable
@@ -14,19 +15,24 @@ from pathlib import Path
 
 import yaml
 
-from bags.errors import UserError
-from bags.sections import (
-    Config,
-    DetectorConfig,
+from bags.classifier_sections import (
+    ACSLConfig,
+    ClassBalancedSigmoidConfig,
+    ClassifierConfig,
+    EQLv2Config,
+    FederatedConfig,
     GroupSoftmaxConfig,
+    LogitAdjustmentConfig,
     NCMConfig,
     NorCalConfig,
-    RepeatFactorConfig,
     ReweightedSoftmaxConfig,
+    SeesawConfig,
     SigmoidFocalConfig,
-    TailOnlyConfig,
+    SimCalConfig,
     TauNormConfig,
 )
+from bags.errors import UserError
+from bags.sections import ClassBalancedConfig, Config, DetectorConfig, RepeatFactorConfig, TailOnlyConfig
 from bags.typed_yaml import convert, merge, parse_yaml, read_tree
 
 
@@ -181,7 +187,7 @@ def _check_schedule(config: Config, need: Need) -> None:
         need(0 <= getattr(train, key) <= 1, f"train.{key}", f"0 to 1, got {getattr(train, key)}")
     need(0 <= train.clip_norm < math.inf, "train.clip_norm", f"0 (no clipping) or more, got {train.clip_norm}")
     need(train.warmup_iterations >= 0, "train.warmup_iterations", f"0 or more, got {train.warmup_iterations}")
-    rising_milestones = all(0 < a < b for a, b in zip(train.milestones, (*train.milestones[1:], math.inf), strict=True))
+    rising_milestones = all(a < b for a, b in itertools.pairwise((0, *train.milestones, math.inf)))
     need(rising_milestones, "train.milestones", f"rising epochs above 0, got {list(train.milestones)}")
     need(config.detector.init_from != "", "detector.init_from", "a checkpoint, row:NAME or null, got ''")
     need(train.part == "all" or config.detector.init_from is not None, "detector.init_from",
@@ -217,9 +223,14 @@ def _check_methods(config: Config, need: Need) -> None:
         case GroupSoftmaxConfig(boundaries=boundaries, others_ratio=beta, group_weights=weights):
             _need_rising(need, "classifier.boundaries", boundaries)
             need(isinstance(beta, str) or 0 <= beta < math.inf, "classifier.others_ratio", f"0 or more, got {beta}")
-            number = len(boundaries) + 2
+            number = (classifier.equal_groups or len(boundaries) + 1) + 1
             usable = weights is None or (len(weights) == number and all(0 <= w < math.inf for w in weights))
             need(usable, "classifier.group_weights", f"{number} numbers of 0 or more, got {weights}")
+            need(classifier.equal_groups >= 0, "classifier.equal_groups", f"0 or more, got {classifier.equal_groups}")
+            need(0 <= classifier.scale < math.inf, "classifier.scale", f"0 or more, got {classifier.scale}")
+            given = classifier.temperatures
+            usable = given in (None, "learned") or (len(given) == number and all(0 < t < math.inf for t in given))
+            need(usable, "classifier.temperatures", f"learned, or {number} numbers above 0, got {given}")
         case ReweightedSoftmaxConfig(beta=beta):
             need(0 <= beta < 1, "classifier.beta", f"0 <= beta < 1, got {beta}")
         case SigmoidFocalConfig(gamma=gamma, alpha=alpha):
@@ -232,6 +243,7 @@ def _check_methods(config: Config, need: Need) -> None:
             need(below >= 1, "classifier.tail_below", f"1 or more, got {below}")
         case NorCalConfig(gamma=gamma):
             need(0 <= gamma < math.inf, "classifier.gamma", f"0 or more, got {gamma}")
+    _check_later_methods(classifier, need)
     if isinstance(classifier, NCMConfig | TauNormConfig | NorCalConfig):
         need(train.part == "none", "train.part", f"none: {classifier.name} trains nothing, got {train.part}")
     match config.sampler:
@@ -239,3 +251,34 @@ def _check_methods(config: Config, need: Need) -> None:
             need(0 < threshold <= 1, "sampler.threshold", f"above 0, to 1, got {threshold}")
         case TailOnlyConfig(below=below):
             need(below >= 1, "sampler.below", f"1 or more, got {below}")
+        case ClassBalancedConfig():
+            need(config.is_cached, "train.features",
+                 "cached, and train.part=cls: sampler class_balanced draws from stored proposals")  # fmt: skip
+    if isinstance(classifier, SimCalConfig):
+        need(classifier.below >= 1, "classifier.below", f"1 or more, got {classifier.below}")
+        need(train.part == "cls", "train.part", f"cls: simcal keeps the softmax of init_from, got {train.part}")
+
+
+def _check_later_methods(classifier: ClassifierConfig, need: Need) -> None:
+    prior = getattr(classifier, "prior", 0.5)
+    need(0 < prior < 1, "classifier.prior", f"a probability between 0 and 1, got {prior}")
+    tail = getattr(classifier, "tail_images", 0)
+    need(tail >= 0, "classifier.tail_images", f"0 or more, got {tail}")
+    not_negative: tuple[str, ...] = ()
+    match classifier:
+        case EQLv2Config():
+            not_negative = ("gamma", "mu", "alpha")
+        case SeesawConfig():
+            not_negative = ("p", "q", "scale")
+        case FederatedConfig(number=number):
+            need(number >= 1, "classifier.number", f"1 or more, got {number}")
+            not_negative = ("power",)
+        case LogitAdjustmentConfig():
+            not_negative = ("tau",)
+        case ACSLConfig(threshold=threshold):
+            need(0 < threshold < 1, "classifier.threshold", f"between 0 and 1, got {threshold}")
+        case ClassBalancedSigmoidConfig(beta=beta):
+            need(0 <= beta < 1, "classifier.beta", f"0 <= beta < 1, got {beta}")
+    for key in not_negative:
+        value = getattr(classifier, key)
+        need(0 <= value < math.inf, f"classifier.{key}", f"0 or more, got {value}")

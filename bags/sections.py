@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from bags.classifier_sections import ClassifierConfig, SoftmaxConfig
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -87,73 +89,6 @@ class DetectorConfig:
 
 
 @dataclass(frozen=True)
-class SoftmaxConfig:
-    """Plain softmax cross entropy (Eq. 1-2)."""
-
-    name: Literal["softmax"] = "softmax"
-
-
-@dataclass(frozen=True)
-class GroupSoftmaxConfig:
-    """Balanced Group Softmax (Eq. 3-5)."""
-
-    name: Literal["group_softmax"] = "group_softmax"
-    boundaries: tuple[int, ...] = (10, 100, 1000)  # training instances
-    others_ratio: float | Literal["n", "all"] = 8.0  # beta
-    background_group: bool = True  # b in Table 4
-    others: bool = True  # o in Table 4
-    group_weights: tuple[float, ...] | None = None  # factors of the groups' losses, the background group's first
-    reweight: bool = False  # samples of a group weighted by 1/n within it
-
-
-@dataclass(frozen=True)
-class ReweightedSoftmaxConfig:
-    """Softmax cross entropy weighted by training counts."""
-
-    name: Literal["reweighted_softmax"] = "reweighted_softmax"
-    weighting: Literal["inverse", "effective_number", "effective_number_clipped"] = "inverse"
-    beta: float = 0.999  # of the effective number
-
-
-@dataclass(frozen=True)
-class SigmoidFocalConfig:
-    """Sigmoid focal loss at proposal level."""
-
-    name: Literal["sigmoid_focal"] = "sigmoid_focal"
-    gamma: float = 2.0
-    alpha: float = 0.25
-
-
-@dataclass(frozen=True)
-class NCMConfig:
-    """Nearest class mean; takes a trained softmax, trains nothing."""
-
-    name: Literal["ncm"] = "ncm"
-    features: Literal["fc", "conv"] = "fc"
-    scale: float = 1.0  # of the cosine similarities
-
-
-@dataclass(frozen=True)
-class TauNormConfig:
-    """tau-normalisation; takes a trained softmax, trains nothing."""
-
-    name: Literal["tau_norm"] = "tau_norm"
-    tau: float = 1.0
-    select: Literal["none", "foreground", "foreground_tail"] = "none"  # which proposals take the new scores
-    background: bool = True  # normalise the background's vector too
-    tail_below: int = 100  # training instances, for foreground_tail
-
-
-@dataclass(frozen=True)
-class NorCalConfig:
-    """Normalised calibration; takes a trained softmax, trains nothing."""
-
-    name: Literal["norcal"] = "norcal"
-    gamma: float = 0.6
-    counts: Literal["images", "instances"] = "images"  # what a category's exp(logit) is divided by, to the gamma
-
-
-@dataclass(frozen=True)
 class UniformConfig:
     """Every image once per epoch."""
 
@@ -175,6 +110,13 @@ class TailOnlyConfig:
 
     name: Literal["tail_only"] = "tail_only"
     below: int = 100  # training instances
+
+
+@dataclass(frozen=True)
+class ClassBalancedConfig:
+    """Categories in turn, an image of each, its proposals of that category and as many of background."""
+
+    name: Literal["class_balanced"] = "class_balanced"
 
 
 @dataclass(frozen=True)
@@ -222,16 +164,7 @@ class TestConfig:
     bins: tuple[int, ...] = (10, 100, 1000)  # training instances, for AP1, AP2, ...
 
 
-ClassifierConfig = (
-    SoftmaxConfig
-    | GroupSoftmaxConfig
-    | ReweightedSoftmaxConfig
-    | SigmoidFocalConfig
-    | NCMConfig
-    | TauNormConfig
-    | NorCalConfig
-)
-SamplerConfig = UniformConfig | RepeatFactorConfig | TailOnlyConfig
+SamplerConfig = UniformConfig | RepeatFactorConfig | TailOnlyConfig | ClassBalancedConfig
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torchvision
 
 from bags.build import build_detector, load_detector
+from bags.classifier_sections import NCMConfig, ReweightedSoftmaxConfig, SoftmaxConfig, TauNormConfig
 from bags.config import config_to_dict, load_config, override_config
 from bags.data.index import AnnotationIndex
 from bags.data.packing import read_json
@@ -37,7 +38,7 @@ from bags.detectors.weights import (
 )
 from bags.engine.checkpoint import FORMAT, write_file
 from bags.errors import UserError, run_script
-from bags.sections import Config, NCMConfig, NorCalConfig, ReweightedSoftmaxConfig, SoftmaxConfig, TauNormConfig
+from bags.sections import Config
 
 TORCHVISION_ANCHORS = {
     "resnet": ((32,), (64,), (128,), (256,), (512,)),

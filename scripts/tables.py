@@ -5,7 +5,8 @@
     python scripts/tables.py runs/glyphs-100/softmax runs/glyphs-100/bags
     python scripts/tables.py --paper 1 configs/glyphs-100          # the paper's table; runs what is missing
 
-`--paper` is 1, 2, 3, 4 or fig4; it takes section.key=value overrides and --seeds as train.py does. Without
+`--paper` is 1, 2, 3, 4 or fig4, or methods: later ones beside BAGS, with the seconds of their training steps and the
+published numbers that can be compared. It takes section.key=value overrides and --seeds as train.py does. Without
 it, figures are written to `figures` beside the first seed's run folders: weight_norms.png (the paper's
 Figures 1 and 3 for these runs) and predictions.png (validation images, every run's boxes).
 """
@@ -29,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders, or folders of them; with --paper a folder of configs")
     parser.add_argument("--no-figures", action="store_true", help="print the table only")
-    parser.add_argument("--paper", help="a table of the paper: 1, 2, 3, 4 or fig4")
+    parser.add_argument("--paper", help="a table of the paper: 1, 2, 3, 4 or fig4; or methods")
     parser.add_argument("--seeds", help="with --paper: comma-separated, for mean and deviation")
     arguments = parser.parse_intermixed_args()
     if arguments.paper:
@@ -49,18 +50,20 @@ def main() -> None:
 
 def paper_table(name: str, arguments: list[str], seeds: str | None) -> None:
     """Runs the rows of a paper's table that are missing, and the rows that they start from; prints it."""
-    from bags.analysis.paper import PAPER
-    from bags.analysis.tables import read_metrics, render_paper_table
+    from bags.analysis.paper import METHODS, PAPER
+    from bags.analysis.tables import read_metrics, read_seconds, render_paper_table
     from bags.config import load_config
     from scripts.train import in_order, run_jobs, seeds_of, split_arguments
 
-    if name not in PAPER:
-        raise UserError(f"--paper {name}: expected one of {', '.join(PAPER)}")
+    tables = {**PAPER, "methods": METHODS}
+    if name not in tables:
+        raise UserError(f"--paper {name}: expected one of {', '.join(tables)}")
+    table = tables[name]
     paths, overrides = split_arguments(arguments)
     folders = [path for path in paths if path.is_dir()]
     if len(folders) != len(paths) or len(folders) != 1:
         raise UserError(f"--paper {name}: expected one folder of configurations, got {paths}")
-    files = {row.config: _row_file(folders[0], row.config) for row in PAPER[name].rows}
+    files = {row.config: _row_file(folders[0], row.config) for row in table.rows}
     waiting = list(files.values())
     while waiting:
         source = load_config(waiting.pop(), overrides).init_row
@@ -74,17 +77,21 @@ def paper_table(name: str, arguments: list[str], seeds: str | None) -> None:
         raise UserError(f"{files[odd]}: name is {named[odd]}; a row of a table keeps its file's name: remove `name`")
 
     def show(rows: dict[str, list[Path]]) -> None:
-        published = load_config(next(iter(files.values())), overrides).data.name.startswith("lvis")
-        runs = {row: [read_metrics(run) for run in folders] for row, folders in rows.items()}
-        print(f"\n{render_paper_table(PAPER[name], runs, published)}")
+        published = table.foreign or load_config(next(iter(files.values())), overrides).data.name.startswith("lvis")
+        runs = {
+            row: [read_metrics(run) | {"seconds": read_seconds(run)} for run in folders]
+            for row, folders in rows.items()
+        }
+        print(f"\n{render_paper_table(table, runs, published)}")
 
     run_jobs([in_order(list(files.values()), overrides, seed) for seed in seeds_of(seeds)], show)
 
 
 def _row_file(folder: Path, stem: str) -> Path:
-    found = [path for path in (folder / f"{stem}.yaml", folder / "paper" / f"{stem}.yaml") if path.exists()]
+    paths = [folder / inner / f"{stem}.yaml" for inner in ("", "paper", "more")]
+    found = [path for path in paths if path.exists()]
     if not found:
-        raise UserError(f"{folder}: no {stem}.yaml there or in {folder / 'paper'}: this table needs that row")
+        raise UserError(f"{folder}: no {stem}.yaml there, in paper or in more: this table needs that row")
     return found[0]
 
 

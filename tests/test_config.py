@@ -8,8 +8,8 @@ from conftest import ROOT
 
 import bags
 from bags.analysis.paper import PAPER
+from bags.classifier_sections import GroupSoftmaxConfig, SoftmaxConfig
 from bags.config import config_from_dict, config_to_dict, save_config
-from bags.sections import GroupSoftmaxConfig, SoftmaxConfig
 
 
 def write(folder, name="row.yaml", **content):
@@ -98,6 +98,10 @@ def test_files_that_are_not_configurations(tmp_path):
         bags.load_config(tmp_path / "tag.yaml")
     with pytest.raises(bags.UserError, match="expected section.key=value"):
         bags.load_config(tmp_path / "softmax.yaml", ["train.lr"])
+
+
+def test_a_schedule_without_milestones():
+    assert bags.load_config(ROOT / "configs/glyphs-100/softmax.yaml", ["train.milestones=[]"]).train.milestones == ()
 
 
 def test_every_shipped_configuration_loads():

@@ -20,6 +20,13 @@ from bags.build import (
     load_detector,
     predict_and_evaluate,
 )
+from bags.classifier_sections import (
+    GroupSoftmaxConfig,
+    NCMConfig,
+    ReweightedSoftmaxConfig,
+    SigmoidFocalConfig,
+    TauNormConfig,
+)
 from bags.classifiers.base import BoxFeatures
 from bags.classifiers.softmax import class_weights
 from bags.data.statistics import CategoryStats
@@ -27,7 +34,6 @@ from bags.detectors import postprocess
 from bags.detectors.postprocess import select_detections
 from bags.detectors.roi_heads import RoIHeads, box_loss
 from bags.engine.optim import build_optimizer, epoch_at, learning_rate, set_trained_part, train_mode
-from bags.sections import GroupSoftmaxConfig, NCMConfig, ReweightedSoftmaxConfig, SigmoidFocalConfig, TauNormConfig
 
 STATS = CategoryStats((1, 2, 3), ("a", "b", "c"), (500, 50, 5), (300, 40, 5))
 

@@ -15,7 +15,6 @@ from bags.evaluation.detection_ap import Scores
 COLUMNS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf", "AP50", "AP_tail", "AP_head", "AP_fixed",
            "mask_AP", "mask_AP_tail", "mask_AP_head")  # fmt: skip
 TITLES = {"AP": "mAP", "AP_tail": "tail", "AP_head": "head", "mask_AP": "mask mAP"}
-PUBLISHED = "published, LVIS v0.5"
 AGAIN = "remove it and give the training command again: only the evaluation is run"
 
 
@@ -29,6 +28,17 @@ def read_metrics(folder: Path) -> dict[str, float]:
     if not isinstance(values, dict) or not all(v is None or type(v) in (int, float) for v in values.values()):
         raise UserError(f"{path}: expected numbers by name; {AGAIN}")
     return {key: math.nan if value is None else value for key, value in values.items()}
+
+
+def read_seconds(folder: Path) -> float:
+    """What a run's own optimisation steps took, of its log; NaN where it has none."""
+    path, spent = folder / "log.jsonl", math.nan
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            spent = json.loads(line).get("seconds", spent)
+        except (ValueError, AttributeError):
+            continue  # the last line of a killed run
+    return spent
 
 
 def write_metrics(folder: Path, values: dict[str, float]) -> None:
@@ -94,8 +104,8 @@ def render_paper_table(table: PaperTable, runs: dict[str, list[dict[str, float]]
     for row in table.rows:
         rows[row.title] = runs[row.config]
         if published and row.published:
-            numbers = zip(table.columns, row.published, strict=True)
-            rows[f"  {PUBLISHED} {row.title}"] = [{column: value / 100 for column, value in numbers}]
+            numbers = zip(table.published_columns or table.columns, row.published, strict=True)
+            rows[f"  {table.source} {row.title}"] = [{column: value / 100 for column, value in numbers}]
     return f"{table.title}\n\n{render_table(rows, table.columns, decimals=2)}"
 
 
@@ -107,12 +117,16 @@ def render_table(rows: dict[str, list[dict[str, float]]], columns: Sequence[str]
     columns = [c for c in columns if any(c in run for runs in rows.values() for run in runs)]
     table = [["method", *(_title(c) for c in columns)]]
     for name, runs in rows.items():
-        cells = ([100 * run.get(column, math.nan) for run in runs] for column in columns)
+        cells = ([_shown(column) * run.get(column, math.nan) for run in runs] for column in columns)
         table.append([name, *(spread(values, f".{decimals}f") for values in cells)])
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = ["| " + " | ".join(_pad(row, widths)) + " |" for row in table]
     lines.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
     return "\n".join(lines)
+
+
+def _shown(column: str) -> float:
+    return 1.0 if column == "seconds" else 100.0  # percent
 
 
 def _title(column: str) -> str:

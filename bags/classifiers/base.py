@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -53,6 +55,27 @@ def new_linear(in_features: int, outputs: int) -> nn.Linear:
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+class CosineLinear(nn.Linear):
+    """`scale` times the cosine of feature and weight vector, plus bias; a zero vector gives 0."""
+
+    def __init__(self, in_features: int, outputs: int, scale: float):
+        super().__init__(in_features, outputs)
+        self.scale = scale
+        nn.init.normal_(self.weight, std=0.01)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[R, in_features] -> [R, outputs]."""
+        return F.linear(self.scale * F.normalize(features, dim=1), F.normalize(self.weight, dim=1), self.bias)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Added up over all processes, in place: what a classifier counts is the same on each of them."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+    return values
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from bags.classifiers.base import BoxFeatures, ProposalClassifier, at_least_float32, new_linear
+from bags.classifiers.base import BoxFeatures, CosineLinear, ProposalClassifier, at_least_float32, new_linear
 from bags.classifiers.groups import CategoryGroups
 
 NEVER = -1e4  # the logit of a column that a variant lacks: probability 0, and finite even in float16
@@ -32,6 +32,10 @@ class GroupSoftmax(ProposalClassifier):
     group_weights     [1 + N] factors of the losses, the background group's first
     class_weights     [C + 1] factors of each label's foreground samples (see `groups.within_group_weights`);
                       the released `with0_reweight` variant
+    Not in the paper:
+    scale             of a cosine layer (its factor); 0 is the paper's linear layer
+    temperatures      [1 + N] numbers that divide each group's logits before the softmax of the scores, the background
+                      group's first, or "learned": factors of the logits, trained with the layer
     Raises ValueError for an impossible choice.
     """
 
@@ -44,6 +48,8 @@ class GroupSoftmax(ProposalClassifier):
         others: bool = True,
         group_weights: Sequence[float] | None = None,
         class_weights: Tensor | None = None,
+        scale: float = 0.0,
+        temperatures: Sequence[float] | str | None = None,
     ):
         super().__init__()
         number = len(groups.sizes)
@@ -51,6 +57,9 @@ class GroupSoftmax(ProposalClassifier):
             raise ValueError(f"others_ratio: expected a number >= 0, 'n' or 'all', got {others_ratio!r}")
         if group_weights is not None and (len(group_weights) != number + 1 or min(group_weights) < 0):
             raise ValueError(f"group_weights: expected {number + 1} numbers >= 0, got {group_weights}")
+        learned, fixed = temperatures == "learned", () if temperatures is None else temperatures
+        if not learned and temperatures is not None and (len(fixed) != number + 1 or min(fixed) <= 0):
+            raise ValueError(f"temperatures: expected 'learned' or {number + 1} numbers above 0, got {temperatures}")
         self.groups, self.num_categories = groups, groups.num_categories
         self.others_ratio, self.background_group, self.others = others_ratio, background_group, others
         self.widths = [2, *(size + 1 for size in groups.sizes)]
@@ -77,10 +86,13 @@ class GroupSoftmax(ProposalClassifier):
         weights = torch.ones(self.num_categories + 1) if class_weights is None else class_weights
         self.uniform = class_weights is None
         real = fill.isnan().nonzero().squeeze(1)
+        self.log_factors = nn.Parameter(torch.zeros(number + 1)) if learned else None
+        sharpness = None if learned or temperatures is None else 1 / torch.tensor(fixed, dtype=torch.float64)
+        self.register_buffer("sharpness", sharpness, persistent=False)
         buffers = {"targets": targets, "columns": columns, "fill": fill, "real": real, "factors": factors}
         for name, value in (buffers | {"class_weights": weights}).items():
             self.register_buffer(name, value, persistent=False)
-        self.linear = new_linear(in_features, len(real))
+        self.linear = CosineLinear(in_features, len(real), scale) if scale else new_linear(in_features, len(real))
 
     def forward(self, features: BoxFeatures) -> Tensor:
         """Features -> logits [R, D]; D = L = C + 2 + N with `others` and `background_group`, else fewer."""
@@ -89,9 +101,14 @@ class GroupSoftmax(ProposalClassifier):
     def full_layout(self, logits: Tensor) -> Tensor:
         """[R, D] -> [R, L], at least float32."""
         logits = at_least_float32(logits)
-        if not self.variant:
-            return logits
-        return self.fill.to(logits.dtype).repeat(len(logits), 1).index_copy(1, self.real, logits)
+        if self.variant:
+            logits = self.fill.to(logits.dtype).repeat(len(logits), 1).index_copy(1, self.real, logits)
+        return logits if self.log_factors is None else logits * self._by_column(self.log_factors.exp(), logits)
+
+    def _by_column(self, of_group: Tensor, logits: Tensor) -> Tensor:
+        """[1 + N] -> [L], in the logits' type."""
+        widths = torch.tensor(self.widths, device=of_group.device)
+        return of_group.to(logits.dtype).repeat_interleave(widths, output_size=sum(self.widths))
 
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Eq. 5 with the sampling of section 4.3: one cross entropy per group, to be added up.
@@ -137,7 +154,10 @@ class GroupSoftmax(ProposalClassifier):
 
         [R, C+1]; column 0 is P(background). Rows do not sum to 1.
         """
-        parts = [torch.softmax(part, -1) for part in self.full_layout(logits).split(self.widths, dim=1)]
+        logits = self.full_layout(logits)
+        if self.sharpness is not None:
+            logits = logits * self._by_column(self.sharpness, logits)
+        parts = [torch.softmax(part, -1) for part in logits.split(self.widths, dim=1)]
         foreground = parts[0][:, 1:]
         scores = torch.cat([parts[0], *(part * foreground for part in parts[1:])], dim=1)[:, self.columns]
         if self.others and not self.background_group:

@@ -50,6 +50,32 @@ def assign_groups(
     return CategoryGroups(len(counts), tuple(sizes.tolist()), tuple(group_of.tolist()), edges)
 
 
+def equal_boundaries(instance_counts: Sequence[int] | Tensor, number: int) -> tuple[int, ...]:
+    """Boundaries of `number` groups whose total training instances are as equal as they can be.
+
+    That is, the sum of the squared totals is least (found exactly, by dynamic programming over the distinct
+    counts). instance_counts: [C]. Raises ValueError where there are fewer distinct counts than groups.
+    """
+    counts = torch.as_tensor(instance_counts).long()
+    values, times = counts.unique(return_counts=True)
+    if not 1 <= number <= len(values):
+        raise ValueError(
+            f"equal_groups: expected 1 to {len(values)}, as many as there are distinct counts, got {number}"
+        )
+    upto = torch.cat([torch.zeros(1), (values * times).double().cumsum(0)]).double() / max(int(counts.sum()), 1)
+    cost = (upto[None, :] - upto[:, None]) ** 2  # of a group of the distinct counts [row, column)
+    cost[torch.ones_like(cost, dtype=torch.bool).tril()] = torch.inf
+    best, starts = cost[0], []
+    for _ in range(number - 1):
+        best, start = (best[:, None] + cost).min(0)
+        starts.append(start)
+    edges, end = [], len(values)
+    for start in reversed(starts):
+        end = int(start[end])
+        edges.append(int(values[end]))
+    return tuple(reversed(edges))
+
+
 def within_group_weights(groups: CategoryGroups, instance_counts: Sequence[int] | Tensor) -> Tensor:
     """1/n over its mean within the category's group, clipped to [0.1, 5]: float64 [C+1], entry 0 (background) 1.
 

@@ -95,6 +95,38 @@ class RepeatFactorSampler(TrainSampler):
         return torch.repeat_interleave(torch.arange(self.size), stochastic_round(self.factors, generator))
 
 
+class ClassBalancedSampler(TrainSampler):
+    """Batches of (position, seed, label): categories in turn, and for each an image that holds one (SimCal, cRT).
+
+    The categories that occur come in random order, all of them once before any comes again; the image of each is
+    drawn anew. An epoch has as many batches as one over all images.
+    """
+
+    def __init__(self, index: AnnotationIndex, batch_size: int, seed: int):
+        super().__init__(len(index), batch_size, seed)
+        labels, owners = index.labels[~index.crowd], index.owners[~index.crowd]
+        pairs = np.unique(labels.astype(np.int64) * len(index) + owners)
+        self.labels, first = np.unique(pairs // len(index), return_index=True)
+        self.images = np.split(pairs % len(index), first[1:])
+
+    def batches_in(self, epoch: int) -> int:
+        """The same in every epoch."""
+        return -(-self.size // self.batch_size)
+
+    def _batches(self) -> list[list[tuple[int, int, int]]]:
+        generator = self._generator(self.epoch)
+        number = self.batches_in(self.epoch) * self.batch_size
+        rounds = -(-number // len(self.labels))
+        turns = torch.cat([torch.randperm(len(self.labels), generator=generator) for _ in range(rounds)])[:number]
+        shares = torch.rand(number, generator=generator, dtype=torch.float64).tolist()
+        seeds = torch.randint(2**31, (number,), generator=generator).tolist()
+        keys = [
+            (int(self.images[turn][int(share * len(self.images[turn]))]), seed, int(self.labels[turn]))
+            for turn, share, seed in zip(turns.tolist(), shares, seeds, strict=True)
+        ]
+        return [keys[first : first + self.batch_size] for first in range(0, number, self.batch_size)]
+
+
 def stochastic_round(factors: Tensor, generator: torch.Generator) -> Tensor:
     """Whole numbers whose expectation is `factors`, int64."""
     whole = factors.trunc()

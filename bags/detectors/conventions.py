@@ -59,6 +59,14 @@ class Transform(GeneralizedRCNNTransform):
         return result
 
 
+def _as_they_are(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    return boxes
+
+
+def _roi_align(names: list[str], side: int, samples: int, strides: list[int]) -> nn.Module:
+    return MultiScaleRoIAlign(names, side, samples)
+
+
 @dataclass(frozen=True)
 class Conventions:
     """Parts with torchvision's calling conventions; boxes are continuous x1, y1, x2, y2 in pixels everywhere.
@@ -86,8 +94,8 @@ class Conventions:
     box_coder: Callable[[tuple[float, ...]], BoxCoder] = BoxCoder
     clip: Callable[[Tensor, tuple[int, int]], Tensor] = clip_boxes_to_image
     least_side: float = 1e-2
-    suppressed_as: Callable[[Tensor, tuple[int, int]], Tensor] = lambda boxes, size: boxes
-    roi_align: Callable[..., nn.Module] = lambda names, side, samples, strides: MultiScaleRoIAlign(names, side, samples)
+    suppressed_as: Callable[[Tensor, tuple[int, int]], Tensor] = _as_they_are
+    roi_align: Callable[..., nn.Module] = _roi_align
     transform: type[GeneralizedRCNNTransform] = Transform
     augments: bool = False
     mask_targets: Callable[[Tensor, Tensor, Tensor, int], Tensor] = project_masks_on_boxes

@@ -142,7 +142,7 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
     def box_features(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes) -> BoxFeatures:
         """What the classifier and the box regression see of the boxes."""
         pooled = self.box_roi_pool(features, boxes, image_shapes)
-        return BoxFeatures(pooled, self.box_head(pooled))
+        return BoxFeatures(pooled, self.box_head(pooled).flatten(1))
 
     def box_losses(self, box_features: BoxFeatures, regression: Tensor, samples: Samples) -> dict[str, Tensor]:
         """The classifier's losses and loss_box_reg."""

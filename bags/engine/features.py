@@ -295,6 +295,8 @@ class _Shard:
 class TrainingFeatures(Dataset):
     """Samples drawn from a store as `RoIHeads` draws them from an image, for each (position, seed) anew.
 
+    For (position, seed, label) only the label's proposals are drawn, and as many of background (class-balanced).
+
     An item is ([features [n, D] of each stage], [labels [n] of each stage]); where the features are
     resident elsewhere, numbers of rows [n] stand for them.
     """
@@ -307,13 +309,13 @@ class TrainingFeatures(Dataset):
     def __len__(self) -> int:
         return self.store.images
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
-        position, seed = key
+    def __getitem__(self, key: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        position, seed, *label = key
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             mirrored = bool(torch.rand(1) < self.flip) if self.flip > 0 else False  # as v2.RandomHorizontalFlip
             fc, rows = self.store[position, mirrored]
-            drawn = self._draw(rows)
+            drawn = self._draw_label(rows, *label) if label else self._draw(rows)
         features, labels = [], []
         for stage, chosen in enumerate(drawn):
             labels.append(torch.from_numpy(rows["label"][chosen, stage].astype(np.int64)))
@@ -333,6 +335,15 @@ class TrainingFeatures(Dataset):
             chosen = available[torch.where(positive | negative)[0]]
             drawn.append(chosen)
             available = torch.cat([chosen[~is_object[chosen]], torch.where(is_object)[0]])
+        return drawn
+
+    def _draw_label(self, rows: np.ndarray, label: int) -> list[Tensor]:
+        """Rows [n] of each stage, each stage for itself: those of a label, and as many of background, if there are."""
+        drawn = []
+        for labels in torch.from_numpy(rows["label"].astype(np.int64)).unbind(1):
+            own, background = (torch.where(labels == wanted)[0] for wanted in (label, 0))
+            background = background[torch.randperm(len(background))[: len(own)]]
+            drawn.append(torch.cat([own, background]).sort().values)
         return drawn
 
 

@@ -18,11 +18,13 @@ class JsonLog:
 
     def __init__(self, path: Path, first_iteration: int = 0):
         """Keeps the steps before `first_iteration`; later ones will be run, and written, again."""
-        kept = []
+        kept, self.last = [], {}
         for line in path.read_text().splitlines() if path.exists() else []:
             try:
-                if json.loads(line)["iteration"] < first_iteration:
+                values = json.loads(line)
+                if values["iteration"] < first_iteration:
                     kept.append(line + "\n")
+                    self.last = values
             except (ValueError, TypeError, KeyError):
                 continue  # the last line of a killed run
         path.write_text("".join(kept))
@@ -38,14 +40,58 @@ class JsonLog:
         self.file.close()
 
 
+class Clock:
+    """Seconds spent inside `with clock:`, on the GPU where the device is one; nothing waits before it is asked."""
+
+    def __init__(self):
+        self.total, self.pairs, self.device = 0.0, [], torch.device("cpu")
+
+    def __enter__(self) -> None:
+        self.started = self._now()
+
+    def __exit__(self, *_) -> None:
+        if self.device.type == "cuda":
+            self.pairs.append((self.started, self._now()))
+        else:
+            self.total += self._now() - self.started
+
+    def _now(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> float:
+        """So far."""
+        for start, end in self.pairs:
+            end.synchronize()
+            self.total += start.elapsed_time(end) / 1000
+        self.pairs.clear()
+        return self.total
+
+
 class Monitor:
     """Follows one run: averages losses over ranks, logs them, moves the bar, stops at a loss that is not finite."""
 
-    def __init__(self, folder: Path, title: str, config: TrainConfig, done: int, total: int, bar: bool = True):
-        """`done` and `total` count iterations; bar: whether this run has one (in the main process)."""
-        self.title, self.config, self.total = title, config, total
+    def __init__(
+        self,
+        folder: Path,
+        title: str,
+        config: TrainConfig,
+        done: int,
+        total: int,
+        bar: bool = True,
+        clock: Clock | None = None,
+    ):
+        """`done` and `total` count iterations; bar: whether this run has one (in the main process).
+
+        clock: of the run's own steps; its seconds are logged, on top of those logged before.
+        """
+        self.title, self.config, self.total, self.clock = title, config, total, clock or Clock()
         main, images = distributed.is_main(), config.batch_size
         self.log = JsonLog(folder / "log.jsonl", done) if main else None
+        self.clock.total += self.log.last.get("seconds", 0.0) if main else 0.0
         self.bar = tqdm(
             total=total * images,
             initial=done * images,
@@ -88,7 +134,8 @@ class Monitor:
             now = time.perf_counter()
             rate = (steps - self.last_steps) * self.config.batch_size / (now - self.last_time)
             self.last_time, self.last_steps = now, steps
-            self.log.write(iteration=iteration, epoch=epoch, lr=lr, images_per_s=rate, **values)
+            spent = self.clock.seconds()
+            self.log.write(iteration=iteration, epoch=epoch, lr=lr, images_per_s=rate, seconds=spent, **values)
             old = values["loss"] if self.smoothed_loss is None else self.smoothed_loss
             self.smoothed_loss = 0.7 * old + 0.3 * values["loss"]
             self.bar.set_postfix_str(f"loss {self.smoothed_loss:.3f} lr {lr:.2g}", refresh=False)

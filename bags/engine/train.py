@@ -8,7 +8,7 @@ exactly as it would have gone on, and no random state needs to be saved.
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from bags import distributed
 from bags.classifiers.base import BoxFeatures, ProposalClassifier
 from bags.engine.checkpoint import load_latest, save_checkpoint
-from bags.engine.metrics import Monitor
+from bags.engine.metrics import Clock, Monitor
 from bags.engine.optim import build_optimizer, epoch_at, learning_rate, set_trained_part, train_mode
 from bags.errors import UserError
 from bags.sections import TrainConfig
@@ -44,6 +44,7 @@ class Run:
     # Filled in by `train`.
     optimizer: torch.optim.Optimizer | None = None
     done: int = 0  # iterations
+    clock: Clock = field(default_factory=Clock)  # of its own steps, without waiting for data
 
     def save(self, iteration: int) -> None:
         """Writes `last.pth`."""
@@ -77,14 +78,15 @@ def train_one_epoch(
             lr = learning_rate(run.config, iteration, epoch_at(epochs, iteration))
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
-            losses = run.losses(images, targets)
-            loss = sum(losses.values())
-            run.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if run.config.clip_norm > 0:
-                parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-                nn.utils.clip_grad_norm_(parameters, run.config.clip_norm)
-            run.optimizer.step()
+            with run.clock:
+                losses = run.losses(images, targets)
+                loss = sum(losses.values())
+                run.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                if run.config.clip_norm > 0:
+                    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+                    nn.utils.clip_grad_norm_(parameters, run.config.clip_norm)
+                run.optimizer.step()
             after_step(run, iteration, losses, lr)
 
 
@@ -157,7 +159,8 @@ def train(runs: Sequence[Run], loader: DataLoader, device: torch.device) -> None
     done = min(run.done for run in runs)
     with contextlib.ExitStack() as stack:
         monitors = [
-            stack.enter_context(Monitor(r.folder, r.title, r.config, r.done, total, bar=r is runs[0])) for r in runs
+            stack.enter_context(Monitor(r.folder, r.title, r.config, r.done, total, r is runs[0], r.clock))
+            for r in runs
         ]
         monitor_of = dict(zip(map(id, runs), monitors, strict=True))
 
@@ -188,6 +191,6 @@ def _start(run: Run, loader: DataLoader, device: torch.device) -> None:
     run.optimizer = build_optimizer(run.model, run.config) if trainable else None
     if not _resume(run) and not trainable:
         fit_classifiers(run.model, loader, device, run.seed, run.title)
-    run.losses = run.losses or run.model
+    run.losses, run.clock.device = run.losses or run.model, device
     if trainable and distributed.world_size() > 1:
         run.losses = DistributedDataParallel(run.losses, [device] if device.type == "cuda" else None)

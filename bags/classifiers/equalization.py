@@ -1,0 +1,32 @@
+"""Equalization loss (EQL; Tan et al., CVPR 2020).
+
+Published (Mask R-CNN R50, mask AP / APr APc APf): LVIS v1, 12 epochs, 18.6 / 2.1 17.4 27.2 against 16.1 / 0.0 12.0 27.4
+of softmax (table of the authors' later repository); LVIS v0.5 24.0 / 9.4 25.2 28.4 against 21.2 / 3.2 21.1 28.7.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bags.classifiers.sigmoid import Sigmoid
+
+
+class EqualizationLoss(Sigmoid):
+    """Objects of other categories do not push rare categories down.
+
+        L = -sum_j w_j log(p_j if y_j else 1 - p_j),    w_j = 1 - E(r) T(f_j) (1 - y_j)
+
+    E(r) is 1 for foreground proposals, T(f_j) for rare categories: so these learn from their own objects and from
+    background alone. image_counts: [C] training images of each category; tail_images: those of at most so many are
+    rare. (The paper's lambda is that share of all images: 100 of them in LVIS v0.5 and v1.)
+    """
+
+    def __init__(self, in_features: int, image_counts: Sequence[int], tail_images: int = 100, prior: float = 0.001):
+        super().__init__(in_features, len(image_counts), prior)
+        self.register_buffer("is_tail", torch.as_tensor(image_counts) <= tail_images, persistent=False)
+
+    def element_weights(self, targets: Tensor, labels: Tensor) -> Tensor:
+        """0 for rare categories on proposals of other categories, else 1."""
+        foreground = (labels > 0).to(targets.dtype)[:, None]
+        return 1 - foreground * self.is_tail.to(targets.dtype) * (1 - targets)

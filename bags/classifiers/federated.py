@@ -1,0 +1,45 @@
+"""Federated loss (Zhou et al. 2021, "Probabilistic two-stage detection", CenterNet2)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bags.classifiers.sigmoid import Sigmoid
+
+
+class Federated(Sigmoid):
+    """Binary cross entropy over a few categories of each batch: those that appear, and others drawn by frequency.
+
+    LVIS's annotations are federated: most images say nothing of most categories, so a proposal that is labelled
+    background may well be an object of one of them.
+    image_counts  [C] training images of each category; a category is drawn with probability ~ count^power,
+                  without replacement, from torch's global generator; 0 is taken as 1
+    number        categories in the loss; the background, where the batch has some, takes one of these places (as
+                  in the released code). More where more appear.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        image_counts: Sequence[int],
+        number: int = 50,
+        power: float = 0.5,
+        prior: float = 0.01,
+    ):
+        super().__init__(in_features, len(image_counts), prior)
+        self.number = number
+        log_weights = power * torch.as_tensor(image_counts, dtype=torch.float64).clamp(min=1).log()
+        self.register_buffer("log_weights", log_weights, persistent=False)
+
+    def element_weights(self, targets: Tensor, labels: Tensor) -> Tensor:
+        """[1, C]: 1 for the categories of this batch.
+
+        Gumbel's trick: the best k of log-weights plus Gumbel noise are a draw without replacement.
+        """
+        appears = targets.amax(0) > 0 if len(targets) else torch.zeros_like(targets.sum(0), dtype=torch.bool)
+        uniform = torch.rand(self.num_categories, device=targets.device, dtype=torch.float64)
+        keys = self.log_weights - (-uniform.log()).log()
+        ranks = keys.masked_fill(appears, torch.inf).argsort(descending=True).argsort()
+        places = self.number - (labels == 0).any().long()
+        return (appears | (ranks < places)).to(targets.dtype)[None]

@@ -1,0 +1,58 @@
+"""Classification calibration with two heads (Calib in the paper's Table 3, rows (4) to (6); Wang et al., arXiv
+1910.13081; SimCal, ECCV 2020).
+
+Published (LVIS v0.5, mask AP / AP1 AP2 AP3 AP4): Mask R-CNN R50 21.10 / 8.60 22.00 19.60 26.60, HTC X101 29.85 / 16.05
+30.60 29.80 33.50, HTC X101-MS-DCN 32.10 / 12.70 32.10 33.60 37.00.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bags.classifiers.base import BoxFeatures, new_linear
+from bags.classifiers.softmax import Softmax
+
+
+class SimCal(Softmax):
+    """The trained softmax for frequent categories and background, a second one for rare categories.
+
+        p[z] = p_calibrated[z] if n_z < below else p_original[z]
+
+    The second layer alone is trained, on class-balanced proposals (sampler class_balanced). counts: [C] training
+    instances n. below: the released code's 300. (There the second head has its own shared layers, too; here it is a
+    layer on the detector's own features, so that it can be trained from stored ones.)
+
+    Shape shorthand: R proposals, C categories; logits [R, 2 * (C+1)]: original, then calibrated. Scores are of
+    two softmaxes: rows do not sum to 1.
+    """
+
+    def __init__(self, in_features: int, counts: Sequence[int], below: int = 300):
+        super().__init__(in_features, len(counts))
+        self.calibrated = new_linear(in_features, len(counts) + 1)
+        rare = torch.as_tensor(counts) < below
+        self.register_buffer("is_rare", torch.cat([rare.new_zeros(1), rare]), persistent=False)
+        self.linear.requires_grad_(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "SimCal":
+        """What is trained is the calibrated layer; the original one stays as it is."""
+        super().requires_grad_(requires_grad)
+        self.linear.requires_grad_(False)
+        return self
+
+    def forward(self, features: BoxFeatures) -> Tensor:
+        """Features -> logits of both layers, [R, 2 * (C+1)]."""
+        return torch.cat([self.linear(features.fc), self.calibrated(features.fc)], dim=1)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Mean cross entropy of the calibrated layer."""
+        return super().loss(logits.chunk(2, dim=1)[1], labels)
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """[R, C+1]."""
+        original, calibrated = (super(SimCal, self).probs(part) for part in logits.chunk(2, dim=1))
+        return torch.where(self.is_rare, calibrated, original)
+
+    def weight_norms(self) -> Tensor:
+        """[C+1], each of the layer that scores it."""
+        return torch.where(self.is_rare, self.calibrated.weight.detach().norm(dim=1), super().weight_norms())

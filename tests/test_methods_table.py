@@ -1,0 +1,137 @@
+"""`make table TABLE=methods`, as a user runs it, on tiny data."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, metrics, read_lines, run_script
+
+import bags
+from bags.analysis.paper import METHODS
+from bags.analysis.tables import read_seconds
+from bags.classifier_sections import GroupSoftmaxConfig
+from bags.data.statistics import CategoryStats
+from bags.engine.metrics import Clock
+from bags.methods import build_classifier
+
+
+@pytest.fixture(scope="module")
+def table(job, tmp_path_factory):
+    """The rows of configs/glyphs-100/more on the tiny dataset: (configs, runs, printed)."""
+    configs, runs, _ = job
+    folder = tmp_path_factory.mktemp("methods")
+    shutil.copytree(configs, folder / "configs")
+    shutil.copytree(ROOT / "configs/glyphs-100/more", folder / "configs/more")
+    (folder / "configs/paper").mkdir()
+    shutil.copy(ROOT / "configs/glyphs-100/paper/rfs.yaml", folder / "configs/paper")
+    shutil.copytree(runs, folder / "runs")
+    done = run_script("tables", "--paper", "methods", folder / "configs", f"output={folder / 'runs'}")
+    assert done.returncode == 0, done.stderr
+    return folder / "configs", folder / "runs", done
+
+
+def test_every_method_has_a_row_of_its_own(table):
+    """Numbers are those of the runs; what was published stands below the rows that it belongs to."""
+    _, runs, done = table
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
+    titles = [line[0] for line in lines[2:]]
+    expected = []
+    for row in METHODS.rows:
+        expected += [row.title, *([f"{METHODS.source} {row.title}"] if row.published else [])]
+    assert titles == expected
+    header = lines[0]
+    ours = {line[0]: dict(zip(header, line, strict=True)) for line in lines[2:]}
+    for row in METHODS.rows:
+        assert ours[row.title]["mAP"] == f"{100 * metrics(runs, row.config)['AP']:.2f}"
+    published = ours[f"{METHODS.source} BAGS"]
+    assert [published[c] for c in ("mAP", "AP1", "APr", "APc", "APf", "seconds")] == [
+        "23.10", "-", "13.10", "22.50", "28.20", "-",
+    ]  # fmt: skip
+    trained = {row.title for row in METHODS.rows} - {"NorCal", "logit adjustment of the scores"}
+    assert all((ours[title]["seconds"] != "-") == (title in trained) for title in ours if "published" not in title)
+    states = [torch.load(runs / "tiny" / r.config / "last.pth", weights_only=True)["model"] for r in METHODS.rows]
+    stages = [s["roi_heads.classifier.linear.weight"] for s in states]
+    # Every tiny category is rare, so DropLoss drops nothing that EQL does not.
+    alike = [{"softmax", "norcal", "logit_adjustment_scores", "simcal"}, {"eql", "drop_loss"}]
+    for row, weight in zip(METHODS.rows, stages, strict=True):
+        same = {o.config for o, w in zip(METHODS.rows, stages, strict=True) if torch.equal(w, weight)}
+        assert same == next((group for group in alike if row.config in group), {row.config})
+    base = states[0]
+    for row, state in zip(METHODS.rows, states, strict=True):  # the classifier alone was trained
+        frozen = all(torch.equal(v, state[k]) for k, v in base.items() if "classifier" not in k)
+        assert frozen != (row.config.endswith("_all") or row.config == "rfs")
+    two = next(s for r, s in zip(METHODS.rows, states, strict=True) if r.config == "simcal")
+    start = next(s for r, s in zip(METHODS.rows, states, strict=True) if r.config == "softmax_balanced")
+    assert not torch.equal(two["roi_heads.classifier.calibrated.weight"], start["roi_heads.classifier.linear.weight"])
+
+
+def test_seconds_are_of_the_own_steps(table):
+    """They grow along the log, and are less than the pass that many rows shared took."""
+    _, runs, _ = table
+    log = [line["seconds"] for line in read_lines(runs / "tiny/eql/log.jsonl")]
+    assert log == sorted(log) and 0 < log[0] and read_seconds(runs / "tiny/eql") == log[-1]
+    assert math.isnan(read_seconds(runs / "tiny/norcal"))
+    clock = Clock()
+    with clock:
+        sum(range(10**5))
+    first = clock.seconds()
+    with clock:
+        pass
+    assert 0 < first <= clock.seconds()
+
+
+@pytest.mark.parametrize("dataset", ["glyphs-100", "lvis_v1"])
+def test_rows_of_the_table_are_shipped(dataset):
+    """Each with its command on top, for both datasets; published numbers fit their columns."""
+    folder = ROOT / "configs" / dataset
+    for row in METHODS.rows:
+        [path] = [p for p in (folder / i / f"{row.config}.yaml" for i in ("", "paper", "more")) if p.exists()]
+        config, text = bags.load_config(path), path.read_text()
+        assert config.name == row.config and config.data.name == dataset and str(path.relative_to(ROOT)) in text
+        assert len(row.published) in (0, len(METHODS.published_columns))
+
+
+def test_methods_combine_with_other_samplers_and_the_whole_detector():
+    """Names of methods are overrides: no key of the replaced one stays."""
+    folder = ROOT / "configs/glyphs-100"
+    for name in ("eql", "eql_v2", "seesaw", "federated", "drop_loss", "class_balanced_sigmoid", "balanced_sigmoid"):
+        overrides = [f"classifier.name={name}", "sampler.name=repeat_factor", "sampler.threshold=0.05"]
+        config = bags.load_config(folder / "softmax.yaml", overrides)
+        assert config.classifier.name == name and config.train.part == "all"
+        assert bags.load_config(folder / "bags.yaml", [f"classifier.name={name}"]).is_cached
+
+
+def test_groups_of_equal_instances_from_a_configuration():
+    """`equal_groups` replaces the boundaries; more of them than distinct counts is one clear error."""
+    stats = CategoryStats((1, 2, 3), ("a", "b", "c"), (500, 50, 450), (9, 9, 9))
+    classifier = build_classifier(GroupSoftmaxConfig(equal_groups=2, temperatures="learned"), 4, 0, stats)
+    assert classifier.groups.boundaries == (500,) and len(classifier.log_factors) == 3
+    with pytest.raises(bags.UserError, match="classifier.equal_groups: expected 1 to 3"):
+        build_classifier(GroupSoftmaxConfig(equal_groups=4), 4, 0, stats)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("classifier={name: eql, prior: 0}", "classifier.prior: expected a probability"),
+        ("classifier={name: drop_loss, tail_images: -1}", "classifier.tail_images: expected 0 or more"),
+        ("classifier={name: eql_v2, gamma: -1}", "classifier.gamma: expected 0 or more"),
+        ("classifier={name: seesaw, p: .inf}", "classifier.p: "),
+        ("classifier={name: federated, number: 0}", "classifier.number: expected 1 or more"),
+        ("classifier={name: logit_adjustment, tau: -1}", "classifier.tau: expected 0 or more"),
+        ("classifier={name: acsl, threshold: 1}", "classifier.threshold: expected between 0 and 1"),
+        ("classifier={name: class_balanced_sigmoid, beta: 1}", "classifier.beta: expected 0 <= beta < 1"),
+        ("classifier={name: logit_adjustment, adjust: both}", "classifier.adjust"),
+        ("classifier={name: seesaw, gamma: 1}", "classifier.gamma"),
+        ("classifier={name: group_softmax, scale: -1}", "classifier.scale"),
+        ("classifier={name: group_softmax, equal_groups: -1}", "classifier.equal_groups"),
+        ("classifier={name: group_softmax, temperatures: [1, 2]}", "classifier.temperatures: expected learned, or 5"),
+        ("classifier={name: group_softmax, temperatures: warm}", "classifier.temperatures"),
+        ("classifier={name: simcal}", "train.part: expected cls: simcal keeps the softmax"),
+        ("sampler={name: class_balanced}", "train.features: expected cached"),
+    ],
+)
+def test_impossible_settings(override, message):
+    with pytest.raises(bags.UserError, match=message):
+        bags.load_config(ROOT / "configs/glyphs-100/softmax.yaml", [override])
