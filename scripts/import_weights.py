@@ -35,7 +35,7 @@ from bags.detectors.weights import (
     to_torchvision,
     translate,
 )
-from bags.engine.checkpoint import FORMAT, write_file
+from bags.engine.checkpoint import write_checkpoint, write_file
 from bags.errors import UserError, run_script
 from bags.sections import Config, NCMConfig, ReweightedSoftmaxConfig, SoftmaxConfig, TauNormConfig
 
@@ -70,7 +70,7 @@ def main() -> None:
     config = load_config(file, overrides)
     content, lines = import_weights(source, config, arguments.annotations, arguments.eps)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_file(arguments.output, {"format": FORMAT, **content})
+    write_checkpoint(arguments.output, content)
     print("\n".join(lines), f"written: {arguments.output}", sep="\n")
 
 
