@@ -41,7 +41,9 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _end("\nstopped; the same command goes on from the last checkpoint", 130)
     except Stopped as stop:
-        _end(str(stop), STOPPED)
+        if not int(os.environ.get("LOCAL_RANK", 0)):  # all ranks have stopped
+            print(stop, file=sys.stderr)
+        sys.exit(STOPPED)
     except LostRank as lost:
         _end(f"{lost}; the same command goes on from the last checkpoint", STOPPED)
     except UserError as error:
