@@ -48,6 +48,11 @@ def run_script(main: Callable[[], None]) -> None:
         _end(f"{lost}; the same command goes on from the last checkpoint", STOPPED)
     except UserError as error:
         _end(f"error: {' '.join(str(error).split())}", 2)
+    except RuntimeError as error:  # torch raises it wherever the main process is at that moment
+        if "DataLoader worker" not in str(error):
+            raise
+        mend = "is the memory full? Fewer data.workers need less; the same command goes on from the last checkpoint"
+        _end(f"error: a loader process has ended: {' '.join(str(error).split())} {mend}", 2)
     except OSError as error:  # a folder where a file should be, no permission, a full disk
         _end(f"error: {error}", 2)
 

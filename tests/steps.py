@@ -58,7 +58,7 @@ class Called:
 
 
 def train_some(config, at_batch=None):
-    """Trains for as many epochs as the configuration has: {start, end: state dicts, graphs: captured by torch.compile}."""
+    """Trains as the configuration says: {start, end: state dicts, graphs: number captured by torch.compile}."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     index = build.open_index(config, "train")

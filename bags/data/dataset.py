@@ -70,8 +70,10 @@ class DetectionDataset(Dataset):
                 return image, target | ({"unread": unread} if unread else {})
             except UnreadableImage as error:
                 unread.append(str(error))
-                if len(unread) > self.max_bad:
+                if not self.max_bad:
                     raise
+                if len(unread) > self.max_bad:
+                    raise too_many(str(error), self.max_bad) from None
             position = (position + 1) % len(self)
 
     def _item(self, position: int, seed: int) -> tuple[Tensor, dict]:
@@ -240,14 +242,6 @@ class Loader(DataLoader):
             if message.startswith("Caught "):  # in a loader process: its traceback is the message
                 message = message.strip().splitlines()[-1].partition(": ")[2]
             raise UserError(message) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise UserError(
-                f"a loader process has ended ({reason}); is the memory full? Fewer data.workers need less; the same "
-                "command goes on from the last checkpoint"
-            ) from None
 
     def _count(self, targets: list[dict]) -> None:
         """Takes `unread` out of targets. Raises UserError where there are too many."""
@@ -255,7 +249,12 @@ class Loader(DataLoader):
             if reason in self.bad:
                 continue
             self.bad.add(reason)
-            limit = f"{len(self.bad)} of at most data.max_bad_images={self.dataset.max_bad}"
-            if len(self.bad) > self.dataset.max_bad:
-                raise UserError(f"{reason}; unreadable images: {limit}")
-            print(f"warning: {reason}; another image stands in ({limit})", file=sys.stderr)
+            count, most = len(self.bad), self.dataset.max_bad
+            if count > most:
+                raise too_many(reason, most)
+            print(f"warning: {reason}; another image stands in ({count} of at most {most})", file=sys.stderr)
+
+
+def too_many(reason: str, most: int) -> UnreadableImage:
+    """The error of one unreadable image too many."""
+    return UnreadableImage(f"{reason}; with it there are more than data.max_bad_images={most} unreadable images")
