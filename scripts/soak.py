@@ -86,7 +86,8 @@ class Soak:
             launch += ["--standalone"] if nodes == 1 else [
                 "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self.port}", f"--rdzv-id={output}",
                 "--local-addr=127.0.0.1", "--max-restarts=1000"]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # Else a node that has stayed does not tell one that joins again where rank 0 is (torch 2.14).
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         with (self.folder / f"{output}.{node}.txt").open("a") as file:
             command = [*launch, *script, f"output={self.folder / output}"]
             return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
@@ -119,11 +120,12 @@ class Soak:
         """Kills until there are enough, then lets the run end; several runs, if they end too soon."""
         killed, alone, early, runs, same, reached = 0, [], 0, 0, True, []
         while True:
+            before = self.lines()
             process = self.start("killed")
             if killed < self.arguments.kills:
                 if self.dice.random() < 0.2:
                     self.sleep(process, self.dice.uniform(0, START))
-                    early += self.lines() == 0
+                    early += self.lines() <= before
                 else:
                     self.wait_for_steps(process)
                     self.sleep(process, self.dice.uniform(0, 2))
@@ -146,7 +148,7 @@ class Soak:
         ended = [seconds for seconds in alone if seconds is not None]
         steps = f"after {min(reached)} to {max(reached)} of {6 * EPOCHS} steps"
         print(
-            f"{killed} kills {steps} ({early} before the first), {runs} runs ended: {'' if same else 'NOT '}identical"
+            f"{killed} kills {steps} ({early} outside training), {runs} runs ended: {'' if same else 'NOT '}identical"
         )
         if alone:
             print(f"one rank alone killed {len(alone)} times: all others ended within {max(ended, default=0):.1f} s, "
