@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bags import distributed
 from bags.config import config_from_dict, override_config
-from bags.data.dataset import DetectionDataset, collate
+from bags.data.dataset import DetectionDataset, Loader, collate
 from bags.data.index import AnnotationIndex
 from bags.data.samplers import (
     ClassBalancedSampler,
@@ -78,7 +78,9 @@ def build_train_loader(config: Config, index: AnnotationIndex, stats: CategorySt
     masks = config.detector.has_masks
     if masks:
         _check_masks(index, config.detector.framework)
-    dataset = DetectionDataset(index, images, transform, masks, data.exif, semantic, data.semantic_classes)
+    dataset = DetectionDataset(
+        index, images, transform, masks, data.exif, semantic, data.semantic_classes, data.max_bad_images
+    )
     return loader(config, dataset, sampler)
 
 
@@ -99,7 +101,7 @@ def build_val_loader(config: Config, dataset: DetectionDataset) -> DataLoader:
 def loader(config: Config, dataset: Dataset, batches: Iterable[list], join: Callable = collate) -> DataLoader:
     """Batches of items, each by its list of keys, `join`ed."""
     workers = config.data.workers
-    return DataLoader(
+    return Loader(
         dataset,
         batch_sampler=batches,
         collate_fn=join,

@@ -135,6 +135,7 @@ def _check_data(config: Config, need: Need) -> None:
     need(data.train_semantic is None or config.detector.framework == "htc", "data.train_semantic",
          f"detector.framework htc: {config.detector.framework} has no semantic branch")  # fmt: skip
     need(0 <= data.workers <= 64, "data.workers", f"0 to 64, got {data.workers}")
+    need(data.max_bad_images >= 0, "data.max_bad_images", f"0 or more, got {data.max_bad_images}")
 
 
 def _check_detector(detector: DetectorConfig, need: Need) -> None:
@@ -180,8 +181,12 @@ def _check_detector(detector: DetectorConfig, need: Need) -> None:
 
 def _check_schedule(config: Config, need: Need) -> None:
     train, test = config.train, config.test
-    for key in ("epochs", "batch_size", "log_every", "checkpoint_every"):
+    for key in ("epochs", "batch_size", "accumulate", "log_every", "checkpoint_every"):
         need(1 <= getattr(train, key) < 10**6, f"train.{key}", f"1 to 999999, got {getattr(train, key)}")
+    need(train.batch_size % train.accumulate == 0, "train.accumulate",
+         f"a divisor of train.batch_size={train.batch_size}, got {train.accumulate}")  # fmt: skip
+    need(train.accumulate == 1 or not config.is_cached, "train.accumulate",
+         f"1: stored features need little memory, got {train.accumulate}")  # fmt: skip
     need(0 < train.lr < math.inf, "train.lr", f"a number above 0, got {train.lr}")
     for key in ("momentum", "weight_decay", "gamma", "warmup_factor"):
         need(0 <= getattr(train, key) <= 1, f"train.{key}", f"0 to 1, got {getattr(train, key)}")

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from bags.errors import UserError
+from bags.errors import LostRank, UserError
 
 
 @contextlib.contextmanager
 def distributed(device: str = "auto") -> Iterator[torch.device]:
     """Joins and leaves the process group; gives this rank's device.
 
+    A rank that fails leaves without ceremony, which ends the others: they raise LostRank.
     Raises UserError for device "cuda" where torch sees no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
@@ -33,8 +34,11 @@ def distributed(device: str = "auto") -> Iterator[torch.device]:
     dist.init_process_group("nccl" if use_cuda else "gloo", device_id=chosen if use_cuda else None)
     try:
         yield chosen
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise LostRank(f"rank {rank()} ends: it has lost another rank") from error
+        raise
+    dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -100,6 +104,22 @@ def total(values: torch.Tensor) -> torch.Tensor:
     """Sum over all ranks."""
     if dist.is_initialized():
         dist.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """Whether a flag is set on any rank; the same answer on all of them."""
+    if not dist.is_initialized():
+        return flag
+    return bool(total(torch.tensor(float(flag), device=device)))
+
+
+def gather_objects(value: object) -> list:
+    """Every rank's plain value, in rank order."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
     return values
 
 

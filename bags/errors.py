@@ -1,7 +1,13 @@
-"""What a user can mend."""
+"""What a user can mend, and how a script ends."""
 
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable
+
+STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that was asked to stop or lost a rank: the same command goes on
+PATIENCE = 2.0  # seconds that a rank's message waits for that of its node's first one
 
 
 class UserError(ValueError):
@@ -11,21 +17,50 @@ class UserError(ValueError):
     """
 
 
+class UnreadableImage(UserError):
+    """An image file that is missing, damaged or of another size than its annotations say."""
+
+
+class Stopped(Exception):
+    """A signal asked training to stop, and everything done is saved. Scripts exit with code 75."""
+
+
+class LostRank(RuntimeError):
+    """Another rank of the process group has ended. Scripts exit with code 75."""
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's `main`; a UserError or OSError becomes one line on stderr and exit code 2.
 
-    Under torchrun every rank that fails prints its line, and torchrun adds its own report and exit code.
+    Codes: 0 done, 2 a user's mistake, 75 stopped by a signal in training or by the loss of a rank, 130 stopped by
+    Ctrl-C elsewhere. Under torchrun an error that all ranks have is printed once for each node, and torchrun adds
+    its own report and exit code.
     """
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        _end("\nstopped; the same command goes on from the last checkpoint", 130)
+    except Stopped as stop:
+        if not int(os.environ.get("LOCAL_RANK", 0)):  # all ranks have stopped
+            print(stop, file=sys.stderr)
+        sys.exit(STOPPED)
+    except LostRank as lost:
+        _end(f"{lost}; the same command goes on from the last checkpoint", STOPPED)
     except UserError as error:
-        # An error from a loader process arrives wrapped in that process's traceback.
-        message = str(error).rpartition(f"{__name__}.UserError: ")[2]
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {' '.join(str(error).split())}", 2)
+    except RuntimeError as error:  # torch raises it wherever the main process is at that moment
+        if "DataLoader worker" not in str(error):
+            raise
+        mend = "is the memory full? Fewer data.workers need less; the same command goes on from the last checkpoint"
+        _end(f"error: a loader process has ended: {' '.join(str(error).split())} {mend}", 2)
     except OSError as error:  # a folder where a file should be, no permission, a full disk
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error}", 2)
+
+
+def _end(message: str, code: int) -> None:
+    """Prints and exits. torchrun ends the other ranks when one has: those that wait then have nothing to add."""
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE)
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)

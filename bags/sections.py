@@ -28,6 +28,7 @@ class DataConfig:
     exif: bool = False  # turn images as their EXIF orientation says (COCO: no)
     flip: float = 0.5  # probability of a horizontal flip; 0 where mirrored objects change their class
     workers: int = 2  # loader processes per rank; 0 loads in the training process
+    max_bad_images: int = 0  # training images, per rank, that may be unreadable: the next one stands in; 0: stop
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,11 @@ class TrainConfig:
     part: Literal["all", "head", "cls", "none"] = "all"  # head: the box branch after RoIAlign
     features: Literal["cached", "live"] | None = None  # cached: part cls from a store; null: so wherever that can be
     epochs: int = 12
-    batch_size: int = 16  # images, over all ranks
+    batch_size: int = 16  # images of a step, over all ranks
+    accumulate: int = 1  # parts that a rank's share of a step goes through the detector in, to save memory
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.02
+    scale_lr: bool = False  # lr is that of 16 images: times batch_size / 16
     momentum: float = 0.9
     weight_decay: float = 1e-4
     milestones: tuple[float, ...] = (8, 11)  # epochs after which lr is multiplied by gamma
@@ -136,6 +139,9 @@ class TrainConfig:
     warmup_iterations: int = 500
     warmup_factor: float = 1 / 3
     clip_norm: float = 35.0  # gradient norm; 0 does not clip
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of training, by autocast; the losses are in fp32
+    compile: bool = False  # the backbone by torch.compile
+    nonfinite: Literal["stop", "skip"] = "stop"  # what a loss that is not finite does to the run, or to its step
     log_every: int = 20  # iterations
     checkpoint_every: int = 200  # iterations; and at the end
 

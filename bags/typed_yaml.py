@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import reprlib
 import types
 import typing
 from pathlib import Path
@@ -52,7 +53,7 @@ def read_tree(path: Path, children: tuple[Path, ...] = ()) -> dict:
     if base is None:
         return tree
     if not isinstance(base, str):
-        raise UserError(f"{path}: base: expected the path of one YAML file, got {base!r}")
+        raise UserError(f"{path}: base: expected the path of one YAML file, got {_shown(base)}")
     return merge(read_tree(path.parent / base, (*children, path.resolve())), tree)
 
 
@@ -68,6 +69,14 @@ def merge(tree: dict, changes: dict) -> dict:
         else:
             tree[key] = value
     return tree
+
+
+def _shown(value: Any) -> str:
+    """A value in an error, cut short: aliases of aliases would fill the memory when spelt out."""
+    brief = reprlib.Repr()
+    brief.maxlevel, brief.maxlist, brief.maxdict, brief.maxstring, brief.maxother = 3, 12, 12, 200, 200
+    text = brief.repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 # --------------------------------------------------------------------------- types
@@ -105,12 +114,12 @@ def convert(value: Any, kind: Any, key: str, source: str) -> Any:
         if kind is str and "\0" in value:
             raise UserError(f"{source}: {key}: a text must not hold NUL characters")
         return value
-    raise UserError(f"{source}: {key}: expected {_describe(kind)}, got {value!r}")
+    raise UserError(f"{source}: {key}: expected {_describe(kind)}, got {_shown(value)}")
 
 
 def _convert_section(value: Any, kind: type, key: str, source: str) -> Any:
     if not isinstance(value, dict):
-        raise UserError(f"{source}: {key}: expected a section of keys, got {value!r}")
+        raise UserError(f"{source}: {key}: expected a section of keys, got {_shown(value)}")
     hints, prefix = typing.get_type_hints(kind), f"{key}." if key else ""
     for name in value:
         if name not in hints:
@@ -123,9 +132,9 @@ def _convert_section(value: Any, kind: type, key: str, source: str) -> Any:
 def _chosen(value: Any, sections: dict, key: str, source: str) -> type:
     name = value.get("name") if isinstance(value, dict) else None
     if not isinstance(name, str) or name not in sections:
-        near = difflib.get_close_matches(str(name), sections, 1)
+        near = difflib.get_close_matches(_shown(name), sections, 1)
         hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(sections)}"
-        raise UserError(f"{source}: {key}.name: unknown name {name!r}; {hint}")
+        raise UserError(f"{source}: {key}.name: unknown name {_shown(name)}; {hint}")
     return sections[name]
 
 

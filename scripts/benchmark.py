@@ -6,6 +6,7 @@
     python scripts/benchmark.py data            # AnnotationIndex on annotations like a tenth of LVIS v1 train
     python scripts/benchmark.py data --full     # ... like all of it (1.27 million; needs 10 GB of memory)
     python scripts/benchmark.py train_step      # a step of R50-FPN against torchvision's; GroupSoftmax against softmax
+    python scripts/benchmark.py throughput      # images/s of our training loop against torchvision's reference loop
     python scripts/benchmark.py classifier_stage  # BAGS from stored features, R50-FPN, against the live detector
     python scripts/benchmark.py loss --json     # [{case, ours_s, peer, peer_s, ratio, identical}, ...]
 
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bags.errors import UserError, run_script
 
-NAMES = ("loss", "train_step", "classifier_stage", "inference", "evaluation", "data")
+NAMES = ("loss", "train_step", "throughput", "classifier_stage", "inference", "evaluation", "data")
 
 
 def main() -> None:
@@ -40,14 +41,14 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(results, indent=1))
         return
-    print(f"{'case':<50} {'ours':>10} {'peer':>10} {'peer/ours':>9} {'ours/peer':>9}  identical  peer is")
+    print(f"{'case':<62} {'ours':>10} {'peer':>10} {'peer/ours':>9} {'ours/peer':>9}  identical  peer is")
     for r in results:
         if "ours_mb" in r:
             times = f"{r['ours_mb']:>7.1f} MB {r['peer_mb']:>7.1f} MB"
         else:
             times = f"{1e3 * r['ours_s']:>7.2f} ms {1e3 * r['peer_s']:>7.2f} ms"
         ratios = f"{r['ratio']:>9.2f} {1 / r['ratio']:>9.2f}"
-        print(f"{r['case']:<50} {times} {ratios}  {r['identical']!s:<9}  {r['peer']}")
+        print(f"{r['case']:<62} {times} {ratios}  {r['identical']!s:<9}  {r['peer']}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torchvision
 
 from bags.build import build_detector, load_detector
-from bags.classifier_sections import NCMConfig, ReweightedSoftmaxConfig, SoftmaxConfig, TauNormConfig
+from bags.classifier_sections import NCMConfig, NorCalConfig, ReweightedSoftmaxConfig, SoftmaxConfig, TauNormConfig
 from bags.config import config_to_dict, load_config, override_config
 from bags.data.index import AnnotationIndex
 from bags.data.packing import read_json
@@ -36,7 +36,7 @@ from bags.detectors.weights import (
     to_torchvision,
     translate,
 )
-from bags.engine.checkpoint import FORMAT, write_file
+from bags.engine.checkpoint import write_checkpoint, write_file
 from bags.errors import UserError, run_script
 from bags.sections import Config
 
@@ -71,7 +71,7 @@ def main() -> None:
     config = load_config(file, overrides)
     content, lines = import_weights(source, config, arguments.annotations, arguments.eps)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_file(arguments.output, {"format": FORMAT, **content})
+    write_checkpoint(arguments.output, content)
     print("\n".join(lines), f"written: {arguments.output}", sep="\n")
 
 

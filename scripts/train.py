@@ -6,13 +6,18 @@
     torchrun --nproc_per_node 8 scripts/train.py configs/lvis_v0.5    # 8 GPUs
 
 A row that starts from another one (`init_from: row:NAME`) runs after it. Finished rows are not run
-again, and a killed one goes on from its last checkpoint: run the same command again.
+again, and a killed one goes on from its last checkpoint: run the same command again. SIGTERM, and
+Ctrl-C in training, save first; the exit code is then 75.
 """
 
 import argparse
+import contextlib
+import datetime
 import json
+import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bags.config import config_to_dict, load_config, save_config
-from bags.errors import UserError, run_script
+from bags.errors import STOPPED, UserError, run_script
 from bags.sections import Config
 
 
@@ -31,12 +36,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="+", help="YAML files, folders of them, and section.key=value overrides")
     parser.add_argument("--seeds", help="comma-separated; run folders go below <output>/seed<N>")
+    parser.add_argument("--deterministic", action="store_true", help="refuse kernels that round as they please")
     arguments = parser.parse_intermixed_args()
     paths, overrides = split_arguments(arguments.config)
     seeds = seeds_of(arguments.seeds)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # outside training, which saves first
+    if arguments.deterministic:
+        make_deterministic()
     from scripts.tables import compare as show
 
     run_jobs([in_order(paths, overrides, seed) for seed in seeds], show)
+
+
+def make_deterministic() -> None:
+    """Of each operation the implementation that gives the same bits every time; torch raises where there is none."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], None]) -> None:
@@ -212,7 +230,8 @@ def _is_complete(folder: Path, config: Config) -> bool:
     ours = config_to_dict(config)
     for tree in (other, ours):  # these do not change a result
         del tree["output"], tree["device"], tree["data"]["workers"], tree["train"]["log_every"], tree["store"]["folder"]
-        del tree["train"]["checkpoint_every"], tree["test"]["batch_size"]
+        del tree["train"]["checkpoint_every"], tree["train"]["nonfinite"], tree["test"]["batch_size"]
+        del tree["data"]["max_bad_images"]
     change = _first_difference(other, ours)
     if change:
         raise UserError(
@@ -252,7 +271,7 @@ def _first_difference(old: dict, new: dict, prefix: str = "") -> tuple | None:
 
 
 def _write_environment(folder: Path) -> None:
-    """`environment.json`: what the numbers of this run were made with."""
+    """`environment.json`: what the numbers of this run were made with; further starts of it are in `resumed`."""
     import torch
 
     from bags import distributed
@@ -267,8 +286,17 @@ def _write_environment(folder: Path) -> None:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "ranks": distributed.world_size(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    (folder / "environment.json").write_text(json.dumps(content, indent=1))
+    path = folder / "environment.json"
+    if path.exists() and any((folder / name).exists() for name in ("last.pth", "previous.pth")):
+        with contextlib.suppress(ValueError):  # damaged: begun again
+            first = json.loads(path.read_text())
+            content = first | {"resumed": [*first.get("resumed", ()), content]}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from test_weights import released_shapes
 
 import bags
 from bags.build import load_detector
-from bags.engine.checkpoint import FORMAT, write_file
+from bags.engine.checkpoint import write_checkpoint
 from bags.engine.optim import train_mode
 from scripts import import_weights
 
@@ -132,7 +132,7 @@ def pair(request, tmp_path_factory):
     torch.save({"meta": {"epoch": 12}, "state_dict": state}, files[0])
     files[2].write_text(json.dumps(content)), files[3].write_text(json.dumps(CATEGORIES))
     checkpoint, _ = import_weights.import_weights(str(files[0]), bags.load_config(files[2]), files[3], None)
-    write_file(files[1], {"format": FORMAT, **checkpoint})
+    write_checkpoint(files[1], checkpoint)
     ours, meta = load_detector(files[1])
     assert meta["config"].detector.conventions == "released"
     for file in files:

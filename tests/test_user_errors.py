@@ -124,7 +124,7 @@ def test_bad_input_is_one_line_and_exit_code_2(job, glyphs, tmp_path):
         (["train", twice, out], "key 'train' is given twice"),
         (["train", softmax, out, "data.root=2024-13-45"], "the value is not YAML"),
         (["train", softmax, out, "classifier={name: [1]}"], "classifier.name: unknown name"),
-        (["evaluate", damaged], "damaged.pth: damaged (checksum"),
+        (["evaluate", damaged], "damaged.pth: damaged (its checksum differs)"),
         (["evaluate", last, "--annotations", glyphs / "val.json"], "--annotations is for a results file"),
         (["predict", softmax, glyphs / "val"], "softmax.yaml: not a checkpoint"),
         (["prepare_data", "glyphs-100", "--root", tmp_path / "g", "--workers", "-1"], "1 or more processes"),

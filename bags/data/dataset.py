@@ -1,6 +1,8 @@
 """Index and image folder -> (image, target)."""
 
 import re
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +10,13 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from bags.data.index import AnnotationIndex
 from bags.data.transforms import training_transform
-from bags.errors import UserError
+from bags.errors import UnreadableImage, UserError
 
 COCO_2014 = re.compile(r"COCO_\w+2014_(\d{12}\.jpg)")  # how LVIS v0.5 names files of COCO 2017
 
@@ -30,7 +32,8 @@ class DetectionDataset(Dataset):
     transform: see `training_transform`; None leaves images as they are. exif: turn images as their EXIF
     orientation says (COCO's annotations ignore it). masks: objects without a segmentation are left out too.
     semantic: folder of label maps, a PNG named as each image (with or without the image's folder): labels
-    0 .. semantic_classes-1, and 255 for none.
+    0 .. semantic_classes-1, and 255 for none. max_bad: for an image that cannot be read the next one stands in, with
+    target["unread"], [what was wrong]; more than max_bad of them in a row raise UserError, as does the first for 0.
     """
 
     def __init__(
@@ -42,7 +45,9 @@ class DetectionDataset(Dataset):
         exif: bool = False,
         semantic: Path | None = None,
         semantic_classes: int = 183,
+        max_bad: int = 0,
     ):
+        self.max_bad = max_bad
         self.index, self.folder = index, Path(image_folder)
         self.transform = transform or training_transform()
         self.masks, self.exif = masks, exif
@@ -58,6 +63,20 @@ class DetectionDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict]:
         """`key` is a position, or (position, seed); augmentation depends on the seed alone."""
         position, seed = key if isinstance(key, tuple) else (key, 0)
+        unread: list[str] = []
+        while True:
+            try:
+                image, target = self._item(position, seed)
+                return image, target | ({"unread": unread} if unread else {})
+            except UnreadableImage as error:
+                unread.append(str(error))
+                if not self.max_bad:
+                    raise
+                if len(unread) > self.max_bad:
+                    raise too_many(str(error), self.max_bad) from None
+            position = (position + 1) % len(self)
+
+    def _item(self, position: int, seed: int) -> tuple[Tensor, dict]:
         image, target, kept = self._read(position)
         width, height = image.size
         # One box more than there are objects tells where the left half of the image went.
@@ -106,14 +125,19 @@ class DetectionDataset(Dataset):
 
     def _image(self, position: int) -> Image.Image:
         path = image_path(self.folder, self.index.file_name(position))
-        image = read_image(path, self.exif)
-        height, width = self.index.image_sizes[position]
-        if image.size != (width, height):
-            raise UserError(
-                f"{path}: {image.width} x {image.height} pixels, but {self.index.path.name} says "
-                f"{width} x {height} for image {self.index.image_ids[position]}; "
-                "scripts/prepare_data.py check lists all such images"
-            )
+        height, width = self.index.image_sizes[position].tolist()
+
+        def check(size: tuple[int, int], turned: bool = False) -> None:
+            """Refuses an image of another size."""
+            if size != (width, height) and not (turned and size == (height, width)):
+                raise UnreadableImage(
+                    f"{path}: {size[0]} x {size[1]} pixels, but {self.index.path.name} says "
+                    f"{width} x {height} for image {self.index.image_ids[position]}; "
+                    "scripts/prepare_data.py check lists all such images"
+                )
+
+        image = read_image(path, self.exif, lambda size: check(size, turned=self.exif))
+        check(image.size)
         return image
 
     def _label_map(self, position: int, size: tuple[int, int]) -> Tensor:
@@ -126,9 +150,9 @@ class DetectionDataset(Dataset):
                 labels = np.array(image)
         except FileNotFoundError:
             mend = "data.train_semantic names the folder; null paints the maps from the masks"
-            raise UserError(f"{path}: no such label map; {mend}") from None
+            raise UnreadableImage(f"{path}: no such label map; {mend}") from None
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path}: not a readable image ({error})") from None
+            raise UnreadableImage(f"{path}: not a readable image ({error})") from None
         if labels.shape != size or labels.dtype != np.uint8:
             expected = f"data.train_semantic: expected a grey 8-bit PNG of {size[1]} x {size[0]} pixels"
             raise UserError(f"{path}: {expected}; got {labels.dtype} of shape {labels.shape}")
@@ -173,18 +197,64 @@ def leads_out(name: str) -> bool:
     return Path(name).is_absolute() or ".." in Path(name).parts
 
 
-def read_image(path: Path, exif: bool = False) -> Image.Image:
-    """An RGB image; a missing, truncated or foreign file raises UserError that names it."""
+def read_image(path: Path, exif: bool = False, check: Callable[[tuple[int, int]], None] | None = None) -> Image.Image:
+    """An RGB image; a missing, truncated or foreign file raises UserError that names it.
+
+    check: is shown (width, height) before memory is taken for the pixels.
+    """
     try:
         with Image.open(path) as image:
+            if check:
+                check(image.size)
             return (ImageOps.exif_transpose(image) if exif else image).convert("RGB")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such image") from None
+        raise UnreadableImage(f"{path}: no such image") from None
+    except UserError:
+        raise
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({error})") from None
+        raise UnreadableImage(f"{path}: not a readable image ({error})") from None
 
 
 def collate(items: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
     """A batch as torchvision's detectors take it: images of any sizes, targets."""
     images, targets = zip(*items, strict=True)
     return list(images), list(targets)
+
+
+class Loader(DataLoader):
+    """torch's loader; what happens in its processes comes out as one clear error.
+
+    Images that others stand in for (see DetectionDataset) are counted and named on stderr; more than
+    `dataset.max_bad` of them raise UserError.
+    """
+
+    def __init__(self, *arguments, **settings):
+        self.bad: set[str] = set()  # what was wrong with the images that others stood in for
+        super().__init__(*arguments, **settings)
+
+    def __iter__(self) -> Iterator:
+        try:
+            for batch in super().__iter__():
+                self._count(batch[1])
+                yield batch
+        except UserError as error:
+            message = str(error)
+            if message.startswith("Caught "):  # in a loader process: its traceback is the message
+                message = message.strip().splitlines()[-1].partition(": ")[2]
+            raise UserError(message) from None
+
+    def _count(self, targets: list[dict]) -> None:
+        """Takes `unread` out of targets. Raises UserError where there are too many."""
+        for reason in (reason for target in targets for reason in target.pop("unread", ())):
+            if reason in self.bad:
+                continue
+            self.bad.add(reason)
+            count, most = len(self.bad), self.dataset.max_bad
+            if count > most:
+                raise too_many(reason, most)
+            print(f"warning: {reason}; another image stands in ({count} of at most {most})", file=sys.stderr)
+
+
+def too_many(reason: str, most: int) -> UnreadableImage:
+    """The error of one unreadable image too many."""
+    return UnreadableImage(f"{reason}; with it there are more than data.max_bad_images={most} unreadable images")

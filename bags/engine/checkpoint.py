@@ -2,9 +2,11 @@
 
 A checkpoint is a dict: `format`, `config` (resolved, plain), `stats` (category ids, names and
 training counts), `model` (state dict), and in a run's own file `init` (digest of the weights that it
-started from), `optimizer` and `iteration`.
+started from), `optimizer`, `iteration` and with fp16 `scaler`. The file ends with a digest of itself, as the
+comment of the zip file that torch writes: zip's own checksums do not cover all bytes.
 """
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -12,26 +14,35 @@ import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import nn
 
 from bags.errors import UserError
 
-FORMAT = 1
+FORMAT = 2  # 1 had no seal
+SEAL = b"sha256:"  # and the digest of all before it, as the comment that ends a zip file
+SEALED = len(SEAL) + 64  # bytes
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """Writes a run's checkpoint; the former `last.pth` is kept as `previous.pth`."""
-    write_file(path, {"format": FORMAT, **content}, path.with_name("previous.pth"))
+    write_checkpoint(path, content, path.with_name("previous.pth"))
+
+
+def write_checkpoint(path: Path, content: dict, previous: Path | None = None) -> None:
+    """`write_file` of a checkpoint's content."""
+    write_file(path, {"format": FORMAT, **content}, previous)
 
 
 def write_file(path: Path, content: dict, previous: Path | None = None) -> None:
     """Writes to a temporary file, then renames; what was there before goes to `previous`, if that is given."""
     temporary = path.with_suffix(".tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("w+b") as file:
             torch.save(content, file)
+            _seal(file)
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
@@ -41,30 +52,69 @@ def write_file(path: Path, content: dict, previous: Path | None = None) -> None:
     if previous and path.exists():
         os.replace(path, previous)
     os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # not every file system can put names on disk at once
+        os.fsync(folder)
+    os.close(folder)
+
+
+def _seal(file: BinaryIO) -> None:
+    """Makes the digest of a zip file its comment."""
+    file.seek(-2, os.SEEK_END)  # the length of the comment, so far 0
+    file.write(SEALED.to_bytes(2, "little"))
+    file.write(SEAL + _digest(file, file.tell()).encode())
+
+
+def _digest(file: BinaryIO, size: int) -> str:
+    """SHA-256 of a file's first `size` bytes, in hexadecimal; the file's position is then after them."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while size:
+        block = file.read(min(size, 2**22))
+        digest.update(block)
+        size -= len(block)
+        if not block:
+            break
+    return digest.hexdigest()
+
+
+def check_seal(path: Path) -> bool | None:
+    """Whether a file is what was written, byte for byte; None for one that has no seal."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END) - SEALED
+        if size < 0:
+            return None
+        digest = _digest(file, size)
+        seal = file.read()
+    return seal[len(SEAL) :] == digest.encode() if seal.startswith(SEAL) else None
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Reads a checkpoint to CPU memory. Raises UserError that says what the file is not."""
+    """Reads a checkpoint to CPU memory. Raises UserError that says what the file is not, or that it is damaged."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; train the model it belongs to first")
+    whole, damaged, content = check_seal(path), False, None
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch does not look at the checksums
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        if whole is None:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip() is not None  # torch does not look at the checksums
+        if whole is not False and not damaged:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: not a checkpoint: it holds more than tensors and plain values") from None
     except Exception as error:  # whatever a file can do to a parser
         raise UserError(f"{path}: not a checkpoint, or damaged ({type(error).__name__})") from None
-    if damaged:
-        raise UserError(f"{path}: damaged (checksum of {damaged}); without it a run goes on from previous.pth")
+    lost_seal = whole is None and isinstance(content, dict) and content.get("format") == FORMAT
+    if whole is False or damaged or lost_seal:
+        raise UserError(f"{path}: damaged (its checksum differs); without it a run goes on from previous.pth")
     if not isinstance(content, dict) or not {"config", "stats", "model"} <= content.keys():
         raise UserError(f"{path}: not a checkpoint of this project (no config, stats and model in it)")
     if not all(isinstance(content[key], dict) for key in ("config", "stats", "model")):
         raise UserError(f"{path}: not a checkpoint of this project (config, stats and model are no mappings)")
     if not all(isinstance(value, torch.Tensor) for value in content["model"].values()):
         raise UserError(f"{path}: not a checkpoint of this project (model holds more than tensors)")
-    if content.get("format") != FORMAT:
+    if content.get("format") not in (1, FORMAT):
         raise UserError(f"{path}: checkpoint format {content.get('format')}, expected {FORMAT}")
     return content
 

@@ -1,7 +1,9 @@
-"""Numbers of a run: JSON lines on disk, a progress bar on screen."""
+"""Numbers of a run: JSON lines on disk, a progress bar on screen, a clock."""
 
+import itertools
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -9,8 +11,39 @@ import torch
 from tqdm import tqdm
 
 from bags import distributed
-from bags.errors import UserError
 from bags.sections import TrainConfig
+
+PHASES = ("data", "forward", "backward", "step")
+WAITS = 0.2  # share of its time that a GPU may wait for data before that is said
+
+
+class Clock:
+    """Where the time goes: each lap is what has passed since the one before, of the GPU's own time on a GPU."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[tuple[str, float | torch.cuda.Event]] = [("", self._now())]
+
+    def lap(self, phase: str) -> None:
+        """Ends a phase, one of PHASES; never waits for the GPU."""
+        self.marks.append((phase, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each phase since the last reading; on a GPU, waits for it."""
+        seconds = dict.fromkeys(PHASES, 0.0)
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        for (_, start), (phase, end) in itertools.pairwise(self.marks):
+            seconds[phase] += start.elapsed_time(end) / 1000 if self.on_gpu else end - start
+        del self.marks[:-1]
+        return seconds
+
+    def _now(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class JsonLog:
@@ -31,8 +64,9 @@ class JsonLog:
         self.file = path.open("a", buffering=1)
 
     def write(self, **values) -> None:
-        """Appends one object; floats are rounded to 6 significant digits."""
+        """Appends one object; floats are rounded to 6 significant digits, those that are not finite are null."""
         plain = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
         self.file.write(json.dumps(plain) + "\n")
 
     def close(self) -> None:
@@ -40,7 +74,7 @@ class JsonLog:
         self.file.close()
 
 
-class Clock:
+class Stopwatch:
     """Seconds spent inside `with clock:`, on the GPU where the device is one; nothing waits before it is asked."""
 
     def __init__(self):
@@ -72,7 +106,7 @@ class Clock:
 
 
 class Monitor:
-    """Follows one run: averages losses over ranks, logs them, moves the bar, stops at a loss that is not finite."""
+    """Follows one run: averages losses over ranks, logs them and the seconds of an iteration, moves the bar."""
 
     def __init__(
         self,
@@ -81,26 +115,27 @@ class Monitor:
         config: TrainConfig,
         done: int,
         total: int,
-        bar: bool = True,
         clock: Clock | None = None,
+        stopwatch: Stopwatch | None = None,
     ):
-        """`done` and `total` count iterations; bar: whether this run has one (in the main process).
+        """`done` and `total` count iterations; clock: of all runs of the pass, for the one that has the bar.
 
-        clock: of the run's own steps; its seconds are logged, on top of those logged before.
+        stopwatch: of the run's own steps; its seconds are logged, on top of those logged before.
         """
-        self.title, self.config, self.total, self.clock = title, config, total, clock or Clock()
+        self.title, self.config, self.total, self.clock = title, config, total, clock
+        self.stopwatch = stopwatch or Stopwatch()
         main, images = distributed.is_main(), config.batch_size
         self.log = JsonLog(folder / "log.jsonl", done) if main else None
-        self.clock.total += self.log.last.get("seconds", 0.0) if main else 0.0
+        self.stopwatch.total += self.log.last.get("seconds", 0.0) if main else 0.0
         self.bar = tqdm(
             total=total * images,
             initial=done * images,
             desc=title,
             unit="image",
-            disable=not (main and bar),
+            disable=not (main and clock),
             smoothing=0.05,
         )
-        self.smoothed_loss = None
+        self.smoothed_loss, self.waited = None, False
         self.last_time, self.last_steps = time.perf_counter(), done
 
     def __enter__(self) -> "Monitor":
@@ -111,31 +146,41 @@ class Monitor:
         if self.log:
             self.log.close()
 
-    def step(
-        self, iteration: int, epoch: float, losses: dict[str, torch.Tensor], lr: float, check: bool = False
-    ) -> None:
-        """Takes in one iteration, and the epochs done with it; every `log_every`-th is logged.
-
-        `check` looks at the losses in any case. Raises UserError, on all ranks, for a loss that is not finite.
-        """
+    def step(self, iteration: int, epoch: float, losses: dict[str, torch.Tensor], lr: float) -> None:
+        """Takes in one iteration, and the epochs done with it; every `log_every`-th is logged."""
         steps = iteration + 1
         self.bar.update(self.config.batch_size)
-        logs = steps % self.config.log_every == 0 or steps == self.total
-        if not (logs or check):
+        if steps % self.config.log_every and steps != self.total:
             return
         values = distributed.average({"loss": sum(losses.values()), **losses})
-        bad = [name for name, value in values.items() if name != "loss" and not math.isfinite(value)]
-        if bad:
-            raise UserError(
-                f"{self.title}: iteration {steps}: {', '.join(bad)} is not finite: lower train.lr (now {lr:g}) "
-                "or train.clip_norm"
-            )
-        if logs and self.log:
+        times = self._times(max(steps - self.last_steps, 1))
+        if self.log:
             now = time.perf_counter()
             rate = (steps - self.last_steps) * self.config.batch_size / (now - self.last_time)
-            self.last_time, self.last_steps = now, steps
-            spent = self.clock.seconds()
-            self.log.write(iteration=iteration, epoch=epoch, lr=lr, images_per_s=rate, seconds=spent, **values)
-            old = values["loss"] if self.smoothed_loss is None else self.smoothed_loss
-            self.smoothed_loss = 0.7 * old + 0.3 * values["loss"]
-            self.bar.set_postfix_str(f"loss {self.smoothed_loss:.3f} lr {lr:.2g}", refresh=False)
+            self.last_time = now
+            self.log.write(
+                iteration=iteration,
+                epoch=epoch,
+                lr=lr,
+                images_per_s=rate,
+                seconds=self.stopwatch.seconds(),
+                **times,
+                **values,
+            )
+            if math.isfinite(values["loss"]):
+                old = values["loss"] if self.smoothed_loss is None else self.smoothed_loss
+                self.smoothed_loss = 0.7 * old + 0.3 * values["loss"]
+            self.bar.set_postfix_str(f"loss {self.smoothed_loss or math.nan:.3f} lr {lr:.2g}", refresh=False)
+        self.last_steps = steps
+
+    def _times(self, steps: int) -> dict[str, float]:
+        """Seconds of each phase of an iteration in the main process; says once where a GPU waits for data."""
+        if not self.clock:
+            return {}
+        seconds = self.clock.read()
+        share = seconds["data"] / max(sum(seconds.values()), 1e-9)
+        if self.clock.on_gpu and share > WAITS and not self.waited and distributed.is_main():
+            self.waited = True
+            tqdm.write(f"warning: {self.title}: the GPU waits for data {share:.0%} of the time: raise data.workers",
+                       file=sys.stderr)  # fmt: skip
+        return {f"{phase}_s": value / steps for phase, value in seconds.items()}

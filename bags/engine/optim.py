@@ -9,6 +9,8 @@ from torch import nn
 from bags.classifiers.base import ProposalClassifier
 from bags.sections import TrainConfig
 
+REFERENCE_BATCH = 16  # images, that a scaled learning rate is given for
+
 
 def set_trained_part(model: nn.Module, part: str) -> None:
     """Chooses the parameters that are trained.
@@ -40,11 +42,12 @@ def train_mode(model: nn.Module) -> None:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD with momentum, or AdamW, over the trainable parameters."""
+    """SGD with momentum, or AdamW, over the trainable parameters; in one kernel (fused) on a GPU."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    fused = True if parameters[0].is_cuda else None
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay, fused=fused)
 
 
 def epoch_at(starts: Sequence[int], iteration: int) -> float:
@@ -53,9 +56,14 @@ def epoch_at(starts: Sequence[int], iteration: int) -> float:
     return epoch + (iteration - starts[epoch]) / (starts[epoch + 1] - starts[epoch])
 
 
+def base_rate(config: TrainConfig) -> float:
+    """`lr`, with `scale_lr` in proportion to the images of a step (Goyal et al. 2017)."""
+    return config.lr * config.batch_size / REFERENCE_BATCH if config.scale_lr else config.lr
+
+
 def learning_rate(config: TrainConfig, iteration: int, epoch: float) -> float:
     """The rate of one iteration (0-based), at `epoch`: linear warm-up times a step schedule."""
-    rate = config.lr
+    rate = base_rate(config)
     if iteration < config.warmup_iterations:
         progress = iteration / config.warmup_iterations
         rate *= config.warmup_factor + (1 - config.warmup_factor) * progress

@@ -7,6 +7,7 @@ exactly as it would have gone on, and no random state needs to be saved.
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +21,22 @@ from tqdm import tqdm
 from bags import distributed
 from bags.classifiers.base import BoxFeatures, ProposalClassifier
 from bags.engine.checkpoint import load_latest, save_checkpoint
-from bags.engine.metrics import Clock, Monitor
-from bags.engine.optim import build_optimizer, epoch_at, learning_rate, set_trained_part, train_mode
-from bags.errors import UserError
+from bags.engine.faults import report_nonfinite, stop_signals
+from bags.engine.metrics import Clock, Monitor, Stopwatch
+from bags.engine.optim import (
+    REFERENCE_BATCH,
+    base_rate,
+    build_optimizer,
+    epoch_at,
+    learning_rate,
+    set_trained_part,
+    train_mode,
+)
+from bags.errors import Stopped, UserError
 from bags.sections import TrainConfig
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOST_SKIPPED = 20  # steps in a row that train.nonfinite=skip leaves out
 
 
 @dataclass
@@ -43,8 +56,10 @@ class Run:
     losses: nn.Module | None = None
     # Filled in by `train`.
     optimizer: torch.optim.Optimizer | None = None
+    scaler: torch.amp.GradScaler | None = None
     done: int = 0  # iterations
-    clock: Clock = field(default_factory=Clock)  # of its own steps, without waiting for data
+    skipped: int = 0  # steps in a row
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)  # of its own steps, without waiting for data
 
     def save(self, iteration: int) -> None:
         """Writes `last.pth`."""
@@ -52,6 +67,8 @@ class Run:
             state = {"model": self.model.state_dict(), "iteration": iteration}
             if self.optimizer:
                 state["optimizer"] = self.optimizer.state_dict()
+            if self.scaler and self.scaler.is_enabled():
+                state["scaler"] = self.scaler.state_dict()
             save_checkpoint(self.folder / "last.pth", {**self.about, **state})
 
 
@@ -62,6 +79,7 @@ def train_one_epoch(
     first_iteration: int,
     epochs: Sequence[int],
     after_step: Callable[[Run, int, dict[str, torch.Tensor], float], None],
+    clock: Clock,
 ) -> None:
     """Optimises each run over what is left of an epoch; `after_step(run, iteration, losses, lr)` logs and saves.
 
@@ -71,23 +89,75 @@ def train_one_epoch(
         train_mode(run.losses)
     for iteration, batch in enumerate(loader, start=first_iteration):
         images, targets = to_device(*batch, device)
+        clock.lap("data")
         for run in runs:
             if iteration < run.done:  # killed while the others were saved
                 continue
             distributed.seed_rank(run.seed * 1_000_003 + iteration, device)
             lr = learning_rate(run.config, iteration, epoch_at(epochs, iteration))
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr
-            with run.clock:
-                losses = run.losses(images, targets)
-                loss = sum(losses.values())
-                run.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                if run.config.clip_norm > 0:
-                    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-                    nn.utils.clip_grad_norm_(parameters, run.config.clip_norm)
-                run.optimizer.step()
+            with run.stopwatch:
+                losses = optimisation_step(run, images, targets, iteration, lr, device, clock)
             after_step(run, iteration, losses, lr)
+
+
+def optimisation_step(
+    run: Run,
+    images: list[torch.Tensor],
+    targets: list[dict],
+    iteration: int,
+    lr: float,
+    device: torch.device,
+    clock: Clock,
+) -> dict[str, torch.Tensor]:
+    """One step on this rank's share of a batch, in `accumulate` parts; returns the means of the parts' losses.
+
+    A loss that is not finite, on any rank, stops the run with a UserError or leaves the step out.
+    """
+    config, parts = run.config, run.config.accumulate
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.zero_grad(set_to_none=True)
+    means: dict[str, torch.Tensor] = {}
+    for part in range(parts):
+        alone = part < parts - 1 and isinstance(run.losses, DistributedDataParallel)
+        with run.losses.no_sync() if alone else contextlib.nullcontext():  # ranks exchange gradients once
+            with torch.autocast(device.type, PRECISIONS[config.precision], enabled=config.precision != "fp32"):
+                losses = run.losses(images[part::parts], targets[part::parts])
+            clock.lap("forward")
+            run.scaler.scale(sum(losses.values()) / parts).backward()
+            clock.lap("backward")
+        means = {name: means.get(name, 0) + value.detach() / parts for name, value in losses.items()}
+    if distributed.any_rank(not torch.stack(list(means.values())).isfinite().all(), device):
+        _leave_out(run, means, images, targets, iteration, lr, device)
+    else:
+        run.skipped = 0
+        run.scaler.unscale_(run.optimizer)
+        if config.clip_norm > 0:
+            parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    clock.lap("step")
+    return means
+
+
+def _leave_out(run: Run, losses, images, targets, iteration: int, lr: float, device: torch.device) -> None:
+    """Says what was not finite. Raises UserError where the run is to stop, or where it cannot recover."""
+    content = {"model": run.model.state_dict(), "iteration": iteration, "images": images, "targets": targets,
+               "seed": run.seed * 1_000_003 + iteration}  # fmt: skip
+    text = report_nonfinite(run.folder, losses, targets, {**run.about, **content})
+    text = f"{run.title}: iteration {iteration + 1}: {text}"
+    mend = f"lower train.lr (now {lr:g}) or train.clip_norm"
+    if run.config.nonfinite == "stop":
+        raise UserError(f"{text}: {mend}, or leave such steps out: train.nonfinite=skip")
+    run.skipped += 1
+    state = [value for value in run.model.state_dict().values() if value.is_floating_point()]
+    if distributed.any_rank(not all(value.isfinite().all() for value in state), device):
+        raise UserError(f"{text}: weights or statistics are not finite either: {mend}")
+    if run.skipped > MOST_SKIPPED:
+        raise UserError(f"{text}: {MOST_SKIPPED} steps in a row were left out before it: {mend}")
+    if distributed.is_main():
+        print(f"warning: {text}: step left out", file=sys.stderr)
 
 
 def to_device(images: list[torch.Tensor], targets: list[dict], device: torch.device) -> tuple[list, list]:
@@ -139,6 +209,8 @@ def _resume(run: Run) -> bool:
     run.model.load_state_dict(saved["model"])
     if run.optimizer:
         run.optimizer.load_state_dict(saved["optimizer"])
+        if "scaler" in saved:
+            run.scaler.load_state_dict(saved["scaler"])
     run.done = saved["iteration"]
     return True
 
@@ -148,7 +220,8 @@ def train(runs: Sequence[Run], loader: DataLoader, device: torch.device) -> None
 
     All runs see the same batches, so their epochs and batch size are the same; each draws its random numbers as
     it would alone. `loader.batch_sampler` has `start(epoch, first_batch)` and `batches_in(epoch)`. Writes
-    `last.pth`, `previous.pth` and `log.jsonl`. Raises UserError for a loss that is not finite.
+    `last.pth`, `previous.pth` and `log.jsonl`. Raises UserError for a loss that is not finite, and Stopped, with
+    everything saved, after a step in which SIGTERM or SIGINT came.
     """
     sampler = loader.batch_sampler
     sampler.start(0)
@@ -158,24 +231,32 @@ def train(runs: Sequence[Run], loader: DataLoader, device: torch.device) -> None
     total = epochs[-1] if runs[0].optimizer else 0
     done = min(run.done for run in runs)
     with contextlib.ExitStack() as stack:
+        clock, signals = Clock(device), stack.enter_context(stop_signals())
         monitors = [
-            stack.enter_context(Monitor(r.folder, r.title, r.config, r.done, total, r is runs[0], r.clock))
+            stack.enter_context(
+                Monitor(r.folder, r.title, r.config, r.done, total, clock if r is runs[0] else None, r.stopwatch)
+            )
             for r in runs
         ]
         monitor_of = dict(zip(map(id, runs), monitors, strict=True))
 
         def after_step(run: Run, iteration: int, losses: dict[str, torch.Tensor], lr: float) -> None:
-            """Logs, and saves now and then."""
+            """Logs, saves now and then, and stops where a signal asks for it."""
             steps = iteration + 1
-            saves = steps % run.config.checkpoint_every == 0 and steps < total
-            monitor_of[id(run)].step(iteration, epoch_at(epochs, steps), losses, lr, check=saves)
-            if saves:
+            monitor_of[id(run)].step(iteration, epoch_at(epochs, steps), losses, lr)
+            if steps % run.config.checkpoint_every == 0 and steps < total:
                 run.save(steps)
+            if run is runs[-1] and distributed.any_rank(bool(signals), device):
+                for own in runs:
+                    if own.done <= iteration:
+                        own.save(steps)
+                raise Stopped(f"stopped by {signals[0] if signals else 'another rank'} after iteration {steps} of "
+                              f"{total}, which is saved; the same command goes on")  # fmt: skip
 
         while done < total:
             epoch = int(epoch_at(epochs, done))
             sampler.start(epoch, done - epochs[epoch])
-            train_one_epoch(runs, loader, device, done, epochs, after_step)
+            train_one_epoch(runs, loader, device, done, epochs, after_step, clock)
             done = epochs[epoch + 1]
     for run in runs:
         distributed.share_buffers(run.model)
@@ -186,11 +267,22 @@ def train(runs: Sequence[Run], loader: DataLoader, device: torch.device) -> None
 
 def _start(run: Run, loader: DataLoader, device: torch.device) -> None:
     """What is trained, by which optimiser, from where; wraps `losses` for several ranks."""
-    set_trained_part(run.model, run.config.part)
+    config, ranks = run.config, distributed.world_size()
+    if config.batch_size % (ranks * config.accumulate):
+        raise UserError(f"train.batch_size={config.batch_size} does not divide by {ranks} ranks times "
+                        f"train.accumulate={config.accumulate}")  # fmt: skip
+    set_trained_part(run.model, config.part)
     trainable = any(p.requires_grad for p in run.model.parameters())
-    run.optimizer = build_optimizer(run.model, run.config) if trainable else None
+    if trainable:
+        run.optimizer = build_optimizer(run.model, config)
+        run.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        if config.scale_lr and distributed.is_main():
+            print(f"note: {run.title}: lr {base_rate(config):g} for {config.batch_size} images a step: "
+                  f"train.lr={config.lr:g} is that of {REFERENCE_BATCH}", file=sys.stderr)  # fmt: skip
     if not _resume(run) and not trainable:
         fit_classifiers(run.model, loader, device, run.seed, run.title)
-    run.losses, run.clock.device = run.losses or run.model, device
-    if trainable and distributed.world_size() > 1:
+    if config.compile and run.losses is None:
+        run.model.backbone.compile()
+    run.losses, run.stopwatch.device = run.losses or run.model, device
+    if trainable and ranks > 1:
         run.losses = DistributedDataParallel(run.losses, [device] if device.type == "cuda" else None)

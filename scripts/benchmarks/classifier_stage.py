@@ -131,6 +131,7 @@ def train_once(config, name: str, live: bool, epochs: int, device, mirrored: boo
 
 def reading(stage: dict, device) -> dict:
     """An epoch from a store that is on disk alone, against the slower of reading the store and computing in memory."""
+    from bags.engine.metrics import Clock
     from bags.engine.train import train_one_epoch
 
     runs, loader = stage["runs"], stage["loader"]
@@ -139,7 +140,13 @@ def reading(stage: dict, device) -> dict:
         loader.batch_sampler.start(0)
         start = time.perf_counter()
         train_one_epoch(
-            runs, batches, device, 0, [0, len(kept)], lambda run, iteration, losses, lr: sum(losses.values()).item()
+            runs,
+            batches,
+            device,
+            0,
+            [0, len(kept)],
+            lambda run, iteration, losses, lr: sum(losses.values()).item(),
+            Clock(device),
         )
         return time.perf_counter() - start
 
