@@ -52,7 +52,7 @@ def run_script(main: Callable[[], None]) -> None:
         if "DataLoader worker" not in str(error):
             raise
         mend = "is the memory full? Fewer data.workers need less; the same command goes on from the last checkpoint"
-        _end(f"error: a loader process has ended: {' '.join(str(error).split())} {mend}", 2)
+        _end(f"error: a loader process has ended ({' '.join(str(error).split()).rstrip('.')}): {mend}", 2)
     except OSError as error:  # a folder where a file should be, no permission, a full disk
         _end(f"error: {error}", 2)
 
