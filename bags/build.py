@@ -271,7 +271,7 @@ def predict_and_evaluate(
         return {}, {}
     results, scores = {}, {}
     for iou_type, prefix in (("bbox", ""), ("segm", "mask_")):
-        if iou_type == "segm" and not (config.detector.has_masks and dataset.index.has_segmentation.any()):
+        if iou_type == "segm" and not (config.detector.has_masks and scores["bbox"].has_masks):
             continue
         scores[iou_type] = score(
             Path(config.data.root) / config.data.val,

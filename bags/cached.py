@@ -4,7 +4,9 @@ Everything but the classifier is frozen in part `cls`, so it is run once per ima
 on is in its header: weights, annotations, settings.
 """
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bags import build
-from bags.data.dataset import DetectionDataset
+from bags.data.dataset import DetectionDataset, image_path
 from bags.data.index import AnnotationIndex
 from bags.data.samplers import ShardSampler
 from bags.detectors.from_features import FromFeatures, Seen, seen, training_pool
@@ -33,7 +35,7 @@ from bags.engine.features import (
     pool_row,
 )
 from bags.engine.train import Run
-from bags.sections import Config, DetectorConfig
+from bags.sections import Config, DetectorConfig, TailOnlyConfig
 
 NOT_OF_THE_FEATURES = ("init_from", "other_categories", "reset_classifier", "backbone_weights")
 DRAWN_LATER = ("batch_size", "positive_fraction")  # of the RoI section: how training draws from the store
@@ -43,15 +45,20 @@ def training_store(config: Config, detector: nn.Module, dataset: DetectionDatase
     """The store of a training set's proposals, made where it is not complete. The detector holds its final weights."""
     views = [False, True] if config.data.flip > 0 and config.store.mirrored else [False]
     stages, width = _shape(detector)
-    plain = DetectionDataset(dataset.index, dataset.folder, masks=dataset.masks, exif=dataset.exif)
+    index = dataset.index
+    if dataset.masks and not index.has_segmentation.all():  # objects without one are not trained on
+        index = index.take(np.arange(len(index)), index.has_segmentation)
+    plain = DetectionDataset(index, dataset.folder, exif=dataset.exif)
 
     def records(images: list[Tensor], targets: list[dict], positions: list[int]) -> list[Record]:
         """All views of some images."""
         found = []
         for mirrored in views:
-            shown = [_view(*pair, mirrored, device) for pair in zip(images, targets, strict=True)]
+            own = mirrored and hasattr(detector.transform, "flip")  # the transform mirrors what it has resized
+            shown = [_view(*pair, mirrored and not own, device) for pair in zip(images, targets, strict=True)]
             seeds = [2 * position + mirrored for position in positions]
-            pools = training_pool(detector, *map(list, zip(*shown, strict=True)), config.store.negatives, seeds)
+            with _mirroring(detector.transform) if own else contextlib.nullcontext():
+                pools = training_pool(detector, *map(list, zip(*shown, strict=True)), config.store.negatives, seeds)
             found += [_pool_record(*pair, mirrored) for pair in zip(pools, positions, strict=True)]
         return sorted(found, key=lambda record: record.view)
 
@@ -98,6 +105,20 @@ def validation_loader(config: Config, detector: nn.Module, dataset: DetectionDat
     return build.loader(config, SeenFeatures(store, Seen, dataset.target), sampler)
 
 
+def store_folder(config: Config) -> Path:
+    """Where a configuration's stores are."""
+    beside = config.init_file.with_suffix(".features")
+    return Path(config.store.folder) if config.store.folder else beside
+
+
+def store_settings(config: Config) -> tuple:
+    """Equal for rows that can be trained from the same store."""
+    data, tail = config.data, isinstance(config.sampler, TailOnlyConfig) and config.sampler
+    return (str(config.init_file), data.root, data.train, data.train_images, data.empty_images, data.exif, tail,
+            data.flip > 0 and config.store.mirrored, config.store.negatives,
+            repr(_detector_settings(config.detector)))  # fmt: skip
+
+
 def shared_settings(config: Config) -> tuple:
     """Equal for rows whose classifiers can be trained in one pass over one store."""
     train = config.train
@@ -106,20 +127,36 @@ def shared_settings(config: Config) -> tuple:
             train.part, train.epochs, train.batch_size, config.seed, config.device)  # fmt: skip
 
 
+@contextlib.contextmanager
+def _mirroring(transform: nn.Module) -> Iterator[None]:
+    """A transform that mirrors training images by chance mirrors all."""
+    chance, transform.flip, transform.training = transform.flip, 1.0, True
+    try:
+        yield
+    finally:
+        transform.flip, transform.training = chance, False
+
+
+def share_frozen(detector: nn.Module, other: nn.Module) -> None:
+    """What is no classifier takes the memory of another detector's, which is equal."""
+    state = other.state_dict()
+    for name, value in (*detector.named_parameters(), *detector.named_buffers()):
+        if "classifier." not in name:
+            value.data = state[name]
+
+
 def _open(config: Config, split: str, detector: nn.Module, dataset: DetectionDataset, settings, layout, records):
     """`open_store` with the header of a configuration; the detector is in evaluation mode meanwhile."""
     frozen = {name: value for name, value in detector.state_dict().items() if "classifier." not in name}
     about = {
         "weights": weights_digest({"model": frozen}),
         "annotations": _annotations_digest(dataset.index),
-        "images": f"{dataset.folder} exif={dataset.exif}",
+        "images": _images_digest(dataset),
         "settings": _digest({**settings, "detector": _detector_settings(config.detector)}),
     }
-    folder = config.init_file.with_suffix(".features")
-    folder = (Path(config.store.folder) if config.store.folder else folder) / split
     detector.eval()
     return open_store(
-        folder,
+        store_folder(config) / split,
         about,
         layout,
         len(dataset),
@@ -149,9 +186,16 @@ def _digest(values: object) -> str:
 
 def _annotations_digest(index: AnnotationIndex) -> str:
     digest = hashlib.sha256()
-    for values in (index.image_ids, index.image_sizes, index.starts, index.boxes, index.labels, index.crowd):
+    for values in (index.image_ids, index.image_sizes, index.name_bytes, index.name_starts,
+                   index.starts, index.boxes, index.labels, index.crowd):  # fmt: skip
         digest.update(values.tobytes())
     return digest.hexdigest()
+
+
+def _images_digest(dataset: DetectionDataset) -> str:
+    """Of the sizes of the files (a missing one counts as empty) and of how they are read."""
+    paths = (image_path(dataset.folder, dataset.index.file_name(k)) for k in range(len(dataset)))
+    return _digest([dataset.exif, *(path.stat().st_size if path.exists() else 0 for path in paths)])
 
 
 def _view(image: Tensor, target: dict, mirrored: bool, device) -> tuple[Tensor, dict]:

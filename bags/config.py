@@ -189,6 +189,7 @@ def _check_schedule(config: Config, need: Need) -> None:
     need(train.warmup_iterations >= 0, "train.warmup_iterations", f"0 or more, got {train.warmup_iterations}")
     rising_milestones = all(a < b for a, b in itertools.pairwise((0, *train.milestones, math.inf)))
     need(rising_milestones, "train.milestones", f"rising epochs above 0, got {list(train.milestones)}")
+    need(config.detector.init_from != "", "detector.init_from", "a checkpoint, row:NAME or null, got ''")
     need(train.part == "all" or config.detector.init_from is not None, "detector.init_from",
          f"a checkpoint: with train.part={train.part} the rest of the detector would stay random")  # fmt: skip
     agnostic = config.detector.roi.class_agnostic and not config.detector.has_masks

@@ -102,6 +102,8 @@ def convert(value: Any, kind: Any, key: str, source: str) -> Any:
         if value is None:
             return None
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        if kind is str and "\0" in value:
+            raise UserError(f"{source}: {key}: a text must not hold NUL characters")
         return value
     raise UserError(f"{source}: {key}: expected {_describe(kind)}, got {value!r}")
 

@@ -89,7 +89,12 @@ def evaluate_results(arguments: argparse.Namespace) -> dict[str, float]:
     settings = {"boundaries": bins, "engine": arguments.engine or "hotcoco", "fixed": True}
     scores = {"bbox": score(arguments.annotations, source, **settings)}
     metrics = dict(scores["bbox"].numbers)
-    if has_masks(source):
+    if has_masks(source) and not scores["bbox"].has_masks:
+        print(
+            f"note: {arguments.annotations}: not all objects have a segmentation: boxes alone are scored",
+            file=sys.stderr,
+        )
+    elif has_masks(source):
         scores["segm"] = score(arguments.annotations, source, "segm", **settings)
         metrics |= {f"mask_{name}": value for name, value in scores["segm"].numbers.items()}
     folder = arguments.output or source.with_name(f"{source.stem}_evaluation")
@@ -102,7 +107,7 @@ def evaluate_results(arguments: argparse.Namespace) -> dict[str, float]:
 
 def compare_results(arguments: argparse.Namespace) -> None:
     """Prints what changed from A to B: means with their intervals, and the categories that changed most."""
-    from bags.analysis.tables import write_comparison
+    from bags.analysis.tables import as_table, write_comparison
     from bags.evaluation.comparison import compare
     from bags.evaluation.detection_ap import has_masks
 
@@ -120,12 +125,11 @@ def compare_results(arguments: argparse.Namespace) -> None:
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         write_comparison(arguments.output, found)
+    if arguments.json:
+        print(json.dumps({kind: as_table(result) for kind, result in found.items()}))
+        return
     for kind, result in found.items():
-        if arguments.json:
-            numbers = {name: plain(getattr(result, name)) for name in ("first", "second")}
-            print(json.dumps({"iou_type": kind, **numbers, "intervals": result.intervals}))
-        else:
-            print_comparison(kind, result, [str(path) for path in arguments.compare])
+        print_comparison(kind, result, [str(path) for path in arguments.compare])
 
 
 def print_comparison(kind: str, result, names: list[str]) -> None:

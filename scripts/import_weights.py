@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torchvision
 
 from bags.build import build_detector, load_detector
-from bags.classifier_sections import NCMConfig, ReweightedSoftmaxConfig, SoftmaxConfig, TauNormConfig
+from bags.classifier_sections import NCMConfig, NorCalConfig, ReweightedSoftmaxConfig, SoftmaxConfig, TauNormConfig
 from bags.config import config_to_dict, load_config, override_config
 from bags.data.index import AnnotationIndex
 from bags.data.packing import read_json
@@ -85,7 +85,7 @@ def import_weights(source: str, config: Config, annotations: Path | None, eps: f
     Returns (checkpoint, lines that say what was taken and what was not). Raises UserError unless every
     tensor of the file has its place in the detector, and every place its tensor.
     """
-    if isinstance(config.classifier, NCMConfig | TauNormConfig):
+    if isinstance(config.classifier, NCMConfig | TauNormConfig | NorCalConfig):
         raise UserError(f"{config.name}: {config.classifier.name} is made from a trained softmax: import that one")
     names = []
     if Path(source).suffix in (".pth", ".pt"):

@@ -12,13 +12,17 @@ are not run again. More values: the same command with more of them.
 
 import argparse
 import itertools
+import json
 import math
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bags.errors import UserError, run_script
+
+NUMBER = re.compile(r"(mask_)?(AP([0-9]+|[smlrcf]|_tail|_head)?|AR)|ACC([0-9]+|bg)?")
 
 
 def main() -> None:
@@ -35,8 +39,12 @@ def main() -> None:
     paths, overrides = split_arguments(arguments.config)
     if len(paths) != 1 or paths[0].is_dir():
         raise UserError(f"{', '.join(map(str, paths)) or 'no configuration'}: expected one YAML file")
+    if not NUMBER.fullmatch(arguments.best):
+        raise UserError(
+            f"--best {arguments.best}: expected a column of the table, as AP, AP50, AP1, AP_tail, mask_AP, ACC"
+        )
     name = load_config(paths[0], overrides).name
-    rows = [[*overrides, *own, f"name={row_name(name, own)}"] for own in combinations(arguments.over)]
+    rows = [[*overrides, *own, f"name={json.dumps(row_name(name, own))}"] for own in combinations(arguments.over)]
     jobs = [[in_order(paths, row, seed)[0] for row in rows] for seed in seeds_of(arguments.seeds)]
     run_jobs(jobs, lambda folders: show(folders, arguments.best))
 

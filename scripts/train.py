@@ -41,15 +41,25 @@ def main() -> None:
 
 def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], None]) -> None:
     """Runs what is not complete, then `show`s the run folders of each row (one per job) in the main process."""
-    from bags import distributed
+    from bags import cached, distributed
     from bags.data import glyphs
 
     folders: dict[Path, Config] = {}
+    stores: dict[Path, Config] = {}
     for config in (config for configs in jobs for config in configs):
         if config.run_folder in folders:
             raise UserError(f"{config.run_folder}: two rows of this job would share it: give each a name of its own")
         folders[config.run_folder] = config
         _is_complete(config.run_folder, config)  # refuses other settings before anything is trained
+        if config.init_row and config.init_file.parent not in folders and not _is_finished(config.init_file.parent):
+            raise UserError(f"{config.init_file.parent}: no finished run; run the row {config.init_row} first")
+        if config.is_cached:
+            other = stores.setdefault(cached.store_folder(config), config)
+            if cached.store_settings(other) != cached.store_settings(config):
+                raise UserError(
+                    f"{config.run_folder}: needs another store of features than {other.name}, in the same folder "
+                    f"{cached.store_folder(config)}: give one of them a store.folder, or train.features=live"
+                )
     with distributed.distributed(jobs[0][0].device) as device:
         waiting = [config for configs in jobs for config in configs]
         while waiting:
@@ -126,8 +136,6 @@ def run(configs: list[Config], device) -> None:
     if not configs:
         return
     first = configs[0]
-    if first.init_row and not (first.init_file.with_name("metrics.json")).exists():
-        raise UserError(f"{first.init_file.parent}: no finished run; run the row {first.init_row} first")
     index = build.open_index(first, "train")
     stats = CategoryStats.from_index(index)
     if not sum(stats.instance_counts):
@@ -139,7 +147,11 @@ def run(configs: list[Config], device) -> None:
     build.check_categories(stats, validation.index, index.path)
     if not len(validation.index.labels):
         raise UserError(f"{validation.index.path}: `annotations` is empty: there is nothing to evaluate on")
-    runs = [_begin(config, index, stats, device) for config in configs]
+    runs = []
+    for config in configs:
+        runs.append(_begin(config, index, stats, device))
+        if first.shares_features:
+            cached.share_frozen(runs[-1].model, runs[0].model)
     distributed.barrier()
 
     if first.is_cached:
@@ -221,6 +233,10 @@ def _is_complete(folder: Path, config: Config) -> bool:
     except UserError:
         return False  # goes on from previous.pth
     return (folder / "metrics.json").exists() and "ACC" in read_metrics(folder)
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / "metrics.json").exists()
 
 
 def _first_difference(old: dict, new: dict, prefix: str = "") -> tuple | None:

@@ -124,9 +124,12 @@ def test_foreign_weights_are_refused(tmp_path):
     torch.save(torchvision.models.resnet34(weights=None).state_dict() | other, tmp_path / "a.pth")
     torch.save({"state": 1}, tmp_path / "b.pth")
     (tmp_path / "c.pth").write_text("hello")
+    whole = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save(whole | {"conv1.weight": whole["conv1.weight"] * float("nan")}, tmp_path / "e.pth")
     words = {
+        "e": "conv1.weight holds numbers that are not finite",
         "a": "layer1.0.conv1.weight is missing",
-        "b": "not a state dict",
+        "b": "no state dict in there",
         "c": "not a file of",
         "d": "no such file",
     }

@@ -61,6 +61,30 @@ def repeated(folder, content, entries, times):
     return bags.evaluate(folder / "rt.json", folder / "rf.json", max_detections=100)
 
 
+def test_few_images_and_no_detections(tmp_path):
+    """Nothing found, and found against nothing: AP 0 as the engine says; one image makes every draw the same."""
+    content, results = write_case(tmp_path, True)
+    (tmp_path / "none.json").write_text("[]")
+    files = tmp_path / "truth.json", tmp_path / "none.json", tmp_path / "b.json"
+    found = compare(*files, draws=20)
+    assert found.first["AP"] == 0 and found.second["AP"] == pytest.approx(bags.evaluate(files[0], files[2])["AP"])
+    assert found.intervals["AP"][0] > 0 and len(found.rows) == 4
+    nothing = compare(*files[:2], files[1], draws=20)
+    assert nothing.second["AP"] == 0 and nothing.intervals["AP"] == (0, 0)
+    image = next(i for i in content["images"] if any(a["image_id"] == i["id"] for a in content["annotations"]))
+    one = {**content, "images": [image],
+           "annotations": [a for a in content["annotations"] if a["image_id"] == image["id"]]}  # fmt: skip
+    files[0].write_text(json.dumps(one))
+    for name, entries in zip("ab", results, strict=True):
+        own = [e for e in entries if e["image_id"] == image["id"]]
+        (tmp_path / f"{name}.json").write_text(json.dumps([{**e, "score": round(e["score"], 1)} for e in own]))  # ties
+    single = compare(files[0], tmp_path / "a.json", files[2], draws=20)
+    for numbers, file in ((single.first, tmp_path / "a.json"), (single.second, files[2])):
+        assert numbers["AP"] == pytest.approx(bags.evaluate(files[0], file)["AP"])
+    difference = single.second["AP"] - single.first["AP"]
+    assert single.intervals["AP"] == pytest.approx((difference, difference))
+
+
 @pytest.mark.parametrize("lvis", [True, False])
 def test_a_weighted_image_is_a_repeated_one(tmp_path, lvis):
     content, results = write_case(tmp_path, lvis)
@@ -134,7 +158,7 @@ def test_compare_on_the_command_line(tmp_path):
     assert saved["AP"]["interval"] == list(result.intervals["AP"])
     assert (tmp_path / "out/comparison.csv").read_text().count("\n") == 5
     done = run_script("evaluate", *files, *truth, "--json")
-    assert json.loads(done.stdout)["second"]["AP"] == result.second["AP"]
+    assert json.loads(done.stdout)["bbox"]["AP"]["second"] == result.second["AP"]
     for arguments, message in (
         (files, "--compare needs --annotations"),
         ([*files, *truth, "--engine", "lvis"], "--compare takes --annotations"),

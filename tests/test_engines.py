@@ -8,6 +8,7 @@ from pathlib import Path
 import hotcoco
 import numpy as np
 import pytest
+from conftest import run_script
 from pycocotools import mask as coco_mask
 
 import bags
@@ -198,6 +199,39 @@ def test_the_quick_look_finds_what_the_careful_one_does(tmp_path, capfd):
     assert "hotcoco" not in capfd.readouterr().err
 
 
+def test_what_is_no_mask_is_refused(tmp_path):
+    """Such detections would be scored by their boxes, or as wrong, without a word."""
+    truth, rng = federated(tmp_path, 0)
+    good = detections_of(truth, rng, 2, True)
+    files = tmp_path / "truth.json", tmp_path / "r.json"
+    for value in (None, [], {"size": [90, 121], "counts": "0"}, {"size": [90, 120]}, 3):
+        files[1].write_text(json.dumps([*good[:4], {**good[4], "segmentation": value}, *good[5:]]))
+        with pytest.raises(bags.UserError, match=r"detection 4: segmentation: .* RLE of \[90, 120\]"):
+            bags.evaluate(*files, "segm")
+    files[1].write_text(json.dumps(good))
+    content = json.loads(files[0].read_text())
+    del content["annotations"][2]["segmentation"]
+    files[0].write_text(json.dumps(content))
+    bare = content["annotations"][2]["id"]
+    with pytest.raises(bags.UserError, match=f"annotation {bare}: no segmentation: masks cannot be scored"):
+        bags.evaluate(*files, "segm")
+    assert not detection_ap.score(*files).has_masks
+    done = run_script("evaluate", files[1], "--annotations", files[0], "--json")
+    assert done.returncode == 0 and "boxes alone are scored" in done.stderr and "mask_AP" not in done.stdout
+
+
+def test_objects_are_numbered_from_one(tmp_path):
+    """The official tools take a match with annotation 0 for none."""
+    truth, rng = federated(tmp_path, 0)
+    (tmp_path / "r.json").write_text(json.dumps(detections_of(truth, rng, 2, False)))
+    content = json.loads((tmp_path / "truth.json").read_text())
+    content["annotations"][0]["id"] = 0
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    with pytest.raises(bags.UserError, match="annotation id 0, which lvis takes for no object"):
+        bags.evaluate(tmp_path / "truth.json", tmp_path / "r.json", engine="lvis")
+    assert bags.evaluate(tmp_path / "truth.json", tmp_path / "r.json")["AP"] > 0
+
+
 def test_engines_are_named(tmp_path):
     federated(tmp_path, 0)
     (tmp_path / "r.json").write_text("[]")
@@ -215,7 +249,7 @@ def test_engines_are_named(tmp_path):
 def test_rows_of_categories(tmp_path):
     truth, rng = federated(tmp_path, 3)
     (tmp_path / "r.json").write_text(json.dumps(detections_of(truth, rng, 2, False)))
-    found, rows, _ = detection_ap.score(tmp_path / "truth.json", tmp_path / "r.json", boundaries=(20, 50))
+    found, rows, *_ = detection_ap.score(tmp_path / "truth.json", tmp_path / "r.json", boundaries=(20, 50))
     assert [row["id"] for row in rows] == list(range(1, 13)) and rows[4]["name"] == "c5"
     assert [row["bin"] for row in rows] == [1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3]
     assert rows[0]["frequency"] == "c" and rows[1]["training_instances"] == 14 and rows[1]["training_images"] == 2

@@ -24,6 +24,7 @@ from bags.errors import UserError
 
 CPU = torch.device("cpu")
 EVERYTHING = ["detector.roi.batch_size=100000", "detector.roi.positive_fraction=1"]
+RESIZED = ["data.flip=0.5", "detector.min_size=80", "detector.max_size=80"]  # of the images' 64
 FRAMEWORKS = {
     "faster": [],
     "mask": ["detector.framework=mask_rcnn"],
@@ -96,6 +97,29 @@ def test_what_is_drawn_is_what_a_live_step_draws(tmp_path, glyphs):
     for seed in range(40):  # as the live loader's flip of the same seed
         flips.append(not torch.equal(dataset[3, seed][1]["boxes"], dataset.target(3)["boxes"]))
     assert views == [not flip for flip in flips] and 5 < sum(flips) < 35
+
+
+def test_released_conventions_mirror_what_is_resized(tmp_path, glyphs, monkeypatch):
+    """In their coordinates mirroring before or after resizing is not the same."""
+    settings = ["detector.conventions=released", "data.flip=0.5", "detector.min_size=100", "detector.max_size=100"]
+    config, detector, dataset = prepared(tmp_path, glyphs, *settings)
+    shown = []
+    plain = cached.training_pool
+
+    def watched(detector, images, targets, *given):
+        shown.append((detector.transform.flip, detector.transform(images, targets)))
+        return plain(detector, images, targets, *given)
+
+    monkeypatch.setattr(cached, "training_pool", watched)
+    cached.training_store(config, detector, dataset, CPU)
+    transform = detector.transform
+    assert transform.flip == 0.5 and not transform.training
+    image, target = dataset[0, 0]
+    transform.flip, transform.training = 1.0, True
+    images, targets = transform([image], [target])
+    found = [resized for chance, resized in shown if chance == 1.0][1]  # the first was looked at for the size
+    torch.testing.assert_close(found[0].tensors[:1], images.tensors, rtol=0, atol=0)
+    torch.testing.assert_close(found[1][0]["boxes"], targets[0]["boxes"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("framework", ["faster", "cascade"])
@@ -177,6 +201,23 @@ def test_another_store_is_refused_and_says_why(tmp_path, glyphs):
     with pytest.raises(UserError, match="other annotations: remove"):
         cached.training_store(config, detector, dataset, CPU)
     dataset.index.labels[0] -= 1
+    dataset.exif = True
+    with pytest.raises(UserError, match="other images: remove"):
+        cached.training_store(config, detector, dataset, CPU)
+    dataset.exif = False
+    names = dataset.index.name_bytes.copy()
+    dataset.index.name_bytes[:] = np.roll(names.reshape(len(dataset), -1), 1, axis=0).ravel()  # equally long
+    with pytest.raises(UserError, match="other annotations"):
+        cached.training_store(config, detector, dataset, CPU)
+    dataset.index.name_bytes[:] = names
+    image = dataset.folder / dataset.index.file_name(0)
+    bytes_before = image.read_bytes()
+    try:
+        image.write_bytes(bytes_before + b"more")
+        with pytest.raises(UserError, match="other images: remove"):
+            cached.training_store(config, detector, dataset, CPU)
+    finally:
+        image.write_bytes(bytes_before)
     assert files(folder) == before
     (folder / "0.fc").write_bytes(before["0.fc"][:-5])
     with pytest.raises(UserError, match="damaged: remove this shard's three files"):
@@ -241,10 +282,54 @@ def swept(job, tmp_path_factory):
         (folder / "tiny" / "softmax").mkdir(parents=True, exist_ok=True)
         shutil.copy(runs / "tiny" / "softmax" / name, folder / "tiny" / "softmax")
     rows = [configs / "bags.yaml", configs / "softmax_retrained.yaml"]
-    done = run_script("train", *rows, f"output={folder}", "data.flip=0.5")
+    done = run_script("train", *rows, f"output={folder}", *RESIZED)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("train: features") + done.stderr.count("MB for each of") >= 1
     return configs, folder
+
+
+def test_two_runs_at_one_store_take_turns(swept, tmp_path):
+    configs, folder = swept
+    shutil.copytree(folder / "tiny" / "softmax", tmp_path / "tiny" / "softmax",
+                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+    script = [sys.executable, str(ROOT / "scripts/train.py")]
+    rows = ("bags", "softmax_retrained")
+    both = [subprocess.Popen([*script, str(configs / f"{row}.yaml"), f"output={tmp_path}", *RESIZED],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for row in rows]  # fmt: skip
+    for row, process in zip(rows, both, strict=True):
+        message = process.communicate(timeout=240)[1]
+        assert process.returncode == 0, message
+        own, together = weights(tmp_path / "tiny" / row), weights(folder / "tiny" / row)
+        assert all(torch.equal(own[key], together[key]) for key in own)
+
+
+def test_a_live_run_ends_where_a_stored_one_does(swept, tmp_path):
+    """Where every proposal is drawn and none is mirrored, fp16 features are all that differs."""
+    configs, folder = swept
+    shutil.copytree(folder / "tiny" / "softmax", tmp_path / "tiny" / "softmax",
+                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+    ends = {}
+    for features in ("cached", "live"):
+        settings = [*EVERYTHING, "store.negatives=100000", f"train.features={features}", f"name={features}"]
+        done = run_script("train", configs / "softmax_retrained.yaml", f"output={tmp_path}", *settings)
+        assert done.returncode == 0, done.stderr
+        ends[features] = weights(tmp_path / "tiny" / features)
+    start = weights(tmp_path / "tiny" / "softmax")
+    key = "roi_heads.classifier.linear.weight"
+    assert (ends["live"][key] - start[key]).abs().max() > 0.02  # it was trained
+    for name, value in ends["live"].items():
+        torch.testing.assert_close(ends["cached"][name], value, rtol=1e-2, atol=1e-4)
+
+
+def test_a_job_that_needs_two_stores_in_one_place_is_not_begun(swept, tmp_path):
+    configs, folder = swept
+    over = ["--over", "store.negatives", "5", "6", f"detector.init_from={folder}/tiny/softmax/last.pth"]
+    done = run_script("sweep", configs / "bags.yaml", f"output={tmp_path}", over[-1], *over[:-1])
+    assert done.returncode == 2 and "needs another store of features than bags,negatives=5" in done.stderr
+    assert not list(tmp_path.iterdir())
+    over = ["--over", "detector.init_from", f"{folder}/tiny/softmax/last.pth", "row:nothing"]
+    done = run_script("sweep", configs / "bags.yaml", f"output={tmp_path}", *over)
+    assert done.returncode == 2 and "run the row nothing first" in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_one_pass_for_several_rows_gives_each_its_own_result(swept, tmp_path):
@@ -252,7 +337,7 @@ def test_one_pass_for_several_rows_gives_each_its_own_result(swept, tmp_path):
     for row in ("bags", "softmax_retrained"):
         shutil.copytree(folder / "tiny" / "softmax", tmp_path / row / "tiny" / "softmax",
                         ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
-        done = run_script("train", configs / f"{row}.yaml", f"output={tmp_path / row}", "data.flip=0.5")
+        done = run_script("train", configs / f"{row}.yaml", f"output={tmp_path / row}", *RESIZED)
         assert done.returncode == 0, done.stderr
         alone, together = weights(tmp_path / row / "tiny" / row), weights(folder / "tiny" / row)
         assert all(torch.equal(alone[key], together[key]) for key in alone)
@@ -266,7 +351,7 @@ def test_killed_anywhere_the_weights_are_the_same(swept, tmp_path, after):
     shutil.copytree(folder / "tiny" / "softmax", tmp_path / "tiny" / "softmax",
                     ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
     rows = [str(configs / "bags.yaml"), str(configs / "softmax_retrained.yaml")]
-    command = [sys.executable, str(ROOT / "scripts/train.py"), *rows, f"output={tmp_path}", "data.flip=0.5"]
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *rows, f"output={tmp_path}", *RESIZED]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (tmp_path / "tiny" / after).exists() and time.time() < deadline:
@@ -274,7 +359,7 @@ def test_killed_anywhere_the_weights_are_the_same(swept, tmp_path, after):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "tiny" / "softmax_retrained" / "metrics.json").exists(), "killed too late to test anything"
-    done = run_script("train", *rows, f"output={tmp_path}", "data.flip=0.5")
+    done = run_script("train", *rows, f"output={tmp_path}", *RESIZED)
     assert done.returncode == 0, done.stderr
     for row in ("bags", "softmax_retrained"):
         resumed, undisturbed = weights(tmp_path / "tiny" / row), weights(folder / "tiny" / row)
@@ -287,14 +372,19 @@ def test_two_ranks_make_the_same_store(swept, tmp_path):
                     ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                str(ROOT / "scripts/train.py"), str(configs / "bags.yaml"),
-               f"output={tmp_path}", "data.flip=0.5"]  # fmt: skip
+               f"output={tmp_path}", *RESIZED]  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     one, two = (files(f / "tiny" / "softmax" / "last.features" / "train") for f in (folder, tmp_path))
     assert one == two
-    assert sorted(weights(tmp_path / "tiny" / "bags")) == sorted(weights(folder / "tiny" / "bags"))
+    alone, shared = weights(folder / "tiny" / "bags"), weights(tmp_path / "tiny" / "bags")
+    assert alone.keys() == shared.keys()
+    moved = [key for key in alone if not torch.equal(alone[key], shared[key])]
+    assert all("classifier." in key for key in moved)  # each rank draws and sums on its own
+    for key in moved:
+        torch.testing.assert_close(shared[key], alone[key], rtol=0, atol=0.1)
 
 
 def test_a_sweep_of_scores_runs_the_detector_once(job, tmp_path):
@@ -332,7 +422,7 @@ def test_a_sweep_of_scores_runs_the_detector_once(job, tmp_path):
         (["--over", "classifier.others_ratio=2", "3"], "expected a key and its values"),
         (["--over", "classifier.others_ratio", "2", "2"], "a value is there twice"),
         (["--over", "classifier.other_ratio", "2"], "did you mean classifier.others_ratio"),
-        (["--over", "classifier.others_ratio", "2", "--best", "AP99"], "no row has that number: expected one of AP,"),
+        (["--over", "classifier.others_ratio", "2", "--best", "mAP"], "--best mAP: expected a column of the table"),
     ],
 )
 def test_mistakes_in_a_sweep(swept, arguments, message):

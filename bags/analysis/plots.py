@@ -84,7 +84,9 @@ def plot_ap_by_instances(path: Path, runs: dict[str, list[dict]], boundaries: Se
             continue
         counts = np.maximum(points[:, 0], 0.5)  # none at all: left of 1
         axes.plot(counts, points[:, 1], ".", ms=5, alpha=0.4, color=colour)
-        axes.plot(_running_mean(counts), _running_mean(points[:, 1]), color=colour, lw=1.8, label=name)
+        axes.plot(
+            _running_mean(counts), _running_mean(points[:, 1]), color=colour, lw=1.8, label=name.replace("$", r"\$")
+        )
     for border in boundaries:
         axes.axvline(border, color="0.5", ls="--", lw=1)
     axes.set(xscale="log", xlabel="training instances of the category", ylabel="AP", ylim=(0, None))

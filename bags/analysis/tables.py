@@ -72,13 +72,17 @@ def write_comparison(folder: Path, found: dict[str, Comparison]) -> None:
     """Writes `comparison.json` (means, intervals) and `comparison.csv` (categories); of masks `mask_comparison.*`."""
     for kind, result in found.items():
         stem = "comparison" if kind == "bbox" else "mask_comparison"
-        table = {
-            name: {"first": value, "second": result.second[name], "interval": result.intervals.get(name)}
-            for name, value in result.first.items()
-            if not math.isnan(value)
-        }
-        (folder / f"{stem}.json").write_text(json.dumps(table, indent=1))
+        (folder / f"{stem}.json").write_text(json.dumps(as_table(result), indent=1))
         _write_csv(folder / f"{stem}.csv", result.rows)
+
+
+def as_table(result: Comparison) -> dict[str, dict]:
+    """Means that the ground truth has categories for: name -> first, second, interval (none without draws)."""
+    return {
+        name: {"first": value, "second": result.second[name], "interval": result.intervals.get(name)}
+        for name, value in result.first.items()
+        if not math.isnan(value)
+    }
 
 
 def _write_csv(path: Path, rows: list[dict]) -> Path:

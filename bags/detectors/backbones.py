@@ -10,6 +10,7 @@ from torchvision.models.detection.backbone_utils import mobilenet_backbone, resn
 from torchvision.ops import DeformConv2d, FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from bags.detectors.weights import read_state
 from bags.errors import UserError
 
 STRIDES = {"small": (4, 8, 16), "resnet": (4, 8, 16, 32, 64), "mobilenet": (32, 32, 64)}
@@ -48,7 +49,7 @@ def build_backbone(
                 block.conv2 = DeformableConv(block.conv2)
                 block.conv2.requires_grad_(stage > frozen_stages)
     else:
-        trainable = 6 - frozen_stages if frozen_stages else 6
+        trainable = 6 - frozen_stages
         backbone = mobilenet_backbone(
             backbone_name=name, fpn=True, norm_layer=norm, weights=None, trainable_layers=trainable
         )
@@ -70,10 +71,7 @@ def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
     if Path(source).suffix in (".pth", ".pt"):
         if not Path(source).exists():
             raise UserError(f"{source}: no such file; detector.backbone_weights names it")
-        try:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a file can do to a parser
-            raise UserError(f"{source}: not a file of weights, or damaged ({type(error).__name__})") from None
+        state = read_state(source)
     else:
         weights = torchvision.models.get_model_weights(name)
         if source not in weights.__members__:
@@ -83,8 +81,6 @@ def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
             state = weights[source].get_state_dict(progress=True, check_hash=True)
         except OSError as error:
             raise UserError(f"{weights[source].url}: cannot be fetched ({error}); name a local file instead") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{source}: not a state dict of {name}")
     state = {key.removeprefix("features."): value for key, value in state.items()}
     own = backbone.body.state_dict()
     odd = [key for key, value in own.items() if key not in state or state[key].shape != value.shape]

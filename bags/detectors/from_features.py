@@ -152,6 +152,12 @@ class FromFeatures(nn.Module):
         )
         self.detector = (detector,)  # no submodule: it may stay where it is
         self.resident = resident
+        self.train()
+
+    def train(self, mode: bool = True) -> "FromFeatures":
+        """Of the detector only the classifiers follow: the rest, its transform too, does what it does in prediction."""
+        self.detector[0].eval()
+        return super().train(mode)
 
     def forward(self, images: list, targets: list[dict] | None = None):
         """See the class."""

@@ -7,11 +7,13 @@ record per view, which says where its rows are. A shard is there when its views 
 killed run goes on with the shards that are missing, whatever the number of ranks.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,21 +135,45 @@ def open_store(
     about: what a store's content depends on, by name; a folder that holds another one's raises UserError.
     loader_of(batches of positions) gives (images, targets); records_of(images, targets, positions) their views.
     """
-    header = {"format": FORMAT, **about, "images": images, "fc": layout.fc, "row": str(layout.row),
-              "view": str(layout.view), "stages": layout.stages, "width": layout.width}  # fmt: skip
-    if distributed.is_main():
-        _begin(folder, header)
-    distributed.barrier()
-    mine = range(distributed.rank(), len(shards_of(images)), distributed.world_size())
-    missing = [number for number in mine if not (folder / f"{number}.views").exists()]
-    complete = all((folder / f"{number}.views").exists() for number in range(len(shards_of(images))))
-    distributed.barrier()
-    if not complete:
+    form = {"format": FORMAT, "number": images, "fc": layout.fc, "row": str(layout.row),
+            "view": str(layout.view), "stages": layout.stages, "width": layout.width}  # fmt: skip
+    assert not form.keys() & about.keys()
+    with _alone(folder):
         if distributed.is_main():
-            _announce(folder, layout, images, loader_of, records_of)
-        _write(folder, layout, images, missing, loader_of, records_of, batch_size, title)
+            _begin(folder, form | about)
         distributed.barrier()
+        mine = range(distributed.rank(), len(shards_of(images)), distributed.world_size())
+        missing = [number for number in mine if not (folder / f"{number}.views").exists()]
+        complete = all((folder / f"{number}.views").exists() for number in range(len(shards_of(images))))
+        distributed.barrier()
+        if not complete:
+            if distributed.is_main():
+                _announce(folder, layout, images, loader_of, records_of)
+            _write(folder, layout, images, missing, loader_of, records_of, batch_size, title)
+            distributed.barrier()
     return FeatureStore(folder, layout, images)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One run at a time makes a store; the others wait, and find it made. The main process holds the lock."""
+    if not distributed.is_main():
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error}): set store.folder to another one") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"note: {folder}: another run is at this store: waiting for it", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _begin(folder: Path, header: dict) -> None:
@@ -163,10 +189,9 @@ def _begin(folder: Path, header: dict) -> None:
         if changed:
             raise UserError(f"{folder}: holds proposal features of other {', '.join(changed)}: {mend}")
         return
-    if folder.exists() and any(folder.iterdir()):
+    if any(folder.iterdir()):
         raise UserError(f"{folder}: is no store of proposal features, and not empty: set store.folder to another one")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(header, indent=1))
         temporary.replace(path)

@@ -69,6 +69,8 @@ def _resume(part: Path, key: str, sizes: list[int]) -> tuple[int, list[object]]:
             if file.readline() == header.encode():
                 ends.append(file.tell())
                 for line in file:
+                    if not line.endswith(b"\n"):
+                        break
                     try:
                         observed.append(json.loads(line)[0])
                     except (ValueError, TypeError, IndexError):

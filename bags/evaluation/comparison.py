@@ -16,6 +16,7 @@ from bags.errors import UserError
 from bags.evaluation.detection_ap import match, training_of
 
 RECALLS = np.linspace(0, 1, 101)
+IOUS = 10  # thresholds 0.5, 0.55, ..., 0.95
 AT_ONCE = 2_000_000  # numbers of one array: draws are taken in parts where a category has many detections
 
 
@@ -55,19 +56,22 @@ def compare(
     """
     if draws < 0:
         raise UserError(f"draws={draws}: expected 0 or more")
-    matched = [match(annotations, path, iou_type, max_detections) for path in (first, second)]
-    content = matched[0][1]
+    files, objects = [], None
+    for path in (first, second):
+        entries, content = match(annotations, path, iou_type, max_detections)
+        categories = sorted(content["categories"], key=lambda c: c["id"])
+        labels = {category["id"]: k for k, category in enumerate(categories)}
+        images = {image["id"]: k for k, image in enumerate(content["images"])}
+        objects = objects or objects_of(entries, labels, images)  # those of any file: entries without detections, too
+        files.append(detections_of(entries, labels, images))
+        del entries  # a kilobyte for each detection
     training = training_of(content, instance_counts, image_counts, boundaries)
-    categories = sorted(content["categories"], key=lambda c: c["id"])
-    labels = {category["id"]: k for k, category in enumerate(categories)}
-    images = {image["id"]: k for k, image in enumerate(content["images"])}
-    objects = objects_of([*matched[0][0], *matched[1][0]], labels, images)
-    files = [detections_of(entries, labels, images) for entries, _ in matched]
     sets = {"AP": np.ones(len(labels), bool), **training.sets()}
 
     whole = [ap_of(file, objects, np.ones((1, len(images)))) for file in files]
     numbers = [{name: float(values[0]) for name, values in means(ap, sets).items()} for ap in whole]
     weights = np.random.default_rng(seed).multinomial(len(images), np.full(len(images), 1 / len(images)), draws)
+    weights = weights.astype(np.int16)
     intervals = {}
     if draws:
         drawn = [ap_of(file, objects, weights, f"bootstrap, {Path(path).name}")
@@ -79,18 +83,19 @@ def compare(
         a, b = (float(ap[0, :, k].mean()) for ap in whole)
         counts = {} if training.instances is None else {"training_instances": training.instances[k]}
         if a == a:
-            rows.append({"id": category["id"], "name": category["name"], **counts,
+            rows.append({"id": category["id"], "name": category.get("name", category["id"]), **counts,
                          "first": a, "second": b, "difference": b - a})  # fmt: skip
     return Comparison(*numbers, intervals, rows)
 
 
-def objects_of(entries: list[dict], labels: dict[int, int], images: dict[int, int]) -> np.ndarray:
-    """Objects that count of each category in each image, float [C, I]."""
-    objects = np.zeros((len(labels), len(images)))
+def objects_of(entries: list[dict], labels: dict[int, int], images: dict[int, int]) -> list[np.ndarray]:
+    """Of each category int64 [K, 2]: the images that hold objects of it that count, and how many."""
+    found: list[list] = [[] for _ in labels]
     for entry in entries:
         number = len(entry["gtIgnore"]) - sum(entry["gtIgnore"])
-        objects[labels[entry["category_id"]], images[entry["image_id"]]] = number
-    return objects
+        if number:
+            found[labels[entry["category_id"]]].append((images[entry["image_id"]], number))
+    return [np.array(own, np.int64).reshape(-1, 2) for own in found]
 
 
 def detections_of(entries: list[dict], labels: dict[int, int], images: dict[int, int]) -> list[Detections | None]:
@@ -117,16 +122,16 @@ def detections_of(entries: list[dict], labels: dict[int, int], images: dict[int,
 
 
 def ap_of(
-    file: list[Detections | None], objects: np.ndarray, weights: np.ndarray, title: str | None = None
+    file: list[Detections | None], objects: list[np.ndarray], weights: np.ndarray, title: str | None = None
 ) -> np.ndarray:
     """AP [draws, T, C] with images weighted by `weights` [draws, I]; NaN where a draw has no object.
 
-    objects: [C, I]. title: of the progress bar; None shows none.
+    objects: see `objects_of`. title: of the progress bar; None shows none.
     """
-    thresholds = next((len(own.hit) for own in file if own), 1)
-    result = np.full((len(weights), thresholds, len(file)), np.nan)
+    result = np.full((len(weights), IOUS, len(file)), np.nan)
     for label, own in enumerate(tqdm(file, desc=title, unit="category", disable=title is None)):
-        totals = weights @ objects[label]  # [draws]
+        where, numbers = objects[label].T
+        totals = weights[:, where] @ numbers  # [draws]
         present = np.flatnonzero(totals > 0)
         if own is None or not own.hit.any():
             result[present, :, label] = 0
@@ -134,7 +139,7 @@ def ap_of(
         step = max(1, AT_ONCE // len(own.image))
         for part in np.array_split(present, -(-len(present) // step)) if len(present) else ():
             of_detections = weights[np.ix_(part, own.image)].astype(np.float64)
-            for t in range(thresholds):
+            for t in range(IOUS):
                 result[part, t, label] = _weighted_ap(of_detections, own.hit[t], own.counted[t], totals[part])
     return result
 

@@ -31,6 +31,7 @@ class Scores(NamedTuple):
     numbers: dict[str, float]  # by name, in 0..1
     rows: list[dict]  # one for each category: id, name, training_instances, training_images, frequency, bin, AP, AP50
     curves: dict[str, np.ndarray]  # AP, AP1, ... -> mean precision [IoU 0.5 and 0.75, recall 0, 0.01, ..., 1]
+    has_masks: bool  # whether every object of the ground truth has a segmentation: only then can masks be scored
 
 
 class Training(NamedTuple):
@@ -92,8 +93,10 @@ def score(
     annotations, predictions = Path(annotations), Path(predictions)
     if engine not in ENGINES:
         raise UserError(f"engine {engine}: expected one of {', '.join(ENGINES)}")
-    content, lvis = checked_truth(annotations)
+    content, lvis = checked_truth(annotations, iou_type)
     limit = max_detections or (300 if lvis else 100)
+    if engine != "hotcoco" and any(annotation["id"] == 0 for annotation in content["annotations"]):
+        raise UserError(f"{annotations}: annotation id 0, which {engine} takes for no object: number from 1")
     with _engine_errors(annotations, predictions):
         truth = hotcoco.COCO(str(annotations))
         found = _detections(truth, predictions, content, iou_type)
@@ -112,7 +115,7 @@ def score(
     curves = {
         name: _mean_curve(precision[[0, 5]][:, :, chosen, 0]) for name, chosen in {"AP": everything, **sets}.items()
     }
-    return Scores(results, _rows(content, training, precision), curves)
+    return Scores(results, _rows(content, training, precision), curves, _without_mask(content) is None)
 
 
 def match(
@@ -124,7 +127,7 @@ def match(
     as pycocotools' evalImgs do, of objects of any size. Raises UserError for a file that cannot be used.
     """
     annotations, predictions = Path(annotations), Path(predictions)
-    content, lvis = checked_truth(annotations)
+    content, lvis = checked_truth(annotations, iou_type)
     limit = max_detections or (300 if lvis else 100)
     with _engine_errors(annotations, predictions):
         truth = hotcoco.COCO(str(annotations))
@@ -170,7 +173,7 @@ def _rows(content: dict, training: Training, precision: np.ndarray) -> list[dict
     categories = sorted(content["categories"], key=lambda c: c["id"])
     columns = {
         "id": [c["id"] for c in categories],
-        "name": [c["name"] for c in categories],
+        "name": [c.get("name", c["id"]) for c in categories],
         "training_instances": training.instances,
         "training_images": training.images,
         "frequency": training.letters,
@@ -191,7 +194,12 @@ def has_masks(predictions: str | Path) -> bool:
         raise UserError(f"{predictions}: cannot be read ({error})") from None
 
 
-def checked_truth(path: Path) -> tuple[dict, bool]:
+def _without_mask(content: dict) -> dict | None:
+    """The first annotation that has no segmentation."""
+    return next((annotation for annotation in content["annotations"] if not annotation.get("segmentation")), None)
+
+
+def checked_truth(path: Path, iou_type: str) -> tuple[dict, bool]:
     """The ground truth, and whether it is LVIS's. Raises UserError for what the engine would stumble over."""
     content = read_annotations(path)
     if not content["annotations"]:
@@ -204,6 +212,8 @@ def checked_truth(path: Path) -> tuple[dict, bool]:
     for category in content["categories"]:
         if type(category.get("instance_count", 0)) is not int or category.get("frequency", "r") not in ("r", "c", "f"):
             raise UserError(f"{path}: category {category['id']}: instance_count or frequency (r, c, f) is wrong")
+    if iou_type == "segm" and (bare := _without_mask(content)):
+        raise UserError(f"{path}: annotation {bare['id']}: no segmentation: masks cannot be scored")
     federated = ["neg_category_ids" in image for image in content["images"]]
     if any(federated) != all(federated):
         image = content["images"][federated.index(False)]["id"]
@@ -230,6 +240,7 @@ def _detections(truth: hotcoco.COCO, path: Path, content: dict, iou_type: str) -
             data.lstrip()[:1] == b"["
             and all(data.count(f'"{key}"'.encode()) == number for key in keys)
             and b"null" not in data
+            and iou_type == "bbox"  # of masks the engine says nothing
             and not found.load_warnings
         )
     except (OSError, KeyError, TypeError, ValueError, RuntimeError):
@@ -323,7 +334,7 @@ def _checked_entries(entries: object, path: Path, content: dict, iou_type: str) 
     """Raises UserError that names the first detection that cannot be used."""
     if not isinstance(entries, list):
         raise UserError(f"{path}: expected a list of detections, found a {type(entries).__name__}")
-    images = {image["id"] for image in content["images"]}
+    images = {image["id"]: [image.get("height"), image.get("width")] for image in content["images"]}
     categories = {category["id"] for category in content["categories"]}
     for k, entry in enumerate(entries):
         where = f"{path}: detection {k}"
@@ -343,4 +354,12 @@ def _checked_entries(entries: object, path: Path, content: dict, iou_type: str) 
             raise UserError(f"{where}: category_id {category} is not in the ground truth")
         if not finite:
             raise UserError(f"{where}: a score or box coordinate is not a finite number")
+        if iou_type == "segm" and not _is_mask(entry["segmentation"], images[image]):
+            raise UserError(f"{where}: segmentation: expected polygons, or an RLE of {images[image]} (height, width)")
     return entries
+
+
+def _is_mask(value: object, size: list[int]) -> bool:
+    if isinstance(value, dict):
+        return value.get("size") == size and isinstance(value.get("counts"), str | list)
+    return isinstance(value, list) and len(value) > 0
