@@ -12,7 +12,7 @@ from bags.analysis.paper import METHODS
 from bags.analysis.tables import read_seconds
 from bags.classifier_sections import GroupSoftmaxConfig
 from bags.data.statistics import CategoryStats
-from bags.engine.metrics import Clock
+from bags.engine.metrics import Stopwatch
 from bags.methods import build_classifier
 
 
@@ -72,7 +72,7 @@ def test_seconds_are_of_the_own_steps(table):
     log = [line["seconds"] for line in read_lines(runs / "tiny/eql/log.jsonl")]
     assert log == sorted(log) and 0 < log[0] and read_seconds(runs / "tiny/eql") == log[-1]
     assert math.isnan(read_seconds(runs / "tiny/norcal"))
-    clock = Clock()
+    clock = Stopwatch()
     with clock:
         sum(range(10**5))
     first = clock.seconds()

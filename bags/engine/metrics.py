@@ -75,7 +75,7 @@ class JsonLog:
 
 
 class Stopwatch:
-    """Seconds spent inside `with clock:`, on the GPU where the device is one; nothing waits before it is asked."""
+    """Seconds spent inside `with stopwatch:`, on the GPU where the device is one; nothing waits before it is asked."""
 
     def __init__(self):
         self.total, self.pairs, self.device = 0.0, [], torch.device("cpu")
