@@ -55,6 +55,8 @@ def run_script(main: Callable[[], None]) -> None:
         _end(f"error: a loader process has ended ({' '.join(str(error).split()).rstrip('.')}): {mend}", 2)
     except OSError as error:  # a folder where a file should be, no permission, a full disk
         _end(f"error: {error}", 2)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python's own end is no place for a handler of ours
 
 
 def _end(message: str, code: int) -> None:
