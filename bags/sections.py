@@ -143,7 +143,7 @@ class TrainConfig:
     compile: bool = False  # the backbone by torch.compile
     nonfinite: Literal["stop", "skip"] = "stop"  # what a loss that is not finite does to the run, or to its step
     log_every: int = 20  # iterations
-    checkpoint_every: int = 200  # iterations; and at the end
+    checkpoint_every: int | None = None  # iterations; and at the end; null: 200, and 2000 of stored features
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def run(configs: list[Config], device) -> None:
     from bags import build, cached, distributed
     from bags.analysis.tables import write_metrics, write_scores
     from bags.data.statistics import CategoryStats, disagreement
-    from bags.engine.train import train
+    from bags.engine.train import is_trained, train
 
     done = [config for config in configs if _is_complete(config.run_folder, config)]
     for config in done if distributed.is_main() else ():
@@ -172,7 +172,7 @@ def run(configs: list[Config], device) -> None:
             cached.share_frozen(runs[-1].model, runs[0].model)
     distributed.barrier()
 
-    if first.is_cached:
+    if first.is_cached and not is_trained(runs, loader):  # a store that was removed is not made to evaluate alone
         loader = cached.training_loader(first, runs, loader, device)
     elif first.train.part == "cls" and first.train.features is None and distributed.is_main():
         print(f"note: {first.name}: data.short_sides draws sizes anew, so nothing is stored: train.features=live")

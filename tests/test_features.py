@@ -303,6 +303,17 @@ def test_two_runs_at_one_store_take_turns(swept, tmp_path):
         assert all(torch.equal(own[key], together[key]) for key in own)
 
 
+def test_a_removed_store_is_not_made_again_only_to_evaluate(swept, tmp_path):
+    configs, folder = swept
+    shutil.copytree(folder / "tiny", tmp_path / "tiny", ignore=shutil.ignore_patterns("*.features"))
+    (tmp_path / "tiny" / "bags" / "metrics.json").unlink()
+    done = run_script("train", configs / "bags.yaml", f"output={tmp_path}", *RESIZED)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "tiny" / "softmax" / "last.features").exists()
+    again, before = (json.loads((f / "tiny" / "bags" / "metrics.json").read_text()) for f in (tmp_path, folder))
+    assert again == before
+
+
 def test_a_live_run_ends_where_a_stored_one_does(swept, tmp_path):
     """Where every proposal is drawn and none is mirrored, fp16 features are all that differs."""
     configs, folder = swept

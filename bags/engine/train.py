@@ -36,6 +36,7 @@ from bags.errors import Stopped, UserError
 from bags.sections import TrainConfig
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SAVED_EVERY = (200, 2000)  # iterations, of the detector and of stored features, which take a fraction of the time
 MOST_SKIPPED = 20  # steps in a row that train.nonfinite=skip leaves out
 
 
@@ -57,6 +58,7 @@ class Run:
     # Filled in by `train`.
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
+    save_every: int = 0  # iterations
     done: int = 0  # iterations
     skipped: int = 0  # steps in a row
     stopwatch: Stopwatch = field(default_factory=Stopwatch)  # of its own steps, without waiting for data
@@ -215,6 +217,19 @@ def _resume(run: Run) -> bool:
     return True
 
 
+def _first_iterations(config: TrainConfig, loader: DataLoader) -> list[int]:
+    """The first iteration of each epoch, and the total."""
+    loader.batch_sampler.start(0)
+    return [0, *itertools.accumulate(loader.batch_sampler.batches_in(epoch) for epoch in range(config.epochs))]
+
+
+def is_trained(runs: Sequence[Run], loader: DataLoader) -> bool:
+    """Whether `train` would find nothing left to do but what needs no batches."""
+    latest = [load_latest(run.folder) for run in runs]
+    total = _first_iterations(runs[0].config, loader)[-1]
+    return all(saved is not None and saved.get("iteration") == total for saved in latest)
+
+
 def train(runs: Sequence[Run], loader: DataLoader, device: torch.device) -> None:
     """Trains to the last epoch, from each folder's checkpoint if there is one; part `none` is fitted instead.
 
@@ -223,9 +238,7 @@ def train(runs: Sequence[Run], loader: DataLoader, device: torch.device) -> None
     `last.pth`, `previous.pth` and `log.jsonl`. Raises UserError for a loss that is not finite, and Stopped, with
     everything saved, after a step in which SIGTERM or SIGINT came.
     """
-    sampler = loader.batch_sampler
-    sampler.start(0)
-    epochs = [0, *itertools.accumulate(sampler.batches_in(epoch) for epoch in range(runs[0].config.epochs))]
+    sampler, epochs = loader.batch_sampler, _first_iterations(runs[0].config, loader)
     for run in runs:
         _start(run, loader, device)
     total = epochs[-1] if runs[0].optimizer else 0
@@ -244,7 +257,7 @@ def train(runs: Sequence[Run], loader: DataLoader, device: torch.device) -> None
             """Logs, saves now and then, and stops where a signal asks for it."""
             steps = iteration + 1
             monitor_of[id(run)].step(iteration, epoch_at(epochs, steps), losses, lr)
-            if steps % run.config.checkpoint_every == 0 and steps < total:
+            if steps % run.save_every == 0 and steps < total:
                 run.save(steps)
             if run is runs[-1] and distributed.any_rank(bool(signals), device):
                 for own in runs:
@@ -271,6 +284,7 @@ def _start(run: Run, loader: DataLoader, device: torch.device) -> None:
     if config.batch_size % (ranks * config.accumulate):
         raise UserError(f"train.batch_size={config.batch_size} does not divide by {ranks} ranks times "
                         f"train.accumulate={config.accumulate}")  # fmt: skip
+    run.save_every = config.checkpoint_every or SAVED_EVERY[run.losses is not None]
     set_trained_part(run.model, config.part)
     trainable = any(p.requires_grad for p in run.model.parameters())
     if trainable:
