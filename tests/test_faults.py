@@ -19,6 +19,7 @@ import torch
 import yaml
 from conftest import ROOT, write_configs
 from PIL import Image
+from pycocotools import mask as coco_mask
 from steps import train_some
 
 import bags
@@ -330,22 +331,25 @@ def test_deeply_nested_results_and_annotations(tmp_path, glyphs, text):
     assert time.monotonic() - start < 20
 
 
-def test_rle_that_overflows_in_results_is_harmless(tmp_path):
-    """Counts beyond the image, beyond 32 bits, and in letters that go on for ever: refused, or worth nothing."""
+def test_rle_that_overflows_in_results_is_refused(tmp_path):
+    """Counts beyond the image, beyond 32 bits, and in letters that go on for ever; and in the ground truth."""
     data = odd_data(tmp_path / "data")
     truth = json.loads((data / "train.json").read_text())
     for annotation in truth["annotations"]:
         annotation["segmentation"] = {"size": [48, 64], "counts": [0, 48 * 64]}
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     start = time.monotonic()
-    for counts in ([2**31, 2**31], [2**40], [-5, 48 * 64 + 5], "o" * 100_000, [1] * 10, "\x00\x01"):
+    over = coco_mask.encode(np.ones((48, 65), np.uint8, order="F"))["counts"].decode()
+    for counts in (over, [2**31, 2**31], [2**40], [-5, 48 * 64 + 5], "o" * 100_000, ["1"], 5, "\x00\x01", "é"):
         entry = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "score": 0.5,
                  "segmentation": {"size": [48, 64], "counts": counts}}  # fmt: skip
         (tmp_path / "r.json").write_text(json.dumps([entry]))
-        try:
-            assert bags.evaluate(tmp_path / "truth.json", tmp_path / "r.json", "segm")["AP"] == 0
-        except UserError as error:
-            assert "r.json" in str(error)
+        with pytest.raises(UserError, match=r"r.json: detection 0: segmentation: .*pixels"):
+            bags.evaluate(tmp_path / "truth.json", tmp_path / "r.json", "segm")
+        truth["annotations"][1]["segmentation"]["counts"] = counts
+        (tmp_path / "odd.json").write_text(json.dumps(truth))
+        with pytest.raises(UserError, match=r"odd.json: annotation \d+: segmentation: .*pixels"):
+            bags.evaluate(tmp_path / "odd.json", tmp_path / "r.json", "segm")
     assert time.monotonic() - start < 5
 
 

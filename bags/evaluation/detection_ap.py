@@ -16,7 +16,7 @@ from typing import NamedTuple
 import hotcoco
 import numpy as np
 
-from bags.data.packing import is_box, read_annotations, read_json, unique_ids
+from bags.data.packing import POLYGON_LIMIT, is_box, is_number, read_annotations, read_json, unique_ids
 from bags.data.statistics import frequency, instance_bin
 from bags.errors import UserError
 from bags.evaluation import official
@@ -214,6 +214,9 @@ def checked_truth(path: Path, iou_type: str) -> tuple[dict, bool]:
             raise UserError(f"{path}: category {category['id']}: instance_count or frequency (r, c, f) is wrong")
     if iou_type == "segm" and (bare := _without_mask(content)):
         raise UserError(f"{path}: annotation {bare['id']}: no segmentation: masks cannot be scored")
+    if iou_type == "segm":
+        names = [f"annotation {annotation['id']}" for annotation in content["annotations"]]
+        _check_masks(path, names, content["annotations"], content["images"])
     federated = ["neg_category_ids" in image for image in content["images"]]
     if any(federated) != all(federated):
         image = content["images"][federated.index(False)]["id"]
@@ -334,7 +337,7 @@ def _checked_entries(entries: object, path: Path, content: dict, iou_type: str) 
     """Raises UserError that names the first detection that cannot be used."""
     if not isinstance(entries, list):
         raise UserError(f"{path}: expected a list of detections, found a {type(entries).__name__}")
-    images = {image["id"]: [image.get("height"), image.get("width")] for image in content["images"]}
+    images = {image["id"] for image in content["images"]}
     categories = {category["id"] for category in content["categories"]}
     for k, entry in enumerate(entries):
         where = f"{path}: detection {k}"
@@ -354,12 +357,39 @@ def _checked_entries(entries: object, path: Path, content: dict, iou_type: str) 
             raise UserError(f"{where}: category_id {category} is not in the ground truth")
         if not finite:
             raise UserError(f"{where}: a score or box coordinate is not a finite number")
-        if iou_type == "segm" and not _is_mask(entry["segmentation"], images[image]):
-            raise UserError(f"{where}: segmentation: expected polygons, or an RLE of {images[image]} (height, width)")
+    if iou_type == "segm":
+        _check_masks(path, [f"detection {k}" for k in range(len(entries))], entries, content["images"])
     return entries
 
 
-def _is_mask(value: object, size: list[int]) -> bool:
+def _check_masks(path: Path, names: list[str], entries: list[dict], images: list[dict]) -> None:
+    """Raises UserError that names the first entry whose mask is none of its image: decoders would not notice."""
+    sizes = {image["id"]: [image.get("height"), image.get("width")] for image in images}
+    for name, entry in zip(names, entries, strict=True):
+        value, size = entry["segmentation"], sizes.get(entry["image_id"])
+        if not _is_mask(value, size):
+            raise UserError(
+                f"{path}: {name}: segmentation: expected polygons, or an RLE of {size} (height, width) whose counts "
+                "do not exceed its pixels"
+            )
+
+
+def _is_mask(value: object, size: list[int] | None) -> bool:
+    """Polygons, or an RLE of a size."""
     if isinstance(value, dict):
-        return value.get("size") == size and isinstance(value.get("counts"), str | list)
-    return isinstance(value, list) and len(value) > 0
+        counts = value.get("counts")
+        if value.get("size") != size or not all(type(side) is int and 0 < side < 2**20 for side in size):
+            return False
+        if isinstance(counts, list):
+            return all(type(count) is int and count >= 0 for count in counts) and sum(counts) <= math.prod(size)
+        try:
+            hotcoco.mask.rle_from_string(counts, *size)
+        except (TypeError, ValueError):
+            return False
+        return True
+    if not isinstance(value, list) or not value:
+        return False
+    return all(
+        isinstance(ring, list) and len(ring) % 2 == 0 and all(is_number(v) and abs(v) < POLYGON_LIMIT for v in ring)
+        for ring in value
+    )
