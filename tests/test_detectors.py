@@ -31,7 +31,7 @@ from bags.classifiers.base import BoxFeatures
 from bags.classifiers.softmax import class_weights
 from bags.data.statistics import CategoryStats
 from bags.detectors import postprocess
-from bags.detectors.postprocess import select_detections
+from bags.detectors.postprocess import _suppress, select_detections
 from bags.detectors.roi_heads import RoIHeads, box_loss
 from bags.engine.optim import build_optimizer, epoch_at, learning_rate, set_trained_part, train_mode
 
@@ -89,6 +89,21 @@ def test_random_cases_with_ties_equal_torchvision(seed, monkeypatch):
     coder = _utils.BoxCoder((10, 10, 5, 5))
     ours = select_detections(logits.softmax(1), deltas, proposals, (100, 120), coder, threshold, 0.5, keep)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 1 / 3, 0.6])
+def test_categories_with_few_and_many_candidates_are_suppressed_as_each_alone(threshold):
+    """Boxes on a coarse grid: overlaps at the threshold itself, empty boxes, equal scores."""
+    generator = torch.Generator().manual_seed(0)
+    for number, categories in [(0, 1), (1, 1), (30, 30), (200, 3), (200, 8), (300, 12), (400, 100)] * 5:
+        corner = torch.randint(0, 6, (number, 2), generator=generator)
+        boxes = torch.cat([corner, corner + torch.randint(0, 7, (number, 2), generator=generator)], 1).float()
+        scores = torch.randint(0, 50, (number,), generator=generator) / 50
+        labels = torch.randint(0, categories, (number,), generator=generator)
+        groups = [torch.where(labels == label)[0] for label in range(categories)]
+        alone = torch.cat([own[nms(boxes[own], scores[own], threshold)] for own in groups])
+        kept = _suppress(boxes, scores, labels, threshold)
+        assert kept.tolist() == sorted(alone.tolist(), key=lambda k: (-scores[k], k))
 
 
 @pytest.mark.parametrize("limit, agnostic_nms", [(0, True), (2, False), (2, True), (1, True)])

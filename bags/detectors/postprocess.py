@@ -13,6 +13,7 @@ from torchvision.ops import nms, remove_small_boxes
 
 from bags.detectors.conventions import STANDARD, Conventions
 
+FEW = 24  # candidates of one category that are compared in pairs; `nms` for each category takes longer to start
 TIER = 20_000  # most candidates looked at together where all suppress each other, which takes their number squared
 
 
@@ -93,14 +94,40 @@ def _suppress(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -
 
     torchvision's `batched_nms` shifts each label's boxes far apart instead, which rounds them.
     """
-    order = labels.argsort(stable=True)
-    sizes = torch.unique_consecutive(labels[order], return_counts=True)[1].tolist()
-    kept = [
-        members[nms(boxes[members], scores[members], threshold)] if len(members) > 1 else members
-        for members in order.split(sizes)
-    ]
-    survivors = torch.cat(kept).sort().values if kept else order
+    best = scores.argsort(descending=True, stable=True)
+    order = best[labels[best].argsort(stable=True)]
+    counts = torch.unique_consecutive(labels[order], return_counts=True)[1]
+    few = (counts <= FEW).repeat_interleave(counts)
+    groups = order[~few].split(counts[counts > FEW].tolist())
+    kept = [_suppress_few(boxes, order[few], counts[counts <= FEW], threshold)]
+    kept += [members[nms(boxes[members], scores[members], threshold)] for members in groups if len(members)]
+    survivors = torch.cat(kept).sort().values
     return survivors[scores[survivors].argsort(descending=True, stable=True)]
+
+
+def _suppress_few(boxes: Tensor, order: Tensor, counts: Tensor, threshold: float) -> Tensor:
+    """What survives of many small groups at once: all pairs are compared, then losers' victims come back.
+
+    order: indices, group by group, each by falling score; counts: members of each group.
+    """
+    boxes, place = boxes[order], torch.arange(len(order), device=order.device)
+    rest = counts.cumsum(0).repeat_interleave(counts) - place - 1  # of its group after each
+    first = place.repeat_interleave(rest)
+    second = torch.arange(len(first), device=order.device) - (rest.cumsum(0) - rest - place - 1)[first]
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    one, other = boxes[first], boxes[second]
+    sides = (torch.minimum(one[:, 2:], other[:, 2:]) - torch.maximum(one[:, :2], other[:, :2])).clamp(min=0)
+    inter = sides[:, 0] * sides[:, 1]
+    overlap = inter / (area[first] + area[second] - inter)  # rounded as in `nms`
+    close = overlap.double() > threshold
+    first, second = first[close], second[close]
+    kept = torch.ones_like(order, dtype=torch.bool)
+    while True:  # right for all that have n above them after n rounds
+        now = torch.ones_like(kept)
+        now[second[kept[first]]] = False
+        if torch.equal(now, kept):
+            return order[kept]
+        kept = now
 
 
 def _first_of_each(labels: Tensor, number: int) -> Tensor:

@@ -1,12 +1,12 @@
 """Model and loader -> detections on disk, in COCO/LVIS results format."""
 
 import itertools
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import orjson
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -39,7 +39,7 @@ def predict(
     sizes = [len(batch) for batch in sampler.start(0)]
     batches, observed = _resume(part, f"{key} of {distributed.world_size()}", sizes)
     sampler.start(batches)
-    with part.open("a") as file:
+    with part.open("ab") as file:
         bar = tqdm(loader, desc=f"{title}: predict", unit="batch", initial=batches, total=len(sizes),
                    disable=not distributed.is_main())  # fmt: skip
         for images, targets in bar:
@@ -48,7 +48,7 @@ def predict(
             for image, target, detection in zip(images, targets, detections, strict=True):
                 observed.append(observe(image, target, detection) if observe else None)
                 entries = results_entries(target["image_id"], detection, category_ids)
-                lines.append(json.dumps([observed[-1], entries]) + "\n")
+                lines.append(orjson.dumps([observed[-1], entries], option=orjson.OPT_APPEND_NEWLINE))
             file.writelines(lines)
             file.flush()
     distributed.barrier()
@@ -63,21 +63,21 @@ def _resume(part: Path, key: str, sizes: list[int]) -> tuple[int, list[object]]:
 
     sizes: images of each batch.
     """
-    header, observed, ends = json.dumps(key) + "\n", [], []
+    header, observed, ends = orjson.dumps(key, option=orjson.OPT_APPEND_NEWLINE), [], []
     if part.exists():
         with part.open("rb") as file:
-            if file.readline() == header.encode():
+            if file.readline() == header:
                 ends.append(file.tell())
                 for line in file:
                     if not line.endswith(b"\n"):
                         break
                     try:
-                        observed.append(json.loads(line)[0])
+                        observed.append(orjson.loads(line)[0])
                     except (ValueError, TypeError, IndexError):
                         break  # written when the run was killed
                     ends.append(file.tell())
     if not ends:
-        part.write_text(header)
+        part.write_bytes(header)
         return 0, []
     whole = [n for n, images in enumerate(itertools.accumulate(sizes, initial=0)) if images <= len(observed)][-1]
     images = sum(sizes[:whole])
@@ -88,15 +88,15 @@ def _resume(part: Path, key: str, sizes: list[int]) -> tuple[int, list[object]]:
 def _merge(parts: list[Path], path: Path) -> None:
     """Writes the results file from the shares, which are removed."""
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        separator = "[\n"
+    with temporary.open("wb") as file:
+        separator = b"[\n"
         for share in parts:
-            with share.open() as lines:
+            with share.open("rb") as lines:
                 next(lines)  # the key
-                for entry in (entry for line in lines for entry in json.loads(line)[1]):
-                    file.write(separator + json.dumps(entry))
-                    separator = ",\n"
-        file.write("[]\n" if separator == "[\n" else "\n]\n")
+                for entry in (entry for line in lines for entry in orjson.loads(line)[1]):
+                    file.write(separator + orjson.dumps(entry))
+                    separator = b",\n"
+        file.write(b"[]\n" if separator == b"[\n" else b"\n]\n")
     os.replace(temporary, path)
     for share in parts:
         share.unlink()
