@@ -63,7 +63,8 @@ def paper_table(name: str, arguments: list[str], seeds: str | None) -> None:
     folders = [path for path in paths if path.is_dir()]
     if len(folders) != len(paths) or len(folders) != 1:
         raise UserError(f"--paper {name}: expected one folder of configurations, got {paths}")
-    files = {row.config: _row_file(folders[0], row.config) for row in table.rows}
+    files = {row.config: _row_file(folders[0], row.config, table.optional) for row in table.rows}
+    files = {stem: path for stem, path in files.items() if path}
     waiting = list(files.values())
     while waiting:
         source = load_config(waiting.pop(), overrides).init_row
@@ -87,12 +88,12 @@ def paper_table(name: str, arguments: list[str], seeds: str | None) -> None:
     run_jobs([in_order(list(files.values()), overrides, seed) for seed in seeds_of(seeds)], show)
 
 
-def _row_file(folder: Path, stem: str) -> Path:
+def _row_file(folder: Path, stem: str, optional: bool = False) -> Path | None:
     paths = [folder / inner / f"{stem}.yaml" for inner in ("", "paper", "more")]
     found = [path for path in paths if path.exists()]
-    if not found:
+    if not found and not optional:
         raise UserError(f"{folder}: no {stem}.yaml there, in paper or in more: this table needs that row")
-    return found[0]
+    return found[0] if found else None
 
 
 def compare(rows: dict[str, list[Path]], figures: bool = True) -> None:

@@ -102,6 +102,8 @@ def render_paper_table(table: PaperTable, runs: dict[str, list[dict[str, float]]
     """
     rows = {}
     for row in table.rows:
+        if row.config not in runs and table.optional:
+            continue
         rows[row.title] = runs[row.config]
         if published and row.published:
             numbers = zip(table.published_columns or table.columns, row.published, strict=True)
