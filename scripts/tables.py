@@ -4,6 +4,8 @@
     python scripts/tables.py runs/seed*/glyphs-100                 # mean and deviation over seeds
     python scripts/tables.py runs/glyphs-100/softmax runs/glyphs-100/bags
     python scripts/tables.py --paper 1 configs/glyphs-100          # the paper's table; runs what is missing
+    python scripts/tables.py --paper 1 configs/glyphs-100 --seeds 0,1,2 --save results/glyphs-100-table1.json
+    python scripts/tables.py --render README.md RESULTS.md         # their tables anew, from results/*.json
 
 `--paper` is 1, 2, 3, 4 or fig4, or methods: later ones beside BAGS, with the seconds of their training steps and the
 published numbers that can be compared. It takes section.key=value overrides and --seeds as train.py does. Without
@@ -13,6 +15,7 @@ Figures 1 and 3 for these runs) and predictions.png (validation images, every ru
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -32,9 +35,13 @@ def main() -> None:
     parser.add_argument("--no-figures", action="store_true", help="print the table only")
     parser.add_argument("--paper", help="a table of the paper: 1, 2, 3, 4 or fig4; or methods")
     parser.add_argument("--seeds", help="with --paper: comma-separated, for mean and deviation")
+    parser.add_argument("--save", type=Path, metavar="JSON", help="keep the numbers, the command and the environment")
+    parser.add_argument("--render", action="store_true", help="make the tables of pages (Markdown) anew")
     arguments = parser.parse_intermixed_args()
+    if arguments.render:
+        return render_pages([Path(path) for path in arguments.runs])
     if arguments.paper:
-        return paper_table(arguments.paper, arguments.runs, arguments.seeds)
+        return paper_table(arguments.paper, arguments.runs, arguments.seeds, arguments.save)
     if arguments.seeds or any("=" in run and not Path(run).exists() for run in arguments.runs):
         raise UserError("--seeds and section.key=value go with --paper; finished runs are compared as they are")
     rows: dict[str, list[Path]] = {}
@@ -45,12 +52,32 @@ def main() -> None:
                 rows.setdefault(folder.name, []).append(folder)
     if not rows:
         raise UserError(f"{', '.join(map(str, arguments.runs))}: no finished run (with a metrics.json) in there")
-    compare(rows, figures=not arguments.no_figures)
+    compare(rows, not arguments.no_figures, arguments.save)
 
 
-def paper_table(name: str, arguments: list[str], seeds: str | None) -> None:
+def render_pages(paths: list[Path]) -> None:
+    """Tables of Markdown pages, from the files beside them that they name."""
+    from bags.analysis.results import render_page
+
+    pages = {}
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path}: no such page")
+        pages[path] = render_page(path.read_text(), path.parent)
+    for path, text in pages.items():
+        path.write_text(text)
+
+
+def _command() -> str:
+    """This command, as it can be given again."""
+    words = [word for word, before in zip(sys.argv[1:], sys.argv, strict=False) if "--save" not in (word, before)]
+    return shlex.join(["python", "scripts/tables.py", *words])
+
+
+def paper_table(name: str, arguments: list[str], seeds: str | None, save: Path | None = None) -> None:
     """Runs the rows of a paper's table that are missing, and the rows that they start from; prints it."""
     from bags.analysis.paper import METHODS, PAPER
+    from bags.analysis.results import save_results
     from bags.analysis.tables import read_metrics, read_seconds, render_paper_table
     from bags.config import load_config
     from scripts.train import in_order, run_jobs, seeds_of, split_arguments
@@ -84,6 +111,10 @@ def paper_table(name: str, arguments: list[str], seeds: str | None) -> None:
             for row, folders in rows.items()
         }
         print(f"\n{render_paper_table(table, runs, published)}")
+        if save:
+            chosen = {row.title: row.config for row in table.rows if row.config in rows}
+            numbers = {title: runs[stem] for title, stem in chosen.items()}
+            save_results(save, table.title, _command(), {t: rows[stem] for t, stem in chosen.items()}, numbers)
 
     run_jobs([in_order(list(files.values()), overrides, seed) for seed in seeds_of(seeds)], show)
 
@@ -96,13 +127,21 @@ def _row_file(folder: Path, stem: str, optional: bool = False) -> Path | None:
     return found[0] if found else None
 
 
-def compare(rows: dict[str, list[Path]], figures: bool = True) -> None:
+def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None = None) -> None:
     """Prints the table of `rows` (method -> run folders, one per seed) and draws both figures."""
-    from bags.analysis.tables import read_metrics, render_table
+    from bags.analysis.results import save_results
+    from bags.analysis.tables import read_metrics, render_table, spread
 
-    table = render_table({name: [read_metrics(f) for f in folders] for name, folders in rows.items()})
+    numbers = {name: [read_metrics(f) for f in folders] for name, folders in rows.items()}
+    table = render_table(numbers)
     norms, correlations, stats, config = _weight_norms(rows)
-    print(f"\n{table}\n\nrank correlation of classifier weight norm and training instances:\n{correlations}")
+    print(f"\n{table}\n\nrank correlation of classifier weight norm and training instances:")
+    print("\n".join(f"  {name}: {spread(own, '.2f')}" for name, own in correlations.items()))
+    if save:
+        for name, own in correlations.items():
+            for run, value in zip(numbers[name], own, strict=True):
+                run["correlation"] = value
+        save_results(save, config.data.name, _command(), rows, numbers)
     if figures:
         from bags.analysis.plots import plot_weight_norms
 
@@ -114,16 +153,15 @@ def compare(rows: dict[str, list[Path]], figures: bool = True) -> None:
 
 
 def _weight_norms(rows: dict[str, list[Path]]):
-    """Norms of every run's classifier (of a cascade: their mean), and a text with their correlation with the counts."""
+    """Norms of every run's classifier (of a cascade: their mean), and their correlation with the counts, by row."""
     import torch
 
-    from bags.analysis.tables import spread
     from bags.analysis.weight_norms import rank_correlation
     from bags.build import load_detector
 
-    norms, lines, stats = {}, [], None
+    norms, correlations, stats = {}, {}, None
     for name, folders in rows.items():
-        norms[name], correlations = [], []
+        norms[name], correlations[name] = [], []
         for folder in folders:
             detector, meta = load_detector(folder / "last.pth")
             stats = stats or meta["stats"]
@@ -131,9 +169,8 @@ def _weight_norms(rows: dict[str, list[Path]]):
                 raise UserError(f"{folder}: trained on another dataset than {next(iter(rows.values()))[0]}")
             stages = [classifier.weight_norms() for classifier in detector.classifiers()]
             norms[name].append(torch.stack(stages).mean(0).numpy())
-            correlations.append(rank_correlation(norms[name][-1][1:], meta["stats"].instance_counts))
-        lines.append(f"  {name}: {spread(correlations, '.2f')}")
-    return norms, "\n".join(lines), stats, meta["config"]
+            correlations[name].append(rank_correlation(norms[name][-1][1:], meta["stats"].instance_counts))
+    return norms, correlations, stats, meta["config"]
 
 
 def _draw_predictions(path: Path, runs: dict[str, Path], config, stats, num_images: int = 4) -> None:

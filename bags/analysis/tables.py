@@ -119,16 +119,19 @@ def render_table(rows: dict[str, list[dict[str, float]]], columns: Sequence[str]
     columns = [c for c in columns if any(c in run for runs in rows.values() for run in runs)]
     table = [["method", *(_title(c) for c in columns)]]
     for name, runs in rows.items():
-        cells = ([_shown(column) * run.get(column, math.nan) for run in runs] for column in columns)
-        table.append([name, *(spread(values, f".{decimals}f") for values in cells)])
+        table.append(
+            [name, *(_cell([run.get(column, math.nan) for run in runs], column, decimals) for column in columns)]
+        )
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = ["| " + " | ".join(_pad(row, widths)) + " |" for row in table]
     lines.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
     return "\n".join(lines)
 
 
-def _shown(column: str) -> float:
-    return 1.0 if column == "seconds" else 100.0  # percent
+def _cell(values: list[float], column: str, decimals: int) -> str:
+    if column == "correlation":
+        return spread(values, ".2f")
+    return spread(values if column == "seconds" else [100 * value for value in values], f".{decimals}f")
 
 
 def _title(column: str) -> str:

@@ -1,0 +1,71 @@
+"""Numbers that are kept, and the pages that show them."""
+
+import json
+import shutil
+
+import pytest
+from conftest import ROOT, metrics, run_script
+
+from bags.analysis.results import TABLE, load_results, render_page
+from bags.errors import UserError
+
+PAGES = [page for page in ("README.md", "RESULTS.md") if (ROOT / page).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_show_what_is_kept(page):
+    """Every table of a page is what its file says; the files say how they came about."""
+    text = (ROOT / page).read_text()
+    assert render_page(text, ROOT) == text
+    for file in {found["file"] for found in TABLE.finditer(text)}:
+        content = load_results(ROOT / file)
+        assert content["command"].startswith("python scripts/") and content["environment"]["packages"]["torch"]
+
+
+def test_saved_and_rendered(job, tmp_path):
+    """Two seeds of two rows: kept numbers are the runs', a page gets their table and nothing else changes."""
+    _, runs, _ = job
+    for seed in ("seed0", "seed1"):
+        shutil.copytree(runs / "tiny", tmp_path / seed / "tiny")
+    path = tmp_path / "seed1/tiny/bags/metrics.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "AP": 0.5, "AP50": None}))
+    folders = [tmp_path / "seed0/tiny", tmp_path / "seed1/tiny"]
+    done = run_script("tables", *folders, "--no-figures", "--save", tmp_path / "kept" / "tiny.json")
+    assert done.returncode == 0, done.stderr
+    kept = load_results(tmp_path / "kept" / "tiny.json")
+    assert kept["command"].startswith("python scripts/tables.py") and "--save" not in kept["command"]
+    first, second = kept["rows"]["bags"]
+    assert first["AP"] == pytest.approx(metrics(runs, "bags")["AP"], abs=1e-5) and second["AP"] == 0.5
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- kept/tiny.json: AP AP50 correlation | softmax; bags -->\nold\n<!-- end -->\nbelow\n")
+    for _ in range(2):  # rendering again changes nothing
+        assert run_script("tables", "--render", page).returncode == 0
+        lines = page.read_text().splitlines()
+        assert [lines[0], lines[1][:4], *lines[-2:]] == ["above", "<!--", "<!-- end -->", "below"]
+        table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:-2]]
+        assert table[0] == ["method", "mAP", "AP50", "correlation"] and [row[0] for row in table[2:]] == [
+            "softmax",
+            "bags",
+        ]
+    mean, deviation = (first["AP"] + 0.5) / 2, abs(first["AP"] - 0.5) / 2**0.5
+    assert table[3][1] == f"{100 * mean:.1f} ±{100 * deviation:.1f}"
+    assert table[3][2] == f"{100 * first['AP50']:.1f}" and abs(float(table[3][3].split()[0])) <= 1
+
+
+@pytest.mark.parametrize(
+    "marker, message",
+    [
+        ("none.json", "no results"),
+        ("x.json: APX", "column APX"),
+        ("x.json: AP | b", "no row 'b'"),
+        ("y.json", "no res"),
+    ],
+)
+def test_pages_that_ask_for_what_is_not_there(tmp_path, marker, message):
+    (tmp_path / "x.json").write_text('{"rows": {"a": [{"AP": 0.5}]}}')
+    (tmp_path / "y.json").write_text('{"rows": [1]}')
+    with pytest.raises(UserError, match=message):
+        render_page(f"<!-- {marker} -->\n<!-- end -->", tmp_path)
+    (tmp_path / "page.md").write_text(f"<!-- {marker} -->\n<!-- end -->\n")
+    done = run_script("tables", "--render", tmp_path / "page.md")
+    assert done.returncode == 2 and message in done.stderr
