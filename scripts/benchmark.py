@@ -31,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--save", type=Path, metavar="JSON", help="keep the cases, the command and the environment")
     parser.add_argument("--full", action="store_true", help="the full size, where there is one")
     parser.add_argument("--repeats", type=int, default=31, help="interleaved repeats of each case (default 31)")
     arguments = parser.parse_args()
@@ -38,6 +39,13 @@ def main() -> None:
         raise UserError(f"--repeats {arguments.repeats}: expected 1 or more")
     benchmark = importlib.import_module(f"scripts.benchmarks.{arguments.name}")
     results = getattr(benchmark, arguments.name)(arguments)
+    if arguments.save:
+        from bags.analysis.results import save_benchmark
+
+        words = ["python", "scripts/benchmark.py", arguments.name, *(["--full"] if arguments.full else [])]
+        save_benchmark(
+            arguments.save, benchmark.__doc__.strip(), " ".join([*words, f"--repeats {arguments.repeats}"]), results
+        )
     if arguments.json:
         print(json.dumps(results, indent=1))
         return

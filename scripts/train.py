@@ -15,13 +15,9 @@ import contextlib
 import datetime
 import json
 import os
-import platform
-import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -275,16 +271,11 @@ def _write_environment(folder: Path) -> None:
     import torch
 
     from bags import distributed
+    from bags.analysis.results import environment
 
-    here = Path(__file__).parent
-    git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here)
     content = {
         "command": sys.argv,
-        "revision": (git and git.stdout.strip()) or None,
-        "python": platform.python_version(),
-        "packages": {n: version(n) for n in ("torch", "torchvision", "numpy", "pillow", "hotcoco")},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
+        **environment(),
         "ranks": distributed.world_size(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -52,6 +52,17 @@ def test_saved_and_rendered(job, tmp_path):
     assert table[3][2] == f"{100 * first['AP50']:.1f}" and abs(float(table[3][3].split()[0])) <= 1
 
 
+def test_benchmarks_are_kept_and_rendered(tmp_path):
+    done = run_script("benchmark", "loss", "--repeats", "1", "--save", tmp_path / "loss.json")
+    assert done.returncode == 0, done.stderr
+    content = load_results(tmp_path / "loss.json")
+    assert content["command"] == "python scripts/benchmark.py loss --repeats 1" and content["environment"]["cores"] > 0
+    text = render_page("<!-- loss.json -->\n<!-- end -->", tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[3:-1]]
+    assert [row[0] for row in rows] == [case["case"] for case in content["cases"]]
+    assert [float(row[3]) for row in rows] == pytest.approx([case["ratio"] for case in content["cases"]], abs=0.006)
+
+
 @pytest.mark.parametrize(
     "marker, message",
     [

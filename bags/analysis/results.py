@@ -10,16 +10,37 @@ The columns may be left out (all that there are), and rows chosen by their title
 
 import json
 import math
+import os
+import platform
 import re
+import shutil
+import subprocess
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from bags.analysis.tables import COLUMNS, render_table
 from bags.errors import UserError
 
 DIGITS = 5  # of a number in 0..1
-KEPT = ("revision", "python", "packages", "device", "threads", "ranks")  # of environment.json
+KEPT = ("revision", "python", "packages", "device", "cores", "threads", "ranks")  # of environment.json
 TABLE = re.compile(r"(?P<head><!-- (?P<file>[\w./-]+\.json)(: (?P<chosen>.*?))? -->\n).*?(?P<end><!-- end -->)", re.S)
+
+
+def environment() -> dict:
+    """What the numbers of this process are made with."""
+    import torch
+
+    here = Path(__file__).parent
+    git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here)
+    return {
+        "revision": (git and git.stdout.strip()) or None,
+        "python": platform.python_version(),
+        "packages": {n: version(n) for n in ("torch", "torchvision", "numpy", "pillow", "hotcoco")},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def save_results(
@@ -36,32 +57,33 @@ def save_results(
             for name, own in runs.items()
         },
     }
+    _write(path, content)
+
+
+def save_benchmark(path: Path, title: str, command: str, cases: list[dict]) -> None:
+    """Writes what `scripts/benchmark.py` measured in this process and on this machine."""
+    _write(path, {"title": title, "command": command, "environment": environment(), "cases": cases})
+
+
+def _write(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(_one_line_each(content))
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)
 
 
-def _one_line_each(content: dict) -> str:
-    """JSON with one line for each run."""
-    head = {key: value for key, value in content.items() if key != "rows"}
-    rows = [
-        f"  {json.dumps(name)}: [\n" + ",\n".join(f"   {json.dumps(run)}" for run in runs) + "\n  ]"
-        for name, runs in content["rows"].items()
-    ]
-    return json.dumps(head, indent=1)[:-2] + ',\n "rows": {\n' + ",\n".join(rows) + "\n }\n}\n"
-
-
 def load_results(path: Path) -> dict:
-    """What `save_results` wrote; null is NaN again."""
+    """What `save_results` or `save_benchmark` wrote; null is NaN again."""
     try:
         content = json.loads(path.read_text())
+        if "cases" in content:
+            return content
         content["rows"] = {
             name: [{key: math.nan if value is None else value for key, value in run.items()} for run in runs]
             for name, runs in content["rows"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: no results that tables.py --save wrote ({error!r})") from None
+        raise UserError(f"{path}: no results that a script's --save wrote ({error!r})") from None
     return content
 
 
@@ -70,7 +92,10 @@ def render_page(text: str, root: Path) -> str:
 
     def table(found: re.Match) -> str:
         """The two comments, and what belongs between them."""
-        rows = load_results(root / found["file"])["rows"]
+        content = load_results(root / found["file"])
+        if "cases" in content:
+            return f"{found['head']}{render_cases(content['cases'])}\n{found['end']}"
+        rows = content["rows"]
         columns, _, titles = (found["chosen"] or "").partition("|")
         if titles:
             wanted = [title.strip() for title in titles.split(";")]
@@ -81,6 +106,23 @@ def render_page(text: str, root: Path) -> str:
         return f"{found['head']}{render_table(rows, _columns(columns.split(), rows))}\n{found['end']}"
 
     return TABLE.sub(table, text)
+
+
+def render_cases(cases: list[dict]) -> str:
+    """Markdown of a benchmark's cases: seconds or megabytes of ours and of the peer, and how many times less."""
+    lines = ["| case | ours | peer | peer / ours | same output | peer is |", "|---|---:|---:|---:|---|---|"]
+    for case in cases:
+        ours, peer = (_quantity(case, side) for side in ("ours", "peer"))
+        same = {True: "yes", False: "no", None: ""}[case["identical"]]
+        lines.append(f"| {case['case']} | {ours} | {peer} | {case['ratio']:.2f} | {same} | {case['peer']} |")
+    return "\n".join(lines)
+
+
+def _quantity(case: dict, side: str) -> str:
+    if f"{side}_mb" in case:
+        return f"{case[f'{side}_mb']:.1f} MB"
+    seconds = case[f"{side}_s"]
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"
 
 
 def _columns(chosen: Sequence[str], rows: dict[str, list[dict]]) -> Sequence[str]:
