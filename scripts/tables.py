@@ -114,7 +114,9 @@ def paper_table(name: str, arguments: list[str], seeds: str | None, save: Path |
         if save:
             chosen = {row.title: row.config for row in table.rows if row.config in rows}
             numbers = {title: runs[stem] for title, stem in chosen.items()}
-            save_results(save, table.title, _command(), {t: rows[stem] for t, stem in chosen.items()}, numbers)
+            others = {row.title: table.published(row) for row in table.rows if row.published and row.title in chosen}
+            folders = {title: rows[stem] for title, stem in chosen.items()}
+            save_results(save, table.title, _command(), folders, numbers, others)
 
     run_jobs([in_order(list(files.values()), overrides, seed) for seed in seeds_of(seeds)], show)
 

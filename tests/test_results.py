@@ -52,6 +52,15 @@ def test_saved_and_rendered(job, tmp_path):
     assert table[3][2] == f"{100 * first['AP50']:.1f}" and abs(float(table[3][3].split()[0])) <= 1
 
 
+def test_published_numbers_stand_in_columns_of_their_own(tmp_path):
+    rows = {"ours": [{"AP": 0.25}, {"AP": 0.35}], "no other": [{"AP": 0.1}]}
+    (tmp_path / "x.json").write_text(json.dumps({"rows": rows, "published": {"ours": {"AP": 0.2, "AP1": 0.05}}}))
+    lines = render_page("<!-- x.json: AP / AP AP1 -->\n<!-- end -->", tmp_path).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:-1]]
+    assert cells[0] == ["method", "mAP", "published mAP", "published AP1"]
+    assert cells[2:] == [["ours", "30.0 ±7.1", "20.0", "5.0"], ["no other", "10.0", "-", "-"]]
+
+
 def test_benchmarks_are_kept_and_rendered(tmp_path):
     done = run_script("benchmark", "loss", "--repeats", "1", "--save", tmp_path / "loss.json")
     assert done.returncode == 0, done.stderr

@@ -34,6 +34,10 @@ class PaperTable:
     foreign: bool = False
     optional: bool = False
 
+    def published(self, row: Row) -> dict[str, float]:
+        """Published numbers of a row by column, in 0..1."""
+        return {c: v / 100 for c, v in zip(self.published_columns or self.columns, row.published, strict=False)}
+
 
 _BASELINE = (20.98, 0.00, 17.34, 24.00, 29.99, 4.13, 19.70, 29.30)
 _BAGS = (25.96, 11.33, 27.64, 25.14, 29.90, 17.65, 25.75, 29.54)

@@ -5,7 +5,8 @@ A page holds, where a table belongs, two comments with the table between them, w
     <!-- results/glyphs-100-table4.json: AP AP1 AP2 AP3 AP4 -->
     <!-- end -->
 
-The columns may be left out (all that there are), and rows chosen by their titles after a bar: `AP AP1 | BAGS; Seesaw`.
+The columns may be left out (all that there are). After a slash come those that the paper's numbers are shown in, after
+a bar the rows: `AP AP1 / AP | BAGS; Seesaw`.
 """
 
 import json
@@ -44,9 +45,17 @@ def environment() -> dict:
 
 
 def save_results(
-    path: Path, title: str, command: str, rows: dict[str, list[Path]], runs: dict[str, list[dict[str, float]]]
+    path: Path,
+    title: str,
+    command: str,
+    rows: dict[str, list[Path]],
+    runs: dict[str, list[dict[str, float]]],
+    published: dict[str, dict[str, float]] | None = None,
 ) -> None:
-    """Writes what a table is rendered from. rows: title -> run folders, one for each seed; runs: their numbers."""
+    """Writes what a table is rendered from.
+
+    rows: title -> run folders, one for each seed; runs: their numbers; published: those of others, on their data.
+    """
     first = json.loads((next(iter(rows.values()))[0] / "environment.json").read_text())
     content = {
         "title": title,
@@ -56,6 +65,7 @@ def save_results(
             name: [{k: None if math.isnan(v) else round(v, DIGITS) for k, v in run.items()} for run in own]
             for name, own in runs.items()
         },
+        "published": published or {},
     }
     _write(path, content)
 
@@ -96,14 +106,20 @@ def render_page(text: str, root: Path) -> str:
         if "cases" in content:
             return f"{found['head']}{render_cases(content['cases'])}\n{found['end']}"
         rows = content["rows"]
-        columns, _, titles = (found["chosen"] or "").partition("|")
+        chosen, _, titles = (found["chosen"] or "").partition("|")
+        columns, _, foreign = chosen.partition("/")
         if titles:
             wanted = [title.strip() for title in titles.split(";")]
             missing = [title for title in wanted if title not in rows]
             if missing:
                 raise UserError(f"{root / found['file']}: no row {missing[0]!r}: it has {', '.join(rows)}")
             rows = {title: rows[title] for title in wanted}
-        return f"{found['head']}{render_table(rows, _columns(columns.split(), rows))}\n{found['end']}"
+        shown = [*_columns(columns.split(), rows), *(f"published_{column}" for column in foreign.split())]
+        for title, numbers in content.get("published", {}).items():
+            if title in rows:
+                others = {f"published_{column}": value for column, value in numbers.items()}
+                rows[title] = [{**run, **others} for run in rows[title]]
+        return f"{found['head']}{render_table(rows, shown)}\n{found['end']}"
 
     return TABLE.sub(table, text)
 

@@ -106,8 +106,7 @@ def render_paper_table(table: PaperTable, runs: dict[str, list[dict[str, float]]
             continue
         rows[row.title] = runs[row.config]
         if published and row.published:
-            numbers = zip(table.published_columns or table.columns, row.published, strict=True)
-            rows[f"  {table.source} {row.title}"] = [{column: value / 100 for column, value in numbers}]
+            rows[f"  {table.source} {row.title}"] = [table.published(row)]
     return f"{table.title}\n\n{render_table(rows, table.columns, decimals=2)}"
 
 
@@ -129,6 +128,8 @@ def render_table(rows: dict[str, list[dict[str, float]]], columns: Sequence[str]
 
 
 def _cell(values: list[float], column: str, decimals: int) -> str:
+    if column.startswith("published_"):
+        values = values[:1]  # no seeds of ours
     if column == "correlation":
         return spread(values, ".2f")
     return spread(values if column == "seconds" else [100 * value for value in values], f".{decimals}f")
@@ -137,6 +138,8 @@ def _cell(values: list[float], column: str, decimals: int) -> str:
 def _title(column: str) -> str:
     if column in TITLES:
         return TITLES[column]
+    if column.startswith("published_"):
+        return f"published {_title(column.removeprefix('published_'))}"
     plain = column.removeprefix("mask_")
     return column if plain == column else f"mask {TITLES.get(plain, plain)}"
 
