@@ -36,7 +36,7 @@ class PaperTable:
 
     def published(self, row: Row) -> dict[str, float]:
         """Published numbers of a row by column, in 0..1."""
-        return {c: v / 100 for c, v in zip(self.published_columns or self.columns, row.published, strict=False)}
+        return {c: v / 100 for c, v in zip(self.published_columns or self.columns, row.published, strict=bool(row.published))}
 
 
 _BASELINE = (20.98, 0.00, 17.34, 24.00, 29.99, 4.13, 19.70, 29.30)
