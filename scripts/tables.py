@@ -114,11 +114,9 @@ def compare(rows: dict[str, list[Path]], figures: bool = True) -> None:
 
 
 def _weight_norms(rows: dict[str, list[Path]]):
-    """Norms of every run's classifier (of a cascade: their mean), and a text with their correlation with the counts."""
-    import torch
-
+    """Norms of every run's classifier, and a text with their correlation with the counts."""
     from bags.analysis.tables import spread
-    from bags.analysis.weight_norms import rank_correlation
+    from bags.analysis.weight_norms import classifier_norms, rank_correlation
     from bags.build import load_detector
 
     norms, lines, stats = {}, [], None
@@ -129,8 +127,7 @@ def _weight_norms(rows: dict[str, list[Path]]):
             stats = stats or meta["stats"]
             if meta["stats"] != stats:
                 raise UserError(f"{folder}: trained on another dataset than {next(iter(rows.values()))[0]}")
-            stages = [classifier.weight_norms() for classifier in detector.classifiers()]
-            norms[name].append(torch.stack(stages).mean(0).numpy())
+            norms[name].append(classifier_norms(detector))
             correlations.append(rank_correlation(norms[name][-1][1:], meta["stats"].instance_counts))
         lines.append(f"  {name}: {spread(correlations, '.2f')}")
     return norms, "\n".join(lines), stats, meta["config"]

@@ -1,5 +1,6 @@
-"""Figures of a comparison, written as PNG files."""
+"""Figures of a comparison, written as PNG files or drawn on given axes."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from PIL import Image
 
 from bags.analysis.weight_norms import rank_correlation
 
-matplotlib.use("Agg")
+if "ipykernel" not in sys.modules:  # in a notebook, figures are shown below their cell
+    matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d5a97", "#e08e45", "#555555")
@@ -18,14 +20,22 @@ COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d5a97", "#e08e45", "#555555")
 def plot_weight_norms(
     path: Path, norms: dict[str, np.ndarray], instance_counts: Sequence[int], boundaries: Sequence[int]
 ) -> None:
-    """Figures 1 and 3 of the paper: categories by falling count, their classifier norms, group borders.
+    """Figures 1 and 3 of the paper, as `draw_weight_norms` draws them."""
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    draw_weight_norms(axes, norms, instance_counts, boundaries)
+    _save(figure, path)
+
+
+def draw_weight_norms(
+    axes, norms: dict[str, np.ndarray], instance_counts: Sequence[int], boundaries: Sequence[int]
+) -> None:
+    """Categories by falling count, their classifier norms, group borders, on one matplotlib axes.
 
     norms: method -> [C+1], entry 0 the background (drawn at index 0). instance_counts: [C].
     """
     counts = np.asarray(instance_counts)
     order = np.argsort(-counts, kind="stable")
     index = np.arange(1, len(counts) + 1)
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for (name, values), colour in zip(norms.items(), COLOURS * (len(norms) // len(COLOURS) + 1), strict=False):
         correlation = rank_correlation(values[1:], counts)
         label = f"{name}  (rank correlation with count {correlation:.2f})"
@@ -46,7 +56,6 @@ def plot_weight_norms(
     axes.set_zorder(right.get_zorder() + 1)
     axes.patch.set_visible(False)
     axes.legend(loc="upper right", fontsize=8)
-    _save(figure, path)
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
