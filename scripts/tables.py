@@ -155,10 +155,8 @@ def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None
 
 
 def _weight_norms(rows: dict[str, list[Path]]):
-    """Norms of every run's classifier (of a cascade: their mean), and their correlation with the counts, by row."""
-    import torch
-
-    from bags.analysis.weight_norms import rank_correlation
+    """Norms of every run's classifier, and their correlation with the counts, by row."""
+    from bags.analysis.weight_norms import classifier_norms, rank_correlation
     from bags.build import load_detector
 
     norms, correlations, stats = {}, {}, None
@@ -169,8 +167,7 @@ def _weight_norms(rows: dict[str, list[Path]]):
             stats = stats or meta["stats"]
             if meta["stats"] != stats:
                 raise UserError(f"{folder}: trained on another dataset than {next(iter(rows.values()))[0]}")
-            stages = [classifier.weight_norms() for classifier in detector.classifiers()]
-            norms[name].append(torch.stack(stages).mean(0).numpy())
+            norms[name].append(classifier_norms(detector))
             correlations[name].append(rank_correlation(norms[name][-1][1:], meta["stats"].instance_counts))
     return norms, correlations, stats, meta["config"]
 

@@ -1,5 +1,6 @@
-"""Figures of a comparison, written as PNG files."""
+"""Figures of a comparison, written as PNG files or drawn on given axes."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from PIL import Image
 
 from bags.analysis.weight_norms import rank_correlation
 
-matplotlib.use("Agg")
+if "ipykernel" not in sys.modules:  # in a notebook, figures are shown below their cell
+    matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d5a97", "#e08e45", "#555555")
@@ -18,23 +20,36 @@ COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d5a97", "#e08e45", "#555555")
 def plot_weight_norms(
     path: Path, norms: dict[str, np.ndarray], instance_counts: Sequence[int], boundaries: Sequence[int]
 ) -> None:
-    """Figures 1 and 3 of the paper: categories by falling count, their classifier norms, group borders.
+    """Figures 1 and 3 of the paper, as `draw_weight_norms` draws them."""
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    draw_weight_norms(axes, norms, instance_counts, boundaries)
+    _save(figure, path)
 
-    norms: method -> [C+1], entry 0 the background (drawn at index 0). instance_counts: [C].
+
+def draw_weight_norms(
+    axes, norms: dict[str, np.ndarray], instance_counts: Sequence[int], boundaries: Sequence[int]
+) -> None:
+    """Categories by falling count, their classifier norms, group borders, on one matplotlib axes.
+
+    norms: method -> [C+1], entry 0 the background (drawn at index 0). instance_counts: [C]. The lines are running
+    means within each group: across a border, a method's norms may well jump.
     """
     counts = np.asarray(instance_counts)
     order = np.argsort(-counts, kind="stable")
     index = np.arange(1, len(counts) + 1)
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    borders = [int((counts >= border).sum()) for border in sorted(boundaries, reverse=True)]
+    pieces = [piece for piece in np.split(np.arange(len(counts)), borders) if len(piece)]
+    half = max(1, len(counts) // 40)
     for (name, values), colour in zip(norms.items(), COLOURS * (len(norms) // len(COLOURS) + 1), strict=False):
         correlation = rank_correlation(values[1:], counts)
         label = f"{name}  (rank correlation with count {correlation:.2f})"
         axes.plot(index, values[1:][order], ".", ms=4, alpha=0.45, color=colour)
-        axes.plot(index, _running_mean(values[1:][order]), color=colour, lw=1.8, label=label)
+        for piece in pieces:
+            axes.plot(index[piece], _running_mean(values[1:][order][piece], half), color=colour, lw=1.8, label=label)
+            label = None
         axes.plot(0, values[0], "D", ms=6, color=colour)
-    for border in boundaries:
-        position = int((counts >= border).sum()) + 0.5
-        axes.axvline(position, color="0.5", ls="--", lw=1)
+    for border in borders:
+        axes.axvline(border + 0.5, color="0.5", ls="--", lw=1)
     axes.set(
         xlabel="category, by falling number of training instances (diamond: background)",
         ylabel="classifier weight norm",
@@ -46,11 +61,10 @@ def plot_weight_norms(
     axes.set_zorder(right.get_zorder() + 1)
     axes.patch.set_visible(False)
     axes.legend(loc="upper right", fontsize=8)
-    _save(figure, path)
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    half = max(1, len(values) // 40)
+def _running_mean(values: np.ndarray, half: int) -> np.ndarray:
+    """Mean of each value and its `half` neighbours on both sides; beyond the ends, the last value again."""
     padded = np.pad(values, half, mode="edge")
     return np.convolve(padded, np.ones(2 * half + 1) / (2 * half + 1), mode="valid")
 
@@ -83,10 +97,10 @@ def plot_ap_by_instances(path: Path, runs: dict[str, list[dict]], boundaries: Se
         if not len(points):
             continue
         counts = np.maximum(points[:, 0], 0.5)  # none at all: left of 1
+        half = max(1, len(points) // 40)
         axes.plot(counts, points[:, 1], ".", ms=5, alpha=0.4, color=colour)
-        axes.plot(
-            _running_mean(counts), _running_mean(points[:, 1]), color=colour, lw=1.8, label=name.replace("$", r"\$")
-        )
+        smooth = [_running_mean(side, half) for side in (counts, points[:, 1])]
+        axes.plot(*smooth, color=colour, lw=1.8, label=name.replace("$", r"\$"))
     for border in boundaries:
         axes.axvline(border, color="0.5", ls="--", lw=1)
     axes.set(xscale="log", xlabel="training instances of the category", ylabel="AP", ylim=(0, None))

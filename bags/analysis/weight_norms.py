@@ -5,6 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 
 
+def classifier_norms(detector) -> np.ndarray:
+    """Norms of a detector's classifier, [C+1], entry 0 the background; of a cascade, the mean of its stages."""
+    return np.mean([classifier.weight_norms().cpu().numpy() for classifier in detector.classifiers()], axis=0)
+
+
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's correlation; ties share their mean rank. NaN where one side is constant."""
     ranks = [_mean_ranks(np.asarray(values)) for values in (first, second)]
