@@ -36,7 +36,8 @@ class PaperTable:
 
     def published(self, row: Row) -> dict[str, float]:
         """Published numbers of a row by column, in 0..1."""
-        return {c: v / 100 for c, v in zip(self.published_columns or self.columns, row.published, strict=bool(row.published))}
+        columns = self.published_columns or self.columns if row.published else ()
+        return {column: value / 100 for column, value in zip(columns, row.published, strict=True)}
 
 
 _BASELINE = (20.98, 0.00, 17.34, 24.00, 29.99, 4.13, 19.70, 29.30)
