@@ -30,15 +30,41 @@ def read_metrics(folder: Path) -> dict[str, float]:
     return {key: math.nan if value is None else value for key, value in values.items()}
 
 
-def read_seconds(folder: Path) -> float:
-    """What a run's own optimisation steps took, of its log; NaN where it has none."""
-    path, spent = folder / "log.jsonl", math.nan
+def read_log(folder: Path) -> list[dict]:
+    """Objects of a run's `log.jsonl`; none where it was not trained. A line that was cut off is left out."""
+    path, found = folder / "log.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            spent = json.loads(line).get("seconds", spent)
-        except (ValueError, AttributeError):
+            found.append(json.loads(line))
+        except ValueError:
             continue  # the last line of a killed run
-    return spent
+    return [step for step in found if isinstance(step, dict)]
+
+
+def read_seconds(folder: Path) -> float:
+    """What a run's own optimisation steps took, of its log; NaN where it has none."""
+    return next((step["seconds"] for step in reversed(read_log(folder)) if "seconds" in step), math.nan)
+
+
+def read_categories(folder: Path) -> list[dict]:
+    """Rows of a run's `categories.csv` as `write_scores` got them; an empty AP is NaN. Raises UserError."""
+    path = folder / "categories.csv"
+    whole, text = ("id", "training_instances", "training_images", "bin"), ("name", "frequency")
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return [
+            {k: int(v) if k in whole else v if k in text else float(v or "nan") for k, v in row.items()}
+            | {key: int(row[key]) for key in whole}  # a KeyError where one is missing
+            for row in rows
+        ]
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {AGAIN.replace('it', 'metrics.json', 1)}") from None
+
+
+def tail_below(boundaries: Sequence[int]) -> int:
+    """The training instances that a category of AP_tail stays below: it is in the lower half of the bins."""
+    return boundaries[(len(boundaries) + 1) // 2 - 1]
 
 
 def write_metrics(folder: Path, values: dict[str, float]) -> None:
@@ -117,7 +143,7 @@ def render_table(rows: dict[str, list[dict[str, float]]], columns: Sequence[str]
     Of `columns`, those that no row has are left out.
     """
     columns = [c for c in columns if any(c in run for runs in rows.values() for run in runs)]
-    table = [["method", *(_title(c) for c in columns)]]
+    table = [["method", *(column_title(c) for c in columns)]]
     for name, runs in rows.items():
         cells = ([_shown(column) * run.get(column, math.nan) for run in runs] for column in columns)
         table.append([name, *(spread(values, f".{decimals}f") for values in cells)])
@@ -131,7 +157,8 @@ def _shown(column: str) -> float:
     return 1.0 if column == "seconds" else 100.0  # percent
 
 
-def _title(column: str) -> str:
+def column_title(column: str) -> str:
+    """A column of metrics.json as tables name it."""
     if column in TITLES:
         return TITLES[column]
     plain = column.removeprefix("mask_")
