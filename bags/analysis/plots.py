@@ -159,7 +159,8 @@ def draw_boxes(axes, image: Image.Image, boxes, names, colours, scores=None) -> 
     axes.imshow(image)
     axes.axis("off")
     for k, (x1, y1, x2, y2) in enumerate(np.asarray(boxes).reshape(-1, 4).tolist()):
-        axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colours[k], lw=1.8))
+        width = 1.8 if names[k] else 1
+        axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colours[k], lw=width))
         if not names[k]:
             continue
         text = names[k] if scores is None else f"{names[k]} {100 * scores[k]:.0f}"
