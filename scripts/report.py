@@ -41,6 +41,8 @@ def main() -> None:
     wrong = next((override for override in overrides if not override.startswith("data.")), None)
     if wrong:
         raise UserError(f"override '{wrong}': a report takes data.* only: the run is shown as it is")
+    if arguments.draws < 0:
+        raise UserError(f"--draws {arguments.draws}: expected 0 or more")
     output = arguments.output or folders[0] / "report.html"
     runs = read_runs(folders, overrides)
     if output.is_dir():
@@ -99,7 +101,7 @@ def gather(runs: list, draws: int):
             found.notes.append(f"{run.folder / 'last.pth'}: no such file: no weight norms of {run.label}")
     entries = [shown.read_detections(run.folder, name_of) for run in runs]
     found.detected = [{entry["category_id"] for entry in own} for own in entries]
-    dataset = open_validation(first.config, stats, found)
+    dataset = open_validation(first, stats, found)
     if found.objects is not None and len(runs) > 1:
         found.comparison = compare_runs(runs, stats, draws)
     if dataset is not None:
@@ -122,18 +124,19 @@ def norms_of(run):
     return norms[run.label][0]
 
 
-def open_validation(config, stats, found):
-    """The validation set, or None; its counts and what is missing go to the found."""
+def open_validation(run, stats, found):
+    """The validation set, or None; its counts and what is missing go to `found`."""
     import numpy as np
 
     from bags.build import build_val_dataset, check_categories, open_index
 
+    config = run.config
     try:
         index = open_index(config, "val")
     except UserError as error:
         found.notes.append(f"{error}: no comparison by images, no example images; {MEND}")
         return None
-    check_categories(stats, index, Path(config.run_folder.name, "categories.csv"))
+    check_categories(stats, index, run.folder / "categories.csv")
     found.objects = np.bincount(index.labels[~index.crowd], minlength=stats.num_categories + 1)[1:]
     found.images["validation"] = len(index)
     try:

@@ -116,7 +116,7 @@ def plot_training(path: Path | BinaryIO, logs: dict[str, list[dict]]) -> None:
             return np.array([p for p in points if type(p[1]) in (int, float)], float).reshape(-1, 2)
 
         parts = dict.fromkeys(key for step in steps for key in step if key.startswith("loss_"))
-        for key, colour in zip(parts, COLOURS * len(parts), strict=False):
+        for key, colour in zip(parts if len(parts) > 1 else (), COLOURS * len(parts), strict=False):
             axes.plot(*series(key).T, color=colour, lw=1, alpha=0.8, label=key.removeprefix("loss_").replace("_", " "))
         axes.plot(*series("loss").T, color="black", lw=1.6, label="sum")
         right = axes.twinx()

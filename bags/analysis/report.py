@@ -10,7 +10,6 @@ import yaml
 from bags.analysis import plots
 from bags.analysis.examples import LEAST_SCORE, Example
 from bags.analysis.page import document, drawn, figure, percent, table, text
-from bags.analysis.paper import ACC
 from bags.analysis.run_results import RunResults, about, differences
 from bags.analysis.tables import column_title, tail_below
 from bags.config import config_to_dict
@@ -42,7 +41,7 @@ def best_and_worst(rows: list[dict], boundaries: Sequence[int]) -> tuple[list[di
 
 
 def render(runs: list[RunResults], found: Findings) -> str:
-    """The found. runs: one, or two on the same validation set; changes are those from the second to the first."""
+    """The page; runs: one, or two on the same validation set; changes are those from the second to the first."""
     title = f"{runs[0].label} on {runs[0].config.data.name}"
     sections = {
         "Results": _results(runs),
@@ -55,7 +54,12 @@ def render(runs: list[RunResults], found: Findings) -> str:
         "Categories without detections": _undetected(runs, found),
         "What was run": _what(runs, found),
     }
-    return document(title + (f", compared with {runs[1].label}" if len(runs) > 1 else ""), found.notes, sections)
+    lead = ""
+    for run in runs:
+        own = about(run)
+        kept = "; ".join(f"{key} {own[key]}" for key in ("detector", "classifier", "trained part"))
+        lead += f"<p><b>{text(run.label)}</b>: {text(kept)}; {text(own['schedule'])}</p>"
+    return document(title + (f", compared with {runs[1].label}" if len(runs) > 1 else ""), lead, found.notes, sections)
 
 
 def by_label(runs: list[RunResults], values: Sequence) -> dict:
@@ -74,6 +78,7 @@ def kinds(runs: list[RunResults]) -> dict[str, str]:
 def _results(runs: list[RunResults]) -> str:
     bins = runs[0].config.test.bins
     numbered = [f"AP{n + 1}" for n in range(len(bins) + 1)]
+    proposals = ("ACC", *(f"ACC{n + 1}" for n in range(len(bins) + 1)), "ACCbg")
     paper = ("AP", *numbered, "APr", "APc", "APf", "AP50", "AP75", "AP_tail", "AP_head", "AP_fixed")
     limits = f"fewer than {', '.join(map(str, bins))} and with at least {bins[-1]}"
     parts = [
@@ -85,7 +90,7 @@ def _results(runs: list[RunResults]) -> str:
     for prefix, kind in kinds(runs).items():
         parts.append(_metrics(runs, [prefix + c for c in paper], f"Average precision of {kind}"))
         sizes = _metrics(runs, [f"{prefix}{c}" for c in ("APs", "APm", "APl", "AR")], f"{kind.capitalize()} by size")
-        accuracy = _metrics(runs, ACC, "Accuracy of proposals, by bin") if not prefix else ""
+        accuracy = _metrics(runs, proposals, "Accuracy of proposals, by bin") if not prefix else ""
         parts.append(f'<div class="pair">{sizes}{accuracy}</div>')
     return "".join(parts)
 
@@ -115,9 +120,9 @@ def _changes(runs: list[RunResults], found: Findings) -> str:
             if not math.isnan(first):
                 second, known = result.second[name], not math.isnan(low)
                 sure = "higher" if low > 0 else "lower" if high < 0 else ""
-                spread = f"{percent(low, '+.1f')} to {percent(high, '+.1f')}" if known else "-"
-                change = percent(second - first, "+.1f")
-                rows.append([column_title(name), percent(first), percent(second), change, spread, sure])
+                spread = f"{percent(low, '+.2f')} to {percent(high, '+.2f')}" if known else "-"
+                change = percent(second - first, "+.2f")
+                rows.append([column_title(name), percent(first, ".2f"), percent(second, ".2f"), change, spread, sure])
         of = "boxes" if kind == "bbox" else "masks"
         parts.append(table(["", old, new, "change", "95 % of draws", "beyond 0"], rows, f"Means of {of}"))
         gained, lost = changed_most(result.rows, MOST)
@@ -130,8 +135,8 @@ def _changes(runs: list[RunResults], found: Findings) -> str:
 
 def _movers(head: list[str], rows: list[dict], caption: str) -> str:
     cells = [
-        [row["name"], row["training_instances"], *(percent(row[key]) for key in ("first", "second")),
-         percent(row["difference"], "+.1f")]
+        [row["name"], row["training_instances"], *(percent(row[key], ".2f") for key in ("first", "second")),
+         percent(row["difference"], "+.2f")]
         for row in rows
     ]  # fmt: skip
     return table(head, cells, f"Categories that {caption}") if cells else f"<p>No category {caption.split()[0]}.</p>"
@@ -237,7 +242,8 @@ def _undetected(runs: list[RunResults], found: Findings) -> str:
             "detected, but with AP 0": [row for row in own if row["id"] in detected and row["AP"] == 0],
         }
         for what, rows in lists.items():
-            names = "".join(f"<span>{text(row['name'])} ({row['training_instances']})</span>" for row in rows)
+            pairs = [(text(row["name"]), row["training_instances"]) for row in rows]
+            names = "".join(f"<span><bdi>{name}</bdi> ({count})</span>" for name, count in pairs)
             parts.append(f"<h3>{text(run.label)}: {len(rows)} of {len(own)} {what}</h3>")
             parts.append(f'<p class="names">{names}</p>' if rows else "")
     return "<p>Of the categories with objects in validation; in brackets: training instances.</p>" + "".join(parts)
@@ -271,9 +277,8 @@ def _data(run: RunResults, found: Findings) -> str:
     ]
     rows = []
     for name, own in [*((name, number == n) for n, name in enumerate(names, 1)), ("all", number > 0)]:
-        in_validation = (
-            [] if found.objects is None else [int((found.objects[own] > 0).sum()), int(found.objects[own].sum())]
-        )
+        seen = [] if found.objects is None else found.objects[own]
+        in_validation = [] if found.objects is None else [int((seen > 0).sum()), int(seen.sum())]
         rows.append([name, int(own.sum()), int(instances[own].sum()), *in_validation])
     validation = [] if found.objects is None else ["categories in validation", "validation objects"]
     images = ", ".join(f"{number} {split} images" for split, number in found.images.items())

@@ -50,8 +50,8 @@ def about(run: RunResults) -> dict[str, str]:
     """The six choices that make a row of the paper, and what the run was made with."""
     config, made = run.config, run.environment
     train, seconds, command = config.train, read_seconds(run.folder), made.get("command")
-    packages = made.get("packages")
-    devices = [f"{made[key]} {key}" for key in ("threads", "ranks") if key in made]
+    packages, epochs = made.get("packages"), f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
+    devices = [f"{key} {made[key]}" for key in ("threads", "ranks") if key in made]
     return {
         "folder": str(run.folder),
         "detector": f"{config.detector.framework}, {config.detector.backbone}",
@@ -59,7 +59,7 @@ def about(run: RunResults) -> dict[str, str]:
         "classifier": _choice(config.classifier),
         "sampler": _choice(config.sampler),
         "trained part": train.part,
-        "schedule": f"{train.epochs} epochs of {train.batch_size} images a step, {train.optimizer}, rate {train.lr:g}",
+        "schedule": f"{epochs} of {train.batch_size} images a step, {train.optimizer}, rate {train.lr:g}",
         "seconds of steps": "-" if math.isnan(seconds) else f"{seconds:.0f}",
         "seed": str(config.seed),
         "command": shlex.join(map(str, command)) if isinstance(command, list) else "-",

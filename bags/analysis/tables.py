@@ -33,7 +33,7 @@ def read_metrics(folder: Path) -> dict[str, float]:
 def read_log(folder: Path) -> list[dict]:
     """Objects of a run's `log.jsonl`; none where it was not trained. A line that was cut off is left out."""
     path, found = folder / "log.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             found.append(json.loads(line))
         except ValueError:
@@ -53,9 +53,10 @@ def read_categories(folder: Path) -> list[dict]:
     try:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        return [
+        return [  # a KeyError where a column is missing
             {k: int(v) if k in whole else v if k in text else float(v or "nan") for k, v in row.items()}
-            | {key: int(row[key]) for key in whole}  # a KeyError where one is missing
+            | {key: int(row[key]) for key in whole}
+            | {"name": row["name"], "AP": float(row["AP"] or "nan")}
             for row in rows
         ]
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
