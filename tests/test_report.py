@@ -199,7 +199,7 @@ def test_runs_with_masks_and_with_little(folder, job, tmp_path):
     page = parsed(masks / "report.html")
     own = json.loads((masks / "metrics.json").read_text())
     columns, other, row = page.tables["Average precision of masks"]
-    assert columns[1] == "mask mAP" and row[1] == f"{100 * own['mask_AP']:.1f}" and set(other[1:]) == {"-"}
+    assert columns[1] == "mAP" and row[1] == f"{100 * own['mask_AP']:.1f}" and set(other[1:]) == {"-"}
     boxes = page.tables["Average precision of boxes"]
     assert boxes[1][boxes[0].index("AP2")] == "-"
     assert "bags: no training steps of its own." in page.text and "Means of masks" not in page.tables

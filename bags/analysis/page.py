@@ -21,7 +21,7 @@ table { border-collapse: collapse; margin: .7rem 0; font-size: .9rem; font-varia
 caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
 thead th { border-bottom: 2px solid #777; white-space: nowrap; } tbody th { font-weight: 400; }
-th:first-child, .words td, .words th { text-align: left; overflow-wrap: anywhere; min-width: 6rem; }
+th:first-child, .words td, .words th { text-align: left; overflow-wrap: anywhere; min-width: 9rem; }
 figure { margin: 1rem 0; break-inside: avoid; } figure img { max-width: 100%; height: auto; }
 figcaption, .small { font-size: .85rem; color: #444; } pre { font-size: .8rem; white-space: pre-wrap; }
 .side { display: flex; gap: .8rem; break-inside: avoid; }

@@ -101,7 +101,8 @@ def _metrics(runs: list[RunResults], columns: Sequence[str], caption: str) -> st
     if not columns:
         return ""
     rows = [[run.label, *(percent(run.metrics.get(c, math.nan)) for c in columns)] for run in reversed(runs)]
-    return table(["", *map(column_title, columns)], rows, caption)
+    titles = [column_title(column.removeprefix("mask_")) for column in columns]  # the caption says which
+    return table(["", *titles], rows, caption)
 
 
 def _changes(runs: list[RunResults], found: Findings) -> str:
