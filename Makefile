@@ -3,6 +3,7 @@
 #   CONFIG      a YAML file, or a folder whose rows are all run      GPUS    processes (torchrun), one per GPU
 #   CHECKPOINT  what eval and predict use                            ARGS    section.key=value overrides, or flags
 #   IMAGES      what predict looks at                                RUNS    run folders that table compares
+#   RUN, OTHER  run folders: what report is about, and what it is compared with
 #   TABLE       which table of the paper (1, 2, 3, 4, fig4), or methods
 #   PYTHON      the interpreter that makes VENV                      VENV    an existing environment can be used
 
@@ -10,6 +11,8 @@ CONFIG ?= configs/glyphs-100
 CHECKPOINT ?= runs/glyphs-100/bags/last.pth
 IMAGES ?= data/glyphs-100/val
 RUNS ?= runs/glyphs-100
+RUN ?= runs/glyphs-100/bags
+OTHER ?=
 GPUS ?= 1
 ARGS ?=
 TABLE ?=
@@ -24,7 +27,7 @@ else
 LAUNCH = $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node $(GPUS)
 endif
 
-.PHONY: help train eval predict test lint table clean
+.PHONY: help train eval predict test lint table report clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-9s %s\n", $$1, $$2}'
@@ -40,6 +43,9 @@ predict: $(READY)  ## Draw what CHECKPOINT finds in IMAGES (a file or a folder) 
 
 table: $(READY)  ## Compare the finished runs in RUNS; or TABLE=1, 2, 3, 4, fig4 or methods, running what CONFIG lacks
 	$(if $(TABLE),$(LAUNCH) scripts/tables.py --paper $(TABLE) $(CONFIG),$(BIN)/python scripts/tables.py $(RUNS)) $(ARGS)
+
+report: $(READY)  ## Write RUN/report.html, one file about that run; with OTHER also what changed from OTHER to RUN
+	$(BIN)/python scripts/report.py $(RUN) $(OTHER) $(ARGS)
 
 test: $(READY)  ## Run the tests
 	$(BIN)/python -m pytest -q $(ARGS)

@@ -134,6 +134,8 @@ def compare_results(arguments: argparse.Namespace) -> None:
 
 def print_comparison(kind: str, result, names: list[str]) -> None:
     """One table of means, one of categories."""
+    from bags.evaluation.comparison import changed_most
+
     print(f"\n{'boxes' if kind == 'bbox' else 'masks'}, A = {names[0]}, B = {names[1]}, in percent")
     print(f"{'':<10}{'A':>8}{'B':>8}{'B - A':>8}   95 % of the draws")
     for name, first in result.first.items():
@@ -142,9 +144,7 @@ def print_comparison(kind: str, result, names: list[str]) -> None:
             continue
         spread = "" if math.isnan(low_high[0]) else f"{100 * low_high[0]:+8.2f} to {100 * low_high[1]:+.2f}"
         print(f"{name:<10}{100 * first:8.2f}{100 * second:8.2f}{100 * (second - first):+8.2f}{spread}")
-    ordered = sorted(result.rows, key=lambda row: row["difference"])
-    for title, rows in (("gained", ordered[::-1]), ("lost", ordered)):
-        rows = [row for row in rows[:MOST] if row["difference"] * (1 if title == "gained" else -1) > 0]
+    for title, rows in zip(("gained", "lost"), changed_most(result.rows, MOST), strict=True):
         print(f"\ncategories that {title} most" + ("" if rows else ": none"))
         for row in rows:
             count = f"{row['training_instances']} instances" if "training_instances" in row else ""

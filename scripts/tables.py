@@ -14,7 +14,6 @@ Figures 1 and 3 for these runs) and predictions.png (validation images, every ru
 """
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -23,8 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bags.errors import UserError, run_script
 
-TRUTH, CORRECT, WRONG = "#1b6ca8", "#2e933c", "#d1495b"
-LEAST_SCORE = 0.4  # of a drawn detection
 CROWDED = 25  # in an image with more boxes only tail categories are named
 
 
@@ -136,7 +133,7 @@ def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None
 
     numbers = {name: [read_metrics(f) for f in folders] for name, folders in rows.items()}
     table = render_table(numbers)
-    norms, correlations, stats, config = _weight_norms(rows)
+    norms, correlations, stats, config = weight_norms(rows)
     print(f"\n{table}\n\nrank correlation of classifier weight norm and training instances:")
     print("\n".join(f"  {name}: {spread(own, '.2f')}" for name, own in correlations.items()))
     if save:
@@ -154,7 +151,7 @@ def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None
         print(f"figures: {folder / 'weight_norms.png'} {folder / 'predictions.png'}")
 
 
-def _weight_norms(rows: dict[str, list[Path]]):
+def weight_norms(rows: dict[str, list[Path]]):
     """Norms of every run's classifier, and their correlation with the counts, by row."""
     from bags.analysis.weight_norms import classifier_norms, rank_correlation
     from bags.build import load_detector
@@ -176,12 +173,14 @@ def _draw_predictions(path: Path, runs: dict[str, Path], config, stats, num_imag
     """The validation images with most instances of tail categories, as each run sees them."""
     import numpy as np
 
+    from bags.analysis.examples import LEAST_SCORE, TRUTH, by_image, judged, read_detections
     from bags.analysis.plots import plot_predictions
+    from bags.analysis.tables import tail_below
     from bags.build import build_val_dataset, check_categories
 
     dataset = build_val_dataset(config)
     index = dataset.index
-    tail = np.array([0, *(count < config.test.bins[len(config.test.bins) // 2] for count in stats.instance_counts)])
+    tail = np.array([0, *(count < tail_below(config.test.bins) for count in stats.instance_counts)])
     in_tail = np.bincount(index.owners, tail[index.labels], len(index))
     chosen = np.argsort(-in_tail, kind="stable")[:num_images]
     images, truths = [], []
@@ -190,21 +189,13 @@ def _draw_predictions(path: Path, runs: dict[str, Path], config, stats, num_imag
         names = [stats.names[label - 1] for label in target["labels"].tolist()]
         truths.append({"boxes": target["boxes"].numpy(), "names": names, "colours": [TRUTH] * len(names)})
         images.append(image)
+    image_ids = index.image_ids[chosen].tolist()
     columns = {"ground truth": truths}
     name_of = dict(zip(stats.category_ids, stats.names, strict=True))
     check_categories(stats, index, next(iter(runs.values())))
     for run, folder in runs.items():
-        by_image: dict[int, list[dict]] = {int(index.image_ids[p]): [] for p in chosen}
-        try:
-            for entry in json.loads((folder / "predictions.json").read_text()):
-                if entry["image_id"] in by_image:
-                    by_image[entry["image_id"]].append(entry)
-            columns[run] = [_judged(e, t, name_of) for e, t in zip(by_image.values(), truths, strict=True)]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder / 'predictions.json'}: not this run's results ({error!r}); "
-                f"remove {folder / 'metrics.json'} and train again: only the evaluation is run"
-            ) from None
+        found = by_image(read_detections(folder, name_of))
+        columns[run] = [judged(found.get(i, []), t, name_of) for i, t in zip(image_ids, truths, strict=True)]
     caption = f"scores of {LEAST_SCORE:.0%} or more; green: object and category are right, red: one of them is wrong"
     tail_names = {name for name, is_tail in zip(stats.names, tail[1:], strict=True) if is_tail}
     if any(len(drawing["names"]) > CROWDED for column in columns.values() for drawing in column):
@@ -212,24 +203,6 @@ def _draw_predictions(path: Path, runs: dict[str, Path], config, stats, num_imag
         for drawing in (drawing for column in columns.values() for drawing in column):
             drawing["names"] = [name if name in tail_names else "" for name in drawing["names"]]
     plot_predictions(path, images, columns, caption)
-
-
-def _judged(entries: list[dict], truth: dict, name_of: dict[int, str]) -> dict:
-    """Detections as drawings: green where the object and its category are right, red where not."""
-    import torch
-    from torchvision.ops import box_iou
-
-    kept = [entry for entry in entries if entry["score"] >= LEAST_SCORE]
-    boxes = torch.tensor([e["bbox"] for e in kept], dtype=torch.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    overlaps = box_iou(boxes, torch.as_tensor(truth["boxes"]))
-    names = [name_of[e["category_id"]] for e in kept]
-    right = [
-        any(o >= 0.5 and name == true for o, true in zip(row.tolist(), truth["names"], strict=True))
-        for row, name in zip(overlaps, names, strict=True)
-    ]
-    colours = [CORRECT if r else WRONG for r in right]
-    return {"boxes": boxes.numpy(), "names": names, "colours": colours, "scores": [e["score"] for e in kept]}
 
 
 if __name__ == "__main__":

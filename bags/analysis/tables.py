@@ -30,15 +30,42 @@ def read_metrics(folder: Path) -> dict[str, float]:
     return {key: math.nan if value is None else value for key, value in values.items()}
 
 
+def read_log(folder: Path) -> list[dict]:
+    """Objects of a run's `log.jsonl`; none where it was not trained. A line that was cut off is left out."""
+    path, found = folder / "log.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue  # the last line of a killed run
+    return [step for step in found if isinstance(step, dict)]
+
+
 def read_seconds(folder: Path) -> float:
     """What a run's own optimisation steps took, of its log; NaN where it has none."""
-    path, spent = folder / "log.jsonl", math.nan
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            spent = json.loads(line).get("seconds", spent)
-        except (ValueError, AttributeError):
-            continue  # the last line of a killed run
-    return spent
+    return next((step["seconds"] for step in reversed(read_log(folder)) if "seconds" in step), math.nan)
+
+
+def read_categories(folder: Path) -> list[dict]:
+    """Rows of a run's `categories.csv` as `write_scores` got them; an empty AP is NaN. Raises UserError."""
+    path = folder / "categories.csv"
+    whole, text = ("id", "training_instances", "training_images", "bin"), ("name", "frequency")
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return [  # a KeyError where a column is missing
+            {k: int(v) if k in whole else v if k in text else float(v or "nan") for k, v in row.items()}
+            | {key: int(row[key]) for key in whole}
+            | {"name": row["name"], "AP": float(row["AP"] or "nan")}
+            for row in rows
+        ]
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {AGAIN.replace('it', 'metrics.json', 1)}") from None
+
+
+def tail_below(boundaries: Sequence[int]) -> int:
+    """The training instances that a category of AP_tail stays below: it is in the lower half of the bins."""
+    return boundaries[(len(boundaries) + 1) // 2 - 1]
 
 
 def write_metrics(folder: Path, values: dict[str, float]) -> None:
@@ -116,7 +143,7 @@ def render_table(rows: dict[str, list[dict[str, float]]], columns: Sequence[str]
     Of `columns`, those that no row has are left out.
     """
     columns = [c for c in columns if any(c in run for runs in rows.values() for run in runs)]
-    table = [["method", *(_title(c) for c in columns)]]
+    table = [["method", *(column_title(c) for c in columns)]]
     for name, runs in rows.items():
         table.append(
             [name, *(_cell([run.get(column, math.nan) for run in runs], column, decimals) for column in columns)]
@@ -135,11 +162,12 @@ def _cell(values: list[float], column: str, decimals: int) -> str:
     return spread(values if column == "seconds" else [100 * value for value in values], f".{decimals}f")
 
 
-def _title(column: str) -> str:
+def column_title(column: str) -> str:
+    """A column of metrics.json as tables name it."""
     if column in TITLES:
         return TITLES[column]
     if column.startswith("published_"):
-        return f"published {_title(column.removeprefix('published_'))}"
+        return f"published {column_title(column.removeprefix('published_'))}"
     plain = column.removeprefix("mask_")
     return column if plain == column else f"mask {TITLES.get(plain, plain)}"
 

@@ -88,6 +88,13 @@ def compare(
     return Comparison(*numbers, intervals, rows)
 
 
+def changed_most(rows: list[dict], most: int) -> tuple[list[dict], list[dict]]:
+    """Of a comparison's rows at most `most` that gained and that lost most, the largest change first."""
+    ordered = sorted(rows, key=lambda row: row["difference"])
+    gained = [row for row in ordered[::-1][:most] if row["difference"] > 0]
+    return gained, [row for row in ordered[:most] if row["difference"] < 0]
+
+
 def objects_of(entries: list[dict], labels: dict[int, int], images: dict[int, int]) -> list[np.ndarray]:
     """Of each category int64 [K, 2]: the images that hold objects of it that count, and how many."""
     found: list[list] = [[] for _ in labels]

@@ -1,0 +1,149 @@
+"""What a run found in some validation images: boxes judged right or wrong, and crops around single objects."""
+
+from collections.abc import Container, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import orjson
+from PIL import Image
+
+from bags.errors import UserError
+
+TRUTH, CORRECT, WRONG, ASIDE = "#1b6ca8", "#2e933c", "#d1495b", "#9a9a9a"
+LEAST_SCORE = 0.4  # of a drawn detection
+SAME = 0.5  # IoU from which a detection is one of an object
+LEAST_CROP, AROUND = 120, 2.5  # a crop's sides: pixels, and times the object's longer side
+GUESSES = 3  # that are told of an object
+
+
+class Example(NamedTuple):
+    """An object of a category, cut out. A drawing is what `plots.draw_boxes` takes, in the crop's pixels."""
+
+    category: dict  # its row of categories.csv
+    image: Image.Image
+    source: str  # the image's file name
+    truth: dict
+    found: dict[str, dict]  # run -> drawing
+    guesses: dict[str, list[tuple[str, float]]]  # run -> what the object itself was taken for, best first
+
+
+def read_detections(folder: Path, categories: Container[int]) -> list[dict]:
+    """`predictions.json` of a run. Raises UserError where it is none, or of other categories."""
+    path = folder / "predictions.json"
+    try:
+        entries = orjson.loads(path.read_bytes())
+        for entry in entries:
+            _, _, score, (_, _, _, _) = (entry[key] for key in ("image_id", "category_id", "score", "bbox"))
+            if not isinstance(score, float | int) or entry["category_id"] not in categories:
+                raise ValueError(f"score {score}, category_id {entry['category_id']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not this run's results ({error!r}); "
+            f"remove {folder / 'metrics.json'} and train again: only the evaluation is run"
+        ) from None
+    return entries
+
+
+def by_image(entries: Iterable[dict]) -> dict[int, list[dict]]:
+    """Detections of each image that has some."""
+    found: dict[int, list[dict]] = {}
+    for entry in entries:
+        found.setdefault(entry["image_id"], []).append(entry)
+    return found
+
+
+def corners(entries: list[dict]) -> np.ndarray:
+    """Boxes [K, 4] x1, y1, x2, y2 of detections."""
+    boxes = np.array([entry["bbox"] for entry in entries], np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes
+
+
+def overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """IoU [K, L] of boxes [K, 4] and [L, 4]; 0 for empty ones."""
+    low = np.maximum(first[:, None, :2], second[None, :, :2])
+    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
+    common = np.clip(high - low, 0, None).prod(2)
+    areas = [np.clip(boxes[:, 2:] - boxes[:, :2], 0, None).prod(1) for boxes in (first, second)]
+    union = areas[0][:, None] + areas[1][None] - common
+    return np.divide(common, union, out=np.zeros_like(common), where=union > 0)
+
+
+def judged(entries: list[dict], truth: dict, name_of: dict[int, str], least: float = LEAST_SCORE) -> dict:
+    """Detections as drawings: green where the object and its category are right, red where not."""
+    kept = [entry for entry in entries if entry["score"] >= least]
+    boxes = corners(kept)
+    names = [name_of[entry["category_id"]] for entry in kept]
+    same = overlap(boxes, np.asarray(truth["boxes"], np.float32).reshape(-1, 4)) >= SAME
+    right = [
+        any(o and name == true for o, true in zip(row, truth["names"], strict=True))
+        for row, name in zip(same.tolist(), names, strict=True)
+    ]
+    colours = [CORRECT if r else WRONG for r in right]
+    return {"boxes": boxes, "names": names, "colours": colours, "scores": [entry["score"] for entry in kept]}
+
+
+def examples(dataset, rows: list[dict], runs: dict[str, dict[int, list[dict]]], name_of: dict[int, str]) -> list:
+    """For each category (a row of categories.csv) its validation object of median size, as every run sees it.
+
+    dataset: a DetectionDataset; runs: name -> detections `by_image`. Categories without an object are left out.
+    """
+    index, found = dataset.index, []
+    label_of = {category: label for label, category in enumerate(index.category_ids.tolist(), start=1)}
+    for row in rows:
+        own = np.flatnonzero((index.labels == label_of[row["id"]]) & ~index.crowd)
+        if len(own):
+            areas = (index.boxes[own, 2:] - index.boxes[own, :2]).prod(1)
+            chosen = own[np.argsort(areas, kind="stable")[len(own) // 2]]
+            found.append(_example(dataset, row, int(chosen), runs, name_of))
+    return found
+
+
+def _example(dataset, row: dict, annotation: int, runs: dict[str, dict], name_of: dict[int, str]) -> Example:
+    index = dataset.index
+    position = int(index.owners[annotation])
+    image, target = dataset.read(position)
+    box = np.asarray(index.boxes[annotation])
+    window = crop_window(box, image.size)
+    names = [name_of[int(index.category_ids[label - 1])] for label in target["labels"].tolist()]
+    truth = {"boxes": target["boxes"].numpy(), "names": names}
+    drawings, guesses = {}, {}
+    for run, detections in runs.items():
+        entries = sorted(detections.get(target["image_id"], ()), key=lambda entry: -entry["score"])
+        on_object = overlap(corners(entries), box[None])[:, 0] >= SAME
+        mine = [entry for entry, on in zip(entries, on_object, strict=True) if on]
+        guesses[run] = [(name_of[entry["category_id"]], entry["score"]) for entry in mine[:GUESSES]]
+        rest = [e for e, on in zip(entries, on_object, strict=True) if not on and e["score"] >= LEAST_SCORE]
+        drawing = judged([*rest, *mine[:1]], truth, name_of, least=0)
+        for k, entry in enumerate(rest):  # names of other categories elsewhere would hide the object
+            drawing["names"][k] = row["name"] if entry["category_id"] == row["id"] else ""
+        drawings[run] = _cropped(drawing, window)
+    this = [name == row["name"] for name in names]
+    truth |= {"names": [name if t else "" for name, t in zip(names, this, strict=True)]}
+    truth |= {"colours": [TRUTH if t else ASIDE for t in this]}
+    file_name = index.file_name(position)
+    return Example(row, image.crop(window), file_name, _cropped(truth, window), drawings, guesses)
+
+
+def crop_window(box: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom around a box, inside an image of (width, height)."""
+    side = max(LEAST_CROP, AROUND * float(max(box[2:] - box[:2])))
+    low, high = [], []
+    for first, last, limit in zip(box[:2].tolist(), box[2:].tolist(), size, strict=True):
+        length = min(limit, round(side))
+        start = min(max(0, round((first + last - length) / 2)), limit - length)
+        low.append(start)
+        high.append(start + length)
+    return (*low, *high)
+
+
+def _cropped(drawing: dict, window: tuple[int, int, int, int]) -> dict:
+    """Boxes that reach into the window, in its pixels."""
+    left, top, right, bottom = window
+    boxes = drawing["boxes"] - np.array([left, top, left, top], np.float32)
+    boxes = np.clip(boxes, 0, [right - left, bottom - top] * 2)
+    seen = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] > 1).all(1)).tolist()
+    return {"boxes": boxes[seen]} | {
+        key: [values[k] for k in seen] for key, values in drawing.items() if key != "boxes"
+    }

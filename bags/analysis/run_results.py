@@ -1,0 +1,94 @@
+"""The folder of a finished run as one object, and in words."""
+
+import dataclasses
+import json
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bags.analysis.tables import read_categories, read_log, read_metrics, read_seconds
+from bags.config import config_to_dict, load_config, override_config
+from bags.errors import UserError
+from bags.sections import Config
+
+
+@dataclass
+class RunResults:
+    """What a finished run left in its folder."""
+
+    label: str  # its name on the page
+    folder: Path
+    config: Config
+    metrics: dict[str, float]
+    rows: list[dict]  # of categories.csv
+    environment: dict
+    log: list[dict]
+    norms: np.ndarray | None = None  # [C+1]
+
+
+def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunResults:
+    """Raises UserError where there is no finished run."""
+    missing = [name for name in ("config.yaml", "metrics.json") if not (folder / name).exists()]
+    if missing:
+        known = f"no {missing[0]} in there" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: no finished run ({known}); expected a run folder, such as runs/glyphs-100/bags")
+    config = override_config(load_config(folder / "config.yaml"), overrides)
+    try:
+        environment = json.loads((folder / "environment.json").read_text())
+    except (OSError, ValueError):
+        environment = {}
+    environment = environment if isinstance(environment, dict) else {}
+    log = [step for step in read_log(folder) if type(step.get("epoch")) in (int, float)]
+    return RunResults(config.name, folder, config, read_metrics(folder), read_categories(folder), environment, log)
+
+
+def about(run: RunResults) -> dict[str, str]:
+    """The six choices that make a row of the paper, and what the run was made with."""
+    config, made = run.config, run.environment
+    train, seconds, command = config.train, read_seconds(run.folder), made.get("command")
+    packages, epochs = made.get("packages"), f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
+    devices = [f"{key} {made[key]}" for key in ("threads", "ranks") if key in made]
+    return {
+        "folder": str(run.folder),
+        "detector": f"{config.detector.framework}, {config.detector.backbone}",
+        "starts from": config.detector.init_from or config.detector.backbone_weights or "random weights",
+        "classifier": _choice(config.classifier),
+        "sampler": _choice(config.sampler),
+        "trained part": train.part,
+        "schedule": f"{epochs} of {train.batch_size} images a step, {train.optimizer}, rate {train.lr:g}",
+        "seconds of steps": "-" if math.isnan(seconds) else f"{seconds:.0f}",
+        "seed": str(config.seed),
+        "command": shlex.join(map(str, command)) if isinstance(command, list) else "-",
+        "started": f"{made.get('started', '-')}"
+        + (f", resumed {len(made['resumed'])} times" if "resumed" in made else ""),
+        "revision": str(made.get("revision") or "-"),
+        "python": str(made.get("python", "-")),
+        "packages": ", ".join(f"{k} {v}" for k, v in packages.items()) if isinstance(packages, dict) else "-",
+        "device": ", ".join([str(made.get("device", "-")), *devices]),
+    }
+
+
+def _choice(section) -> str:
+    """Name of a section's choice, and what is not as by default."""
+    own = {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if f.name != "name"}
+    other = [f"{key}={value}" for key, value in own.items() if value != getattr(type(section)(), key)]
+    return ", ".join([section.name, *other])
+
+
+def differences(first: Config, second: Config) -> list[tuple[str, object, object]]:
+    """Keys of settings that are not equal, with both values; - for a key that one has not."""
+    one, two = (dict(_leaves(config_to_dict(config))) for config in (first, second))
+    pairs = [(key, one.get(key, "-"), two.get(key, "-")) for key in {**one, **two}]
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
