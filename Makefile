@@ -44,12 +44,13 @@ table: $(READY)  ## Compare the finished runs in RUNS; or TABLE=1, 2, 3, 4, fig4
 test: $(READY)  ## Run the tests
 	$(BIN)/python -m pytest -q $(ARGS)
 
-lint: $(READY)  ## Check style and formatting
+lint: $(READY)  ## Check style, formatting and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 clean:  ## Remove the environment and caches; data/ and runs/ stay
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.txt

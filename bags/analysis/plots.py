@@ -1,6 +1,6 @@
 """Figures of a comparison, written as PNG files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -96,7 +96,7 @@ def plot_ap_by_instances(path: Path, runs: dict[str, list[dict]], boundaries: Se
 
 
 def plot_predictions(
-    path: Path, images: Sequence[Image.Image], columns: dict[str, Sequence[dict]], caption: str = ""
+    path: Path, images: Sequence[Image.Image], columns: Mapping[str, Sequence[dict]], caption: str = ""
 ) -> None:
     """One row per image, one column per entry of `columns` (ground truth, methods).
 
