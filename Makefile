@@ -50,12 +50,13 @@ report: $(READY)  ## Write RUN/report.html, one file about that run; with OTHER 
 test: $(READY)  ## Run the tests
 	$(BIN)/python -m pytest -q $(ARGS)
 
-lint: $(READY)  ## Check style and formatting
+lint: $(READY)  ## Check style, formatting and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 clean:  ## Remove the environment and caches; data/ and runs/ stay
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.txt

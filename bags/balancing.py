@@ -13,6 +13,7 @@ for images, targets in loader:
 
 import typing
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +132,7 @@ class BalancedRoIHeads(RoIHeads):
         return logits[torch.arange(len(labels), device=labels.device), labels]
 
 
-def keep_frozen(detector: nn.Module, _inputs: tuple) -> None:
+def keep_frozen(detector: Any, _inputs: tuple) -> None:
     """A forward hook of balanced detectors: modules without anything to train work in evaluation mode.
 
     The detector itself, its RPN and RoIHeads know training mode by more than their layers: by what they return.
@@ -142,9 +143,10 @@ def keep_frozen(detector: nn.Module, _inputs: tuple) -> None:
             module.eval()
 
 
-def _parts(detector: nn.Module) -> tuple[torchvision_roi_heads.RoIHeads, nn.Module]:
+def _parts(detector: nn.Module) -> tuple[torchvision_roi_heads.RoIHeads, Any]:
     """RoIHeads and box predictor of a detector that can be balanced. Raises ValueError for others, saying why."""
-    kind, roi_heads = type(detector).__name__, getattr(detector, "roi_heads", None)
+    kind = type(detector).__name__
+    roi_heads: Any = getattr(detector, "roi_heads", None)
     if isinstance(roi_heads, RoIHeads):
         raise ValueError("detector: its classifier is one of this project's already; call bags.unbalance first")
     if type(roi_heads) is not torchvision_roi_heads.RoIHeads:
@@ -153,10 +155,9 @@ def _parts(detector: nn.Module) -> tuple[torchvision_roi_heads.RoIHeads, nn.Modu
     if roi_heads.has_keypoint():
         raise ValueError(f"detector: {kind} predicts keypoints, which are not carried over")
     predictor = roi_heads.box_predictor
-    layers = [getattr(predictor, name, None) for name in ("cls_score", "bbox_pred")]
-    if not all(isinstance(layer, nn.Linear) for layer in layers):
+    classes, boxes = (getattr(predictor, name, None) for name in ("cls_score", "bbox_pred"))
+    if not (isinstance(classes, nn.Linear) and isinstance(boxes, nn.Linear)):
         raise ValueError(f"detector: expected linear layers cls_score and bbox_pred in {type(predictor).__name__}")
-    classes, boxes = layers
     if boxes.out_features != 4 * classes.out_features:
         raise ValueError(
             f"detector: {boxes.out_features} box outputs for {classes.out_features} labels, not 4 for each"

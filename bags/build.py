@@ -26,7 +26,7 @@ from bags.data.statistics import CategoryStats
 from bags.data.transforms import short_sides, training_transform
 from bags.detectors.backbones import build_backbone, load_backbone_weights
 from bags.detectors.conventions import CONVENTIONS
-from bags.detectors.faster_rcnn import faster_rcnn
+from bags.detectors.faster_rcnn import FasterRCNN, faster_rcnn
 from bags.detectors.from_features import FromFeatures
 from bags.engine.checkpoint import load_checkpoint, load_weights, weights_digest
 from bags.engine.predict import predict
@@ -62,6 +62,7 @@ def build_train_loader(config: Config, index: AnnotationIndex, stats: CategorySt
             raise UserError(f"{index.path}: no category has fewer than sampler.below={config.sampler.below} instances")
     wide = index.image_sizes[:, 1] > index.image_sizes[:, 0] if data.aspect_batches else None
     batch_size, seed = config.train.batch_size, config.seed
+    sampler: TrainSampler
     match config.sampler:
         case RepeatFactorConfig(threshold=threshold, released=released):
             sampler = RepeatFactorSampler(repeat_factors(index, threshold, released), batch_size, seed, wide)
@@ -111,7 +112,7 @@ def loader(config: Config, dataset: Dataset, batches: Iterable[list], join: Call
     )
 
 
-def build_detector(config: Config, stats: CategoryStats) -> nn.Module:
+def build_detector(config: Config, stats: CategoryStats) -> FasterRCNN:
     """The detector of a configuration with new weights (`initialise` loads `init_from`).
 
     In training mode `detector(images, targets)` gives a dict of losses, in evaluation mode
@@ -135,7 +136,7 @@ def build_detector(config: Config, stats: CategoryStats) -> nn.Module:
     augments = CONVENTIONS[detector.conventions].augments
     model = faster_rcnn(
         backbone,
-        lambda *features: build_classifier(config.classifier, *features, stats),
+        lambda fc, pooled: build_classifier(config.classifier, fc, pooled, stats),
         framework=detector.framework,
         conventions=detector.conventions,
         anchor_sizes=rpn.anchor_sizes,
@@ -240,7 +241,7 @@ def check_categories(stats: CategoryStats, index: AnnotationIndex, source: Path)
 
 
 def predict_and_evaluate(
-    detector: nn.Module,
+    detector: FasterRCNN,
     config: Config,
     stats: CategoryStats,
     dataset: DetectionDataset,
@@ -271,7 +272,8 @@ def predict_and_evaluate(
     accuracy.counts = distributed.total(accuracy.counts.to(device)).cpu()
     if not distributed.is_main():
         return {}, {}
-    results, scores = {}, {}
+    results: dict[str, float] = {}
+    scores: dict[str, Scores] = {}
     for iou_type, prefix in (("bbox", ""), ("segm", "mask_")):
         if iou_type == "segm" and not (config.detector.has_masks and scores["bbox"].has_masks):
             continue
@@ -290,7 +292,7 @@ def predict_and_evaluate(
 
 def load_detector(
     path: str | Path, min_size: int | None = None, max_size: int | None = None, overrides: Sequence[str] = ()
-) -> tuple[nn.Module, dict]:
+) -> tuple[FasterRCNN, dict]:
     """A trained detector from its checkpoint alone, in evaluation mode, on the CPU.
 
     min_size, max_size: other resizing limits than in training, in pixels.

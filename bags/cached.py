@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from bags import build
 from bags.data.dataset import DetectionDataset, image_path
 from bags.data.index import AnnotationIndex
 from bags.data.samplers import ShardSampler
+from bags.detectors.faster_rcnn import FasterRCNN
 from bags.detectors.from_features import FromFeatures, Seen, seen, training_pool
 from bags.engine.checkpoint import weights_digest
 from bags.engine.features import (
@@ -41,7 +43,7 @@ NOT_OF_THE_FEATURES = ("init_from", "other_categories", "reset_classifier", "bac
 DRAWN_LATER = ("batch_size", "positive_fraction")  # of the RoI section: how training draws from the store
 
 
-def training_store(config: Config, detector: nn.Module, dataset: DetectionDataset, device) -> FeatureStore:
+def training_store(config: Config, detector: FasterRCNN, dataset: DetectionDataset, device) -> FeatureStore:
     """The store of a training set's proposals, made where it is not complete. The detector holds its final weights."""
     views = [False, True] if config.data.flip > 0 and config.store.mirrored else [False]
     stages, width = _shape(detector)
@@ -58,7 +60,8 @@ def training_store(config: Config, detector: nn.Module, dataset: DetectionDatase
             shown = [_view(*pair, mirrored and not own, device) for pair in zip(images, targets, strict=True)]
             seeds = [2 * position + mirrored for position in positions]
             with _mirroring(detector.transform) if own else contextlib.nullcontext():
-                pools = training_pool(detector, *map(list, zip(*shown, strict=True)), config.store.negatives, seeds)
+                moved = [image for image, _ in shown], [target for _, target in shown]
+                pools = training_pool(detector, *moved, config.store.negatives, seeds)
             found += [_pool_record(*pair, mirrored) for pair in zip(pools, positions, strict=True)]
         return sorted(found, key=lambda record: record.view)
 
@@ -67,7 +70,7 @@ def training_store(config: Config, detector: nn.Module, dataset: DetectionDatase
     return _open(config, "train", detector, plain, settings, layout, records)
 
 
-def validation_store(config: Config, detector: nn.Module, dataset: DetectionDataset, device) -> FeatureStore:
+def validation_store(config: Config, detector: FasterRCNN, dataset: DetectionDataset, device) -> FeatureStore:
     """The store of what the classifiers need of each validation image, in float32, made where it is not complete."""
     stages, width = _shape(detector)
 
@@ -87,18 +90,21 @@ def training_loader(config: Config, runs: list[Run], live: DataLoader, device) -
     The runs, whose detectors differ in their classifiers alone, are made to take them. On a GPU with twice
     the room, the whole store is copied to its memory first.
     """
+    batches: Any = live.batch_sampler
+    assert isinstance(runs[0].model, FasterRCNN) and isinstance(live.dataset, DetectionDataset)
     store = training_store(config, runs[0].model, live.dataset, device)
     resident = device.type == "cuda" and 2 * store.nbytes() < torch.cuda.mem_get_info(device)[0]
     whole = store.whole(device) if resident else None
     for run in runs:
+        assert isinstance(run.model, FasterRCNN)
         run.losses = FromFeatures(run.model, whole)
     flip = config.data.flip if config.store.mirrored else 0.0
     roi = config.detector.roi
     features = TrainingFeatures(store, flip, roi.batch_size, roi.positive_fraction, resident)
-    return build.loader(config, features, live.batch_sampler, collate_samples)
+    return build.loader(config, features, batches, collate_samples)
 
 
-def validation_loader(config: Config, detector: nn.Module, dataset: DetectionDataset, device) -> DataLoader:
+def validation_loader(config: Config, detector: FasterRCNN, dataset: DetectionDataset, device) -> DataLoader:
     """This rank's share of the validation images, as `FromFeatures` takes them."""
     store = validation_store(config, detector, dataset, device)
     sampler = ShardSampler(len(dataset), config.test.batch_size)
@@ -107,8 +113,10 @@ def validation_loader(config: Config, detector: nn.Module, dataset: DetectionDat
 
 def store_folder(config: Config) -> Path:
     """Where a configuration's stores are."""
-    beside = config.init_file.with_suffix(".features")
-    return Path(config.store.folder) if config.store.folder else beside
+    if config.store.folder:
+        return Path(config.store.folder)
+    assert config.init_file is not None  # without it `cls` and `none` are refused
+    return config.init_file.with_suffix(".features")
 
 
 def store_settings(config: Config) -> tuple:
@@ -128,7 +136,7 @@ def shared_settings(config: Config) -> tuple:
 
 
 @contextlib.contextmanager
-def _mirroring(transform: nn.Module) -> Iterator[None]:
+def _mirroring(transform: Any) -> Iterator[None]:
     """A transform that mirrors training images by chance mirrors all."""
     chance, transform.flip, transform.training = transform.flip, 1.0, True
     try:
@@ -167,7 +175,7 @@ def _open(config: Config, split: str, detector: nn.Module, dataset: DetectionDat
     )
 
 
-def _shape(detector: nn.Module) -> tuple[int, int]:
+def _shape(detector: FasterRCNN) -> tuple[int, int]:
     """(stages, numbers in a feature)."""
     stages = detector.roi_heads.box_stages
     return len(stages), stages[0].box_regressor.in_features

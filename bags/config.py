@@ -124,7 +124,7 @@ def _check_data(config: Config, need: Need) -> None:
         value = config.name if key == "name" else data.name
         need(value not in ("", ".", "..") and not set(value) & set("/\\\0"), key, f"a folder name, got {value!r}")
     for key, value in (("output", config.output), ("data.root", data.root)):
-        need(value and "\0" not in value, key, f"a path, got {value!r}")
+        need(bool(value) and "\0" not in value, key, f"a path, got {value!r}")
     need(0 <= config.seed < 2**31, "seed", f"0 <= seed < 2**31, got {config.seed}")
     need(0 <= data.flip <= 1, "data.flip", f"a probability, got {data.flip}")
     sides = data.short_sides
@@ -160,7 +160,7 @@ def _check_detector(detector: DetectorConfig, need: Need) -> None:
          f"rising numbers of 1 to 4, got {list(stages)}")  # fmt: skip
     need(roi.class_agnostic or not detector.is_cascade, "detector.roi.class_agnostic",
          f"true: the stages of {detector.framework} have one box regression for all categories")  # fmt: skip
-    need(detector.init_from or not detector.other_categories, "detector.init_from",
+    need(bool(detector.init_from) or not detector.other_categories, "detector.init_from",
          "a checkpoint: detector.other_categories says what to take from it")  # fmt: skip
     for key in ("batch_size", "train_proposals", "test_proposals"):
         need(getattr(rpn, key) >= 1, f"detector.rpn.{key}", f"1 or more, got {getattr(rpn, key)}")
@@ -214,7 +214,7 @@ def _check_schedule(config: Config, need: Need) -> None:
     need(config.store.negatives >= 0, "store.negatives", f"0 or more, got {config.store.negatives}")
     row = config.init_row
     need(row != config.name, "detector.init_from", "another row than this one")
-    need(row is None or (row and not set(row) & set("/\\")), "detector.init_from", f"row:NAME, got row:{row}")
+    need(row is None or (bool(row) and not set(row) & set("/\\")), "detector.init_from", f"row:NAME, got row:{row}")
     need(test.batch_size >= 1, "test.batch_size", f"1 or more, got {test.batch_size}")
     limit = test.max_detections
     need(1 <= limit <= 10**6, "test.max_detections", f"1 to 1000000, got {limit}")
@@ -236,7 +236,9 @@ def _check_methods(config: Config, need: Need) -> None:
             need(classifier.equal_groups >= 0, "classifier.equal_groups", f"0 or more, got {classifier.equal_groups}")
             need(0 <= classifier.scale < math.inf, "classifier.scale", f"0 or more, got {classifier.scale}")
             given = classifier.temperatures
-            usable = given in (None, "learned") or (len(given) == number and all(0 < t < math.inf for t in given))
+            usable = (
+                given is None or given == "learned" or (len(given) == number and all(0 < t < math.inf for t in given))
+            )
             need(usable, "classifier.temperatures", f"learned, or {number} numbers above 0, got {given}")
         case ReweightedSoftmaxConfig(beta=beta):
             need(0 <= beta < 1, "classifier.beta", f"0 <= beta < 1, got {beta}")

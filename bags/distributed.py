@@ -7,6 +7,7 @@ gloo on CPU); started plainly it is one process and every helper below is a no-o
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -118,7 +119,7 @@ def gather_objects(value: object) -> list:
     """Every rank's plain value, in rank order."""
     if not dist.is_initialized():
         return [value]
-    values = [None] * world_size()
+    values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 

@@ -85,10 +85,11 @@ def _shown(value: Any) -> str:
 def convert(value: Any, kind: Any, key: str, source: str) -> Any:
     """`value` as `kind` (dataclass, union, tuple, Literal or scalar), or UserError."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _convert_section(value, kind, key, source)
     if origin in (typing.Union, types.UnionType):
-        sections = {k.name: k for k in arguments if dataclasses.is_dataclass(k)}
+        named: list[Any] = [k for k in arguments if dataclasses.is_dataclass(k)]
+        sections = {k.name: k for k in named}
         if sections:
             return _convert_section(value, _chosen(value, sections, key, source), key, source)
         for option in arguments:

@@ -17,6 +17,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -43,6 +44,7 @@ def main() -> None:
         raise UserError("expected a checkpoint or a results file, or --compare with two results files")
     if arguments.compare:
         return compare_results(arguments)
+    metrics: dict[str, float] | None
     if arguments.source.suffix.lower() == ".json":
         if arguments.annotations is None:
             raise UserError(f"{arguments.source}: a results file needs --annotations, its ground truth")
@@ -86,7 +88,7 @@ def evaluate_results(arguments: argparse.Namespace) -> dict[str, float]:
     from bags.evaluation.detection_ap import has_masks, score
 
     source, bins = arguments.source, boundaries(arguments.bins)
-    settings = {"boundaries": bins, "engine": arguments.engine or "hotcoco", "fixed": True}
+    settings: dict[str, Any] = {"boundaries": bins, "engine": arguments.engine or "hotcoco", "fixed": True}
     scores = {"bbox": score(arguments.annotations, source, **settings)}
     metrics = dict(scores["bbox"].numbers)
     if has_masks(source) and not scores["bbox"].has_masks:
@@ -116,11 +118,9 @@ def compare_results(arguments: argparse.Namespace) -> None:
     if arguments.engine or arguments.overrides:
         raise UserError("--compare takes --annotations, --bins, --draws, --output and --json")
     kinds = ["bbox", "segm"] if all(map(has_masks, arguments.compare)) else ["bbox"]
+    (first, second), bins = arguments.compare, boundaries(arguments.bins)
     found = {
-        kind: compare(
-            arguments.annotations, *arguments.compare, kind, arguments.draws, boundaries=boundaries(arguments.bins)
-        )
-        for kind in kinds
+        kind: compare(arguments.annotations, first, second, kind, arguments.draws, boundaries=bins) for kind in kinds
     }
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)

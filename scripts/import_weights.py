@@ -87,7 +87,7 @@ def import_weights(source: str, config: Config, annotations: Path | None, eps: f
     """
     if isinstance(config.classifier, NCMConfig | TauNormConfig | NorCalConfig):
         raise UserError(f"{config.name}: {config.classifier.name} is made from a trained softmax: import that one")
-    names = []
+    names: list[str] = []
     if Path(source).suffix in (".pth", ".pt"):
         state = read_state(source)
     else:

@@ -69,7 +69,7 @@ def detect(checkpoint: Path, files: list[Path], output: Path, least_score: float
     detector.transform.encode_masks = True
     name_of = dict(zip(stats.category_ids, stats.names, strict=True))
     output.mkdir(parents=True, exist_ok=True)
-    palette = [matplotlib.colors.to_hex(colour) for colour in matplotlib.colormaps["tab10"].colors]
+    palette = [matplotlib.colors.to_hex(colour) for colour in matplotlib.colormaps["tab10"](range(10))]
     results = []
     for number, file in enumerate(tqdm(files, unit="image")):
         image = read_image(file)

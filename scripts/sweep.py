@@ -77,7 +77,7 @@ def show(folders: dict[str, list[Path]], best: str) -> None:
         raise UserError(
             f"--best {best}: no row has that number: expected one of {', '.join(next(iter(rows.values()))[0])}"
         )
-    print(f"\nhighest {best}: {max(known, key=known.get)}, {100 * max(known.values()):.2f}")
+    print(f"\nhighest {best}: {max(known, key=lambda name: known[name])}, {100 * max(known.values()):.2f}")
 
 
 if __name__ == "__main__":

@@ -87,14 +87,14 @@ def paper_table(name: str, arguments: list[str], seeds: str | None, save: Path |
     folders = [path for path in paths if path.is_dir()]
     if len(folders) != len(paths) or len(folders) != 1:
         raise UserError(f"--paper {name}: expected one folder of configurations, got {paths}")
-    files = {row.config: _row_file(folders[0], row.config, table.optional) for row in table.rows}
-    files = {stem: path for stem, path in files.items() if path}
+    found = {row.config: _row_file(folders[0], row.config, table.optional) for row in table.rows}
+    files = {stem: path for stem, path in found.items() if path}
     waiting = list(files.values())
     while waiting:
         source = load_config(waiting.pop(), overrides).init_row
-        if source and source not in files:
-            files[source] = _row_file(folders[0], source)
-            waiting.append(files[source])
+        if source and source not in files and (path := _row_file(folders[0], source)):
+            files[source] = path
+            waiting.append(path)
 
     named = {stem: load_config(file, overrides).name for stem, file in files.items()}
     odd = next((stem for stem, name in named.items() if stem != name), None)
@@ -156,7 +156,9 @@ def weight_norms(rows: dict[str, list[Path]]):
     from bags.analysis.weight_norms import classifier_norms, rank_correlation
     from bags.build import load_detector
 
-    norms, correlations, stats = {}, {}, None
+    norms: dict[str, list] = {}
+    correlations: dict[str, list[float]] = {}
+    stats = None
     for name, folders in rows.items():
         norms[name], correlations[name] = [], []
         for folder in folders:

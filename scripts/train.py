@@ -65,8 +65,9 @@ def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], N
             raise UserError(f"{config.run_folder}: two rows of this job would share it: give each a name of its own")
         folders[config.run_folder] = config
         _is_complete(config.run_folder, config)  # refuses other settings before anything is trained
-        if config.init_row and config.init_file.parent not in folders and not _is_finished(config.init_file.parent):
-            raise UserError(f"{config.init_file.parent}: no finished run; run the row {config.init_row} first")
+        source = config.init_file.parent if config.init_row and config.init_file else None
+        if source and source not in folders and not _is_finished(source):
+            raise UserError(f"{source}: no finished run; run the row {config.init_row} first")
         if config.is_cached:
             other = stores.setdefault(cached.store_folder(config), config)
             if cached.store_settings(other) != cached.store_settings(config):
@@ -235,6 +236,7 @@ def _is_complete(folder: Path, config: Config) -> bool:
             "remove the folder, or set output= to keep both"
         )
     latest, source = load_latest(folder), config.init_file
+    assert latest is not None  # a file of it is there
     data = Path(config.data.root, config.data.train)
     if data.exists() and latest["stats"] != CategoryStats.from_index(build.open_index(config, "train")).to_dict():
         raise UserError(f"{folder}: {data} has changed since this run was trained: remove the folder, or set output=")

@@ -104,6 +104,7 @@ REFUSED = {  # change -> (kind in `check`, words of the refusal)
     "segmentation is text": (annotation(segmentation="x"), "bad segmentation", "annotation 1: segm"),
     "RLE of another size": (rle([40, 30], RLE), "bad segmentation", "annotation 1"),
     "RLE without size": (annotation(segmentation={"counts": RLE}), "bad segmentation", "annotation 1: segm"),
+    "RLE of no image": (annotation(image_id=8, segmentation={"counts": RLE}), "bad segmentation", "1: segm"),
     "RLE cut off": (rle([30, 40], RLE[:-3]), "bad segmentation", "annotation 1"),
     "RLE counts too long": (rle([30, 40], [1201]), "bad segmentation", "add up"),
     "RLE counts negative": (rle([30, 40], [-1, 1201]), "bad segmentation", "add up"),

@@ -210,6 +210,12 @@ def test_what_is_no_mask_is_refused(tmp_path):
             bags.evaluate(*files, "segm")
     files[1].write_text(json.dumps(good))
     content = json.loads(files[0].read_text())
+    first = content["annotations"][0]
+    for image in (10**6, [1], None):
+        odd = {**first, "image_id": image, "segmentation": {"counts": "0"}}
+        files[0].write_text(json.dumps({**content, "annotations": [odd, *content["annotations"][1:]]}))
+        with pytest.raises(bags.UserError, match=f"annotation {first['id']}: segmentation: .* RLE of its image"):
+            bags.evaluate(*files, "segm")
     del content["annotations"][2]["segmentation"]
     files[0].write_text(json.dumps(content))
     bare = content["annotations"][2]["id"]

@@ -406,7 +406,7 @@ def test_temperatures_by_hand():
     assert classifier.probs(logits)[0].tolist() == pytest.approx(expected)
     labels = torch.tensor([3])
     assert classifier.loss(logits, labels) == grouped().loss(logits, labels)  # scores alone
-    for wrong in ((1, 2), (1, 0, 1), (1, 1, 1, 1)):
+    for wrong in ((1, 2), (1, 0, 1), (1, 1, 1, 1), "hot"):
         with pytest.raises(ValueError, match="temperatures"):
             grouped(temperatures=wrong)
 

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -149,7 +149,7 @@ def plot_training(path: Path | BinaryIO, logs: dict[str, list[dict]]) -> None:
 
 
 def plot_predictions(
-    path: Path | BinaryIO, images: Sequence[Image.Image], columns: dict[str, Sequence[dict]], caption: str = ""
+    path: Path | BinaryIO, images: Sequence[Image.Image], columns: Mapping[str, Sequence[dict]], caption: str = ""
 ) -> None:
     """One row per image, one column per entry of `columns` (ground truth, methods).
 

@@ -84,8 +84,8 @@ def write_scores(folder: Path, name: str, scores: dict[str, Scores], boundaries:
     from bags.analysis.plots import plot_ap_by_instances, plot_precision_recall
 
     rows = [dict(row) for row in scores["bbox"].rows]
-    for row, own in zip(rows, scores["segm"].rows if "segm" in scores else (), strict=False):
-        row |= {"mask_AP": own["AP"], "mask_AP50": own["AP50"]}
+    for row, mask in zip(rows, scores["segm"].rows if "segm" in scores else (), strict=False):
+        row |= {"mask_AP": mask["AP"], "mask_AP50": mask["AP50"]}
     written = [_write_csv(folder / "categories.csv", rows)]
     for kind, own in scores.items():
         prefix = "" if kind == "bbox" else "mask_"

@@ -1,8 +1,7 @@
 """Is the classifier imbalanced? Weight norms against training counts (section 3.2, Figures 1 and 3)."""
 
-from collections.abc import Sequence
-
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 def classifier_norms(detector) -> np.ndarray:
@@ -10,12 +9,12 @@ def classifier_norms(detector) -> np.ndarray:
     return np.mean([classifier.weight_norms().cpu().numpy() for classifier in detector.classifiers()], axis=0)
 
 
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
     """Spearman's correlation; ties share their mean rank. NaN where one side is constant."""
-    ranks = [_mean_ranks(np.asarray(values)) for values in (first, second)]
+    ranks = np.stack([_mean_ranks(np.asarray(values)) for values in (first, second)])
     if any(r.std() == 0 for r in ranks):
         return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks)[0, 1])
 
 
 def _mean_ranks(values: np.ndarray) -> np.ndarray:

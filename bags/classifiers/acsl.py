@@ -26,6 +26,8 @@ class ACSL(Softmax):
     Shape shorthand: R proposals, C categories; logits [R, C+1], column 0 a sigmoid for the background.
     """
 
+    bands: Tensor
+
     def __init__(self, in_features: int, image_counts: Sequence[int], threshold: float = 0.7):
         super().__init__(in_features, len(image_counts))
         self.threshold = threshold

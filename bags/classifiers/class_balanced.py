@@ -18,6 +18,8 @@ class ClassBalancedSigmoid(Sigmoid):
     (The paper reports no LVIS.)
     """
 
+    label_weights: Tensor
+
     def __init__(self, in_features: int, counts: Sequence[int], beta: float = 0.999, prior: float = 0.001):
         super().__init__(in_features, len(counts), prior)
         if not 0 <= beta < 1:

@@ -22,6 +22,8 @@ class EqualizationLoss(Sigmoid):
     rare. (The paper's lambda is that share of all images: 100 of them in LVIS v0.5 and v1.)
     """
 
+    is_tail: Tensor
+
     def __init__(self, in_features: int, image_counts: Sequence[int], tail_images: int = 100, prior: float = 0.001):
         super().__init__(in_features, len(image_counts), prior)
         self.register_buffer("is_tail", torch.as_tensor(image_counts) <= tail_images, persistent=False)

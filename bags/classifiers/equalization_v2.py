@@ -31,6 +31,9 @@ class EqualizationLossV2(Softmax):
     checkpoint resumes exactly; in evaluation mode it leaves them alone.
     """
 
+    positive: Tensor
+    negative: Tensor
+
     def __init__(
         self,
         in_features: int,

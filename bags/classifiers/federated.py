@@ -19,6 +19,8 @@ class Federated(Sigmoid):
                   in the released code). More where more appear.
     """
 
+    log_weights: Tensor
+
     def __init__(
         self,
         in_features: int,

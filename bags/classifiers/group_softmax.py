@@ -39,6 +39,14 @@ class GroupSoftmax(ProposalClassifier):
     Raises ValueError for an impossible choice.
     """
 
+    targets: Tensor
+    columns: Tensor
+    fill: Tensor
+    real: Tensor
+    factors: Tensor
+    class_weights: Tensor
+    sharpness: Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -57,8 +65,9 @@ class GroupSoftmax(ProposalClassifier):
             raise ValueError(f"others_ratio: expected a number >= 0, 'n' or 'all', got {others_ratio!r}")
         if group_weights is not None and (len(group_weights) != number + 1 or min(group_weights) < 0):
             raise ValueError(f"group_weights: expected {number + 1} numbers >= 0, got {group_weights}")
-        learned, fixed = temperatures == "learned", () if temperatures is None else temperatures
-        if not learned and temperatures is not None and (len(fixed) != number + 1 or min(fixed) <= 0):
+        learned = temperatures == "learned"
+        fixed = None if temperatures is None or isinstance(temperatures, str) else tuple(temperatures)
+        if not (learned or temperatures is None) and (not fixed or len(fixed) != number + 1 or min(fixed) <= 0):
             raise ValueError(f"temperatures: expected 'learned' or {number + 1} numbers above 0, got {temperatures}")
         self.groups, self.num_categories = groups, groups.num_categories
         self.others_ratio, self.background_group, self.others = others_ratio, background_group, others
@@ -87,7 +96,7 @@ class GroupSoftmax(ProposalClassifier):
         self.uniform = class_weights is None
         real = fill.isnan().nonzero().squeeze(1)
         self.log_factors = nn.Parameter(torch.zeros(number + 1)) if learned else None
-        sharpness = None if learned or temperatures is None else 1 / torch.tensor(fixed, dtype=torch.float64)
+        sharpness = None if fixed is None else 1 / torch.tensor(fixed, dtype=torch.float64)
         self.register_buffer("sharpness", sharpness, persistent=False)
         buffers = {"targets": targets, "columns": columns, "fill": fill, "real": real, "factors": factors}
         for name, value in (buffers | {"class_weights": weights}).items():
@@ -142,7 +151,7 @@ class GroupSoftmax(ProposalClassifier):
         elif self.others_ratio == "n":
             chosen = (instances > 0).expand_as(foreground)
         else:
-            quota = (instances.double() * self.others_ratio).floor()  # m_n = beta * instances
+            quota = (instances.double() * float(self.others_ratio)).floor()  # m_n = beta * instances
             keys = torch.rand(targets.shape, device=targets.device).masked_fill(foreground, 2.0)
             chosen = keys.argsort(1).argsort(1) < quota
         weights = (foreground | chosen).float()

@@ -29,6 +29,8 @@ class LogitAdjusted(Softmax):
     counts: [C] training instances n, 0 is taken as 1. tau >= 0: 1 as derived, 0 changes nothing.
     """
 
+    shift: Tensor
+
     def __init__(self, in_features: int, counts: Sequence[int], tau: float = 1.0, adjust: str = "loss"):
         super().__init__(in_features, len(counts))
         if adjust not in ADJUSTED:
@@ -57,6 +59,8 @@ class BalancedSigmoid(Sigmoid):
     counts: [C] training instances n_j, n their sum; 0 is taken as 1. (The released code has images in place of
     instances.)
     """
+
+    shift: Tensor
 
     def __init__(self, in_features: int, counts: Sequence[int], prior: float = 0.001):
         super().__init__(in_features, len(counts), prior)

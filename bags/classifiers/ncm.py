@@ -22,6 +22,9 @@ class NearestClassMean(Softmax):
     scores 0.
     """
 
+    means: Tensor
+    counts: Tensor
+
     def __init__(self, in_features: int, num_categories: int, width: int, features: str = "fc", scale: float = 1.0):
         super().__init__(in_features, num_categories)
         if features not in ("fc", "conv"):

@@ -15,6 +15,8 @@ class NorCal(Softmax):
     is; gamma 0 changes nothing.
     """
 
+    log_factors: Tensor
+
     def __init__(self, in_features: int, counts: Sequence[int], gamma: float = 0.6):
         super().__init__(in_features, len(counts))
         factors = gamma * torch.as_tensor(counts, dtype=torch.float64).clamp(min=1).log()

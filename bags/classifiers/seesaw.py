@@ -34,6 +34,8 @@ class Seesaw(ProposalClassifier):
     Shape shorthand: R proposals, C categories; logits [R, 2 + C], columns [background, foreground, categories].
     """
 
+    counts: Tensor
+
     def __init__(
         self,
         in_features: int,

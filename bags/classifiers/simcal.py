@@ -27,6 +27,8 @@ class SimCal(Softmax):
     two softmaxes: rows do not sum to 1.
     """
 
+    is_rare: Tensor
+
     def __init__(self, in_features: int, counts: Sequence[int], below: int = 300):
         super().__init__(in_features, len(counts))
         self.calibrated = new_linear(in_features, len(counts) + 1)

@@ -46,6 +46,8 @@ class ReweightedSoftmax(Softmax):
     class_weights: [C+1], entry 0 the background; see `class_weights`.
     """
 
+    class_weights: Tensor
+
     def __init__(self, in_features: int, class_weights: Tensor):
         super().__init__(in_features, len(class_weights) - 1)
         self.register_buffer("class_weights", class_weights, persistent=False)

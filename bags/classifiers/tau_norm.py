@@ -22,6 +22,8 @@ class TauNorm(Softmax):
     Logits are [R, 2 * (C+1)]: plain, then normalised.
     """
 
+    is_tail: Tensor
+
     def __init__(
         self,
         in_features: int,

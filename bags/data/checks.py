@@ -72,7 +72,8 @@ class Findings:
     """Collects defects of one file."""
 
     def __init__(self, where: Path | str):
-        self.where, self.by_kind = str(where), {}
+        self.where = str(where)
+        self.by_kind: dict[str, Finding] = {}
 
     def add(self, kind: str, example: object) -> None:
         """Counts a defect; the first examples are kept."""
@@ -105,7 +106,9 @@ def check_annotations(path: Path, boundaries: tuple[int, ...] | None = None, tra
     if categories and sorted(categories) != list(range(1, len(categories) + 1)):
         found.add("ids with gaps", f"{len(categories)} category ids from {min(categories)} to {max(categories)}")
     _check_images(path, images, found)
-    seen, instances, in_images = Counter(), Counter(), set()
+    seen: Counter[tuple] = Counter()
+    instances: Counter[object] = Counter()
+    in_images: set[tuple] = set()
     for annotation in content["annotations"]:
         _check_annotation(annotation, images, categories, found)
         if annotation.get("iscrowd", 0) in (0, 1) and not annotation.get("iscrowd", 0):
@@ -143,7 +146,7 @@ def _ids(entries: list[dict], kind: str, found: Findings) -> dict[int, dict]:
 
 
 def _check_images(path: Path, images: dict[int, dict], found: Findings) -> None:
-    names = Counter()
+    names: Counter[str] = Counter()
     for key, image in images.items():
         size = image.get("width"), image.get("height")
         if not all(type(side) is int and 0 < side < 2**20 for side in size):
@@ -174,8 +177,8 @@ def _check_annotation(annotation: dict, images: dict, categories: dict, found: F
     area = annotation.get("area")
     if area is not None and not (is_number(area) and abs(area) < 1e18):
         found.add("bad field", f"{where}: area {area!r}")
-    size = (image.get("width"), image.get("height")) if image else (None, None)
-    size = size if all(type(side) is int for side in size) else None
+    width, height = (image.get("width"), image.get("height")) if image else (None, None)
+    size = (width, height) if type(width) is int and type(height) is int else None
     _check_box(annotation.get("bbox"), size, where, found)
     _check_segmentation(annotation.get("segmentation"), size, where, found)
 
@@ -209,7 +212,8 @@ def _check_segmentation(value: object, size: tuple[int, int] | None, where: str,
         counts = value.get("counts")
         own = value.get("size")
         if not (isinstance(own, list) and all(type(side) is int for side in own)) or (size and own != [*size[::-1]]):
-            found.add("bad segmentation", f"{where}: RLE of size {value.get('size')!r} in {size[0]} x {size[1]}")
+            image = f" in {size[0]} x {size[1]}" if size else ""
+            found.add("bad segmentation", f"{where}: RLE of size {value.get('size')!r}{image}")
         elif isinstance(counts, list):
             if not all(type(c) is int and c >= 0 for c in counts) or (size and sum(counts) != math.prod(size)):
                 found.add("bad segmentation", f"{where}: RLE counts do not add up to the image's pixels")

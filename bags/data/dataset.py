@@ -82,7 +82,7 @@ class DetectionDataset(Dataset):
         # One box more than there are objects tells where the left half of the image went.
         boxes = torch.cat([target["boxes"], torch.tensor([[0, 0, width / 2, height]])])
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
-        maps = [tv_tensors.Mask(self._label_map(position, (height, width)))] if self.semantic else []
+        maps = [tv_tensors.Mask(self._label_map(self.semantic, position, (height, width)))] if self.semantic else []
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             image, boxes, *maps = self.transform(image, boxes, *maps)
@@ -140,10 +140,10 @@ class DetectionDataset(Dataset):
         check(image.size)
         return image
 
-    def _label_map(self, position: int, size: tuple[int, int]) -> Tensor:
+    def _label_map(self, folder: Path, position: int, size: tuple[int, int]) -> Tensor:
         """Labels of an image's pixels, uint8 [1, H, W]; size is (height, width)."""
         name = self.index.file_name(position)
-        paths = [image_path(self.semantic, own).with_suffix(".png") for own in (name, Path(name).name)]
+        paths = [image_path(folder, own).with_suffix(".png") for own in (name, Path(name).name)]
         path = next((path for path in paths if path.exists()), paths[0])
         try:
             with Image.open(path) as image:
@@ -167,6 +167,7 @@ class DetectionDataset(Dataset):
         scale = np.array([new[1] / old[1], new[0] / old[0]])
         for k, annotation in enumerate(annotations):
             shape = self.index.segmentation(annotation)
+            assert shape is not None  # as `_target` has seen to
             if isinstance(shape, bytes):
                 mask = coco_mask.decode({"size": list(old), "counts": shape})
                 if old != new:
@@ -232,7 +233,7 @@ class Loader(DataLoader):
         self.bad: set[str] = set()  # what was wrong with the images that others stood in for
         super().__init__(*arguments, **settings)
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator:  # type: ignore[override]  # a generator around torch's own iterator
         try:
             for batch in super().__iter__():
                 self._count(batch[1])
@@ -249,7 +250,7 @@ class Loader(DataLoader):
             if reason in self.bad:
                 continue
             self.bad.add(reason)
-            count, most = len(self.bad), self.dataset.max_bad
+            count, most = len(self.bad), getattr(self.dataset, "max_bad", 0)
             if count > most:
                 raise too_many(reason, most)
             print(f"warning: {reason}; another image stands in ({count} of at most {most})", file=sys.stderr)

@@ -191,9 +191,9 @@ def draw_image(size: int, object_size: tuple[float, float], outlines: list, rng:
         areas, visible = np.append(areas, solid.sum()), np.append(visible, solid.sum())
         patch = canvas[top : top + height, left : left + width]
         colour = _visible_colour(patch[solid].mean(0), rng)
-        alpha = Image.fromarray((ink * (255 / 9)).astype(np.uint8))
-        alpha = alpha.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8)))
-        alpha = np.asarray(alpha, np.float32)[..., None] / 255 * rng.uniform(0.85, 1.0)
+        mask = Image.fromarray((ink * (255 / 9)).astype(np.uint8))
+        mask = mask.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8)))
+        alpha = np.asarray(mask, np.float32)[..., None] / 255 * rng.uniform(0.85, 1.0)
         patch += alpha * (colour - patch)
     grain = rng.bytes(owner.size)  # much faster than normal deviates
     canvas += (np.frombuffer(grain, np.uint8).reshape(*owner.shape, 1) - 127.5) * rng.uniform(0.01, 0.07)

@@ -78,7 +78,7 @@ def choose_categories(preset: Preset, seed: int) -> list[str]:
     characters = list(outlines)
     drawings = [coverage([c * 24 + 12 for c in outlines[ch]], 24, 24) for ch in characters]
     pixels = np.stack(drawings).reshape(len(characters), -1).astype(np.float64)
-    seen = pixels.any(1)
+    seen = np.asarray(pixels.any(1))
     pixels, characters = pixels[seen], [c for c, s in zip(characters, seen, strict=True) if s]
     dots = pixels @ pixels.T  # exact: integers far below 2 ** 53
     norms = np.sqrt(np.diag(dots))
@@ -164,7 +164,8 @@ def _describe(mask: np.ndarray) -> dict:
     left, top = int(columns[0]), int(rows[0])
     box = [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
     rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    segmentation = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+    counts = rle["counts"]
+    segmentation = {"size": rle["size"], "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
     return {"bbox": box, "area": int(mask.sum()), "segmentation": segmentation}
 
 
@@ -245,7 +246,7 @@ def _make(root: Path, folder: Path, preset: Preset, seed: int, workers: int | No
         dealt = _deal(wanted, preset, rng)
         for first in range(0, len(dealt), CHUNK):
             jobs.append((preset, seed, split, folder, first + 1, dealt[first : first + CHUNK], characters))
-    _run(jobs, workers or os.cpu_count(), root.name)
+    _run(jobs, workers or os.cpu_count() or 1, root.name)
     _merge(folder, characters, settings)
     os.replace(folder, root)
     return root

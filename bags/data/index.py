@@ -230,7 +230,9 @@ def _write(folder: Path, about: dict) -> None:
 def _map(folder: Path, path: Path) -> AnnotationIndex:
     about = json.loads((folder / "about.json").read_text())
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS if name in about["files"]}
-    empty = {name: np.zeros((0, columns) if columns else 0, kind) for name, (kind, columns) in ARRAYS.items()}
+    empty: dict[str, np.ndarray] = {
+        name: np.zeros((0, columns) if columns else (0,), kind) for name, (kind, columns) in ARRAYS.items()
+    }
     return AnnotationIndex(path=path, categories=about["categories"], cache=folder, **{**empty, **arrays})
 
 

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import numpy as np
 import orjson
@@ -21,7 +22,7 @@ POLYGON_LIMIT = 2**17  # ... of polygons: drawing one takes memory in proportion
 # --------------------------------------------------------------------------- JSON
 
 
-def read_json(path: Path) -> object:
+def read_json(path: Path) -> Any:
     """Parses a JSON file; every way in which that fails is one UserError that names the file."""
     try:
         text = path.read_bytes()
@@ -34,7 +35,7 @@ def read_json(path: Path) -> object:
     except orjson.JSONDecodeError as error:
         if not text.strip():
             raise UserError(f"{path}: the file is empty") from None
-        reason = error
+        reason: Exception = error
     if any(word in text for word in (b"NaN", b"Infinity")):  # Python writes these, though JSON has no such numbers
         try:
             return json.loads(text)
@@ -45,7 +46,7 @@ def read_json(path: Path) -> object:
 
 def read_annotations(path: Path) -> dict:
     """The three lists of an annotation file; UserError where they are not there, or hold no objects."""
-    content = {key: [] for key in LISTS}
+    content: dict[str, list[dict]] = {key: [] for key in LISTS}
     for key, entry in stream(path):
         content[key].append(entry)
     for key in ("images", "categories"):
@@ -83,16 +84,21 @@ def stream(path: Path) -> Iterator[tuple[str, dict]]:
 
 def _stream(path: Path, text: str) -> Iterator[tuple[str, dict]]:
     decode = json.JSONDecoder().raw_decode
-    skip = re.compile(r"[ \t\r\n]*").match
+    blanks = re.compile(r"[ \t\r\n]*")
+
+    def skip(at: int) -> int:
+        """The place after blanks."""
+        found = blanks.match(text, at)
+        return found.end() if found else at
 
     def expect(characters: str, at: int) -> tuple[str, int]:
         """The next character, one of these, and the place after it."""
-        at = skip(text, at).end()
+        at = skip(at)
         if text[at : at + 1] not in tuple(characters):
             raise json.JSONDecodeError(f"expected {' or '.join(characters)}", text, at)
-        return text[at], skip(text, at + 1).end()
+        return text[at], skip(at + 1)
 
-    at = skip(text, 0).end()
+    at = skip(0)
     if text[at : at + 1] != "{":
         value, _ = decode(text, at)
         raise UserError(f"{path}: expected a COCO or LVIS annotation object, found a {type(value).__name__}")
@@ -129,12 +135,12 @@ def _stream(path: Path, text: str) -> Iterator[tuple[str, dict]]:
             raise UserError(f"{path}: {NO_LIST.format(key)}")
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """True for a finite or infinite number; bool is none."""
     return type(value) in NUMBERS
 
 
-def is_box(value: object) -> bool:
+def is_box(value: object) -> TypeGuard[list[float]]:
     """True for a list of four numbers."""
     return isinstance(value, list) and len(value) == 4 and NUMBERS.issuperset(map(type, value))
 
@@ -145,23 +151,23 @@ def is_box(value: object) -> bool:
 def pack(path: Path) -> dict:
     """The arrays of AnnotationIndex by name, and `categories`. Raises UserError for the first defect."""
     categories, annotations = [], _Annotations(path)
-    image_ids, sizes, names = [], array.array("i"), []
+    ids, sides, names = [], array.array("i"), []
     for key, entry in stream(path):
         if key == "annotations":
             annotations.add(entry)
         elif key == "images":
-            image_ids.append(_id(path, "images", entry))
-            sizes.extend(_size(path, entry))
+            ids.append(_id(path, "images", entry))
+            sides.extend(_size(path, entry))
             names.append(file_name_of(path, entry).encode())
         else:
             _id(path, "categories", entry)
             categories.append({name: entry[name] for name in KEPT if name in entry})
-    for key, entries in (("images", image_ids), ("categories", categories)):
+    for key, entries in (("images", ids), ("categories", categories)):
         if not entries:
             raise UserError(f"{path}: {EMPTY.format(key)}")
     categories.sort(key=lambda category: category["id"])
     category_ids = _unique(path, "categories", [category["id"] for category in categories])
-    image_ids, sizes = _unique(path, "images", image_ids), np.asarray(sizes, np.int32).reshape(-1, 2)
+    image_ids, sizes = _unique(path, "images", ids), np.asarray(sides, np.int32).reshape(-1, 2)
     return {
         "categories": categories,
         "category_ids": category_ids,
@@ -219,7 +225,8 @@ def rle_fits(counts: bytes, pixels: int) -> bool:
 
     The decoder does not check this, and writes where it should not.
     """
-    runs, position = [], 0
+    runs: list[int] = []
+    position = 0
     while position < len(counts):
         value = shift = 0
         while True:
@@ -304,10 +311,9 @@ class _Annotations:
         pixels = size[0] * size[1]
         if isinstance(counts, str) and counts.isascii() and rle_fits(counts.encode(), pixels):
             return counts.encode()
-        valid = isinstance(counts, list) and all(type(c) is int and c >= 0 for c in counts)
-        if not valid or sum(counts) != pixels:
+        if not (isinstance(counts, list) and all(type(c) is int and c >= 0 for c in counts) and sum(counts) == pixels):
             raise self._error(key, f"segmentation: expected RLE counts that add up to {pixels} pixels")
-        return coco_mask.frPyObjects(value, *size)["counts"]
+        return coco_mask.frPyObjects(value, *size)["counts"]  # type: ignore[call-overload]  # also lists of counts
 
     def arrays(self, category_ids: np.ndarray, image_ids: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
         """Everything, sorted by image; annotations of an image stay in the order of the file."""
@@ -345,9 +351,9 @@ class _Annotations:
             "rle_starts": rle_starts,
         }
 
-    def _positions(self, name: str, values: array.array, known: np.ndarray, kind: str) -> np.ndarray:
+    def _positions(self, name: str, column: array.array, known: np.ndarray, kind: str) -> np.ndarray:
         """The position of each value among the known ids."""
-        values, order = np.asarray(values, np.int64), np.argsort(known)
+        values, order = np.asarray(column, np.int64), np.argsort(known)
         places = np.searchsorted(known[order], values).clip(max=len(known) - 1)
         unknown = known[order][places] != values
         if unknown.any():
@@ -355,7 +361,7 @@ class _Annotations:
             raise self._error(self.ids[first], f"{name} {values[first]} is not among `{kind}`")
         return order[places]
 
-    def _refuse(self, bad: np.ndarray, text: str) -> None:
+    def _refuse(self, bad: np.ndarray | np.bool_, text: str) -> None:
         if bad.any():
             raise self._error(self.ids[int(bad.argmax())], text)
 

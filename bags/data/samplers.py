@@ -22,7 +22,7 @@ class TrainSampler:
     batch_size (images, over all ranks) does not divide by the ranks.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, wide: Sequence[bool] | None = None):
+    def __init__(self, size: int, batch_size: int, seed: int, wide: Sequence[bool] | np.ndarray | None = None):
         if batch_size % distributed.world_size():
             ranks = distributed.world_size()
             raise UserError(
@@ -56,11 +56,11 @@ class TrainSampler:
     def _generator(self, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed * 100_003 + epoch)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         for batch in self._batches()[self.first_batch :]:
             yield batch[distributed.rank() :: distributed.world_size()]
 
-    def _batches(self) -> list[list[tuple[int, int]]]:
+    def _batches(self) -> list[list[tuple[int, ...]]]:
         generator = self._generator(self.epoch)
         positions = self.positions(generator)
         order = positions[torch.randperm(len(positions), generator=generator)].tolist()
@@ -69,7 +69,8 @@ class TrainSampler:
         for p, shape in enumerate(shapes):  # both shapes' fillers come last
             order += (shape * (missing[p] // max(len(shape), 1) + 1))[: missing[p]] if shape else []
         seeds = torch.randint(2**31, (len(order),), generator=generator).tolist()
-        batches, open_batches = [], {False: [], True: []}
+        batches: list[list[tuple[int, ...]]] = []
+        open_batches: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
         for key in zip(order, seeds, strict=True):
             batch = open_batches[bool(self.wide[key[0]])]
             batch.append(key)
@@ -86,7 +87,7 @@ class RepeatFactorSampler(TrainSampler):
     and once more with the probability of its fraction, drawn anew in every epoch.
     """
 
-    def __init__(self, factors: Tensor, batch_size: int, seed: int, wide: Sequence[bool] | None = None):
+    def __init__(self, factors: Tensor, batch_size: int, seed: int, wide: Sequence[bool] | np.ndarray | None = None):
         super().__init__(len(factors), batch_size, seed, wide)
         self.factors = factors
 
@@ -113,14 +114,14 @@ class ClassBalancedSampler(TrainSampler):
         """The same in every epoch."""
         return -(-self.size // self.batch_size)
 
-    def _batches(self) -> list[list[tuple[int, int, int]]]:
+    def _batches(self) -> list[list[tuple[int, ...]]]:
         generator = self._generator(self.epoch)
         number = self.batches_in(self.epoch) * self.batch_size
         rounds = -(-number // len(self.labels))
         turns = torch.cat([torch.randperm(len(self.labels), generator=generator) for _ in range(rounds)])[:number]
         shares = torch.rand(number, generator=generator, dtype=torch.float64).tolist()
         seeds = torch.randint(2**31, (number,), generator=generator).tolist()
-        keys = [
+        keys: list[tuple[int, ...]] = [
             (int(self.images[turn][int(share * len(self.images[turn]))]), seed, int(self.labels[turn]))
             for turn, share, seed in zip(turns.tolist(), shares, seeds, strict=True)
         ]

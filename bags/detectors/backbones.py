@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -16,6 +17,18 @@ from bags.errors import UserError
 STRIDES = {"small": (4, 8, 16), "resnet": (4, 8, 16, 32, 64), "mobilenet": (32, 32, 64)}
 
 
+class Backbone(nn.Module):
+    """What a detector asks of a backbone: images [B, 3, H, W] -> maps [B, out_channels, H_l, W_l], finest first.
+
+    strides: of its levels, in pixels. roi_levels: names of those that RoIs are taken from (the last one that
+    torchvision adds is not). torchvision's own backbones have these attributes, too, but another base.
+    """
+
+    out_channels: int
+    strides: Sequence[int]
+    roi_levels: list[str]
+
+
 def build_backbone(
     name: str,
     channels: int,
@@ -23,9 +36,8 @@ def build_backbone(
     frozen_batch_norm: bool | str,
     frozen_stages: int,
     deformable_stages: Sequence[int] = (),
-) -> nn.Module:
-    """A backbone with pyramid, untrained. Attributes: out_channels, `strides` of its levels (pixels), and
-    `roi_levels`, the names of those that RoIs are taken from (the last one that torchvision adds is not).
+) -> Backbone:
+    """A backbone with pyramid, untrained.
 
     name: small, or a ResNet, ResNeXt or MobileNet of torchvision. levels: of `small` alone, 2 or 3.
     frozen_batch_norm: statistics and affine parameters stay as loaded (eps 1e-5); "statistics": those alone, as in
@@ -34,10 +46,7 @@ def build_backbone(
     deformable_stages: stages of a ResNet, of 1 to 4, whose 3x3 convolutions are deformable.
     """
     if name == "small":
-        backbone = SmallFPN(channels, levels)
-        backbone.strides = STRIDES["small"][:levels]
-        backbone.roi_levels = list(map(str, range(levels)))
-        return backbone
+        return SmallFPN(channels, levels)
     kinds = {True: torchvision.ops.FrozenBatchNorm2d, False: nn.BatchNorm2d, "statistics": FixedStatistics}
     norm = kinds[frozen_batch_norm]
     family = "mobilenet" if name.startswith("mobilenet") else "resnet"
@@ -62,7 +71,7 @@ def build_backbone(
     return backbone
 
 
-def load_backbone_weights(backbone: nn.Module, name: str, source: str) -> None:
+def load_backbone_weights(backbone: Any, name: str, source: str) -> None:
     """Loads a classifier's weights: `source` is a name of torchvision's (IMAGENET1K_V1; fetched, its hash
     checked), or a file with a state dict of torchvision's model `name`.
 
@@ -112,8 +121,8 @@ class DeformableConv(DeformConv2d):
         )
         self.load_state_dict(plain.state_dict())
         self.offsets = nn.Conv2d(plain.in_channels, 18, 3, **geometry)  # (y, x) of each tap, row by row
-        nn.init.zeros_(self.offsets.weight)
-        nn.init.zeros_(self.offsets.bias)
+        for parameter in self.offsets.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> [B, out_channels, H', W']."""
@@ -122,7 +131,7 @@ class DeformableConv(DeformConv2d):
             return super().forward(features.to(self.weight.dtype), offsets.to(self.weight.dtype))
 
 
-class SmallFPN(nn.Module):
+class SmallFPN(Backbone):
     """A four-stage CNN with a feature pyramid, for small images and CPUs.
 
     [B, 3, H, W] -> {"0": [B, channels, H/4, W/4], "1": .../8, "2": .../16}, the first `levels` of them;
@@ -132,6 +141,7 @@ class SmallFPN(nn.Module):
     def __init__(self, channels: int = 64, levels: int = 3):
         super().__init__()
         self.out_channels, self.levels = channels, levels
+        self.strides, self.roi_levels = STRIDES["small"][:levels], list(map(str, range(levels)))
         widths = (32, 64, 128, 192)
         self.stem = _conv(3, widths[0], stride=2)
         self.stages = nn.ModuleList(

@@ -6,7 +6,7 @@ from, are not passed on. Scores come from the mean of the stages' logits, boxes 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,15 +44,15 @@ class CascadeRoIHeads(nn.Module):
     @property
     def report_proposals(self) -> bool:
         """As in RoIHeads; what is reported are the boxes that the last stage classifies."""
-        return self.stages[-1].report_proposals
+        return self.box_stages[-1].report_proposals
 
     @report_proposals.setter
     def report_proposals(self, value: bool) -> None:
-        self.stages[-1].report_proposals = value
+        self.box_stages[-1].report_proposals = value
 
     def has_mask(self) -> bool:
         """Whether detections come with masks."""
-        return self.stages[-1].has_mask()
+        return self.box_stages[-1].has_mask()
 
     def forward(
         self,
@@ -75,7 +75,7 @@ class CascadeRoIHeads(nn.Module):
     ) -> list[tuple[ProposalClassifier, BoxFeatures, Tensor]]:
         """(classifier, BoxFeatures, labels [R]) of the proposals that a training step would sample in each stage."""
         shown = []
-        for stage in self.stages:
+        for stage in self.box_stages:
             samples = stage.sample(proposals, targets)
             box_features = stage.box_features(features, samples.boxes, image_shapes)
             shown.append((stage.classifier, box_features, torch.cat(samples.labels)))
@@ -85,35 +85,37 @@ class CascadeRoIHeads(nn.Module):
     @property
     def box_stages(self) -> list[RoIHeads]:
         """The stages in order."""
-        return list(self.stages)
+        return cast(list[RoIHeads], list(self.stages))
 
     def stage_features(self, features, proposals, image_shapes) -> list[tuple[list[Tensor], BoxFeatures]]:
         """See `RoIHeads.stage_features`."""
         stages = []
-        for stage in self.stages:
+        for stage in self.box_stages:
             box_features = stage.box_features(features, proposals, image_shapes)
             stages.append((proposals, box_features))
-            if stage is not self.stages[-1]:
+            if stage is not self.box_stages[-1]:
                 proposals = stage.refine(proposals, stage.box_regressor(box_features.fc), image_shapes)
         return stages
 
     def stage_detections(self, stages: list[tuple[list[Tensor], BoxFeatures]], image_shapes) -> list[dict[str, Tensor]]:
         """See `RoIHeads.stage_detections`."""
-        logits = [stage.classifier(shown) for stage, (_, shown) in zip(self.stages, stages, strict=True)]
-        last, (boxes, box_features) = self.stages[-1], stages[-1]
+        logits = [stage.classifier(shown) for stage, (_, shown) in zip(self.box_stages, stages, strict=True)]
+        last, (boxes, box_features) = self.box_stages[-1], stages[-1]
         scores = last.classifier.probs(torch.stack(logits).mean(0))
         return last.detect(scores, last.box_regressor(box_features.fc), boxes, image_shapes)
 
     def stage_losses(self, stages: list[tuple[BoxFeatures, Tensor]]) -> dict[str, Tensor]:
         """See `RoIHeads.stage_losses`; named and weighted as in training."""
-        losses = {}
-        for number, (stage, weight, shown) in enumerate(zip(self.stages, self.loss_weights, stages, strict=True), 1):
+        losses: dict[str, Tensor] = {}
+        for number, (stage, weight, shown) in enumerate(
+            zip(self.box_stages, self.loss_weights, stages, strict=True), 1
+        ):
             losses |= {f"{name}_{number}": weight * value for name, value in stage.stage_losses([shown]).items()}
         return losses
 
     def _losses(self, features, proposals, image_shapes, targets) -> dict[str, Tensor]:
-        losses = {}
-        for number, (stage, weight) in enumerate(zip(self.stages, self.loss_weights, strict=True)):
+        losses: dict[str, Tensor] = {}
+        for number, (stage, weight) in enumerate(zip(self.box_stages, self.loss_weights, strict=True)):
             samples = stage.sample(proposals, targets)
             box_features = stage.box_features(features, samples.boxes, image_shapes)
             regression = stage.box_regressor(box_features.fc)
@@ -132,21 +134,21 @@ class CascadeRoIHeads(nn.Module):
         moved = stage.refine(samples.boxes, regression, image_shapes)
         return [boxes[~own] for boxes, own in zip(moved, samples.is_object, strict=True)]
 
-    def _mask_samples(self, stage: RoIHeads, samples: Samples, moved: list[Tensor], targets: list[dict]) -> Samples:
+    def _mask_samples(self, stage: RoIHeads, samples: Samples, moved: list[Tensor], targets) -> Samples:
         """What a stage's mask branch is trained on: what its box branch is."""
         return samples
 
     def _mask_features(self, pooled: Tensor, stages: Sequence[int]) -> list[Tensor]:
         """Outputs [K, width, 14, 14] of some stages' mask heads for pooled features of the same shape."""
-        return [self.stages[number].mask_head(pooled) for number in stages]
+        return [self.box_stages[number].mask_head(pooled) for number in stages]
 
     def _detect(self, features, proposals, image_shapes) -> list[dict[str, Tensor]]:
         detections = self.stage_detections(self.stage_features(features, proposals, image_shapes), image_shapes)
-        last = self.stages[-1]
+        last = self.box_stages[-1]
         if self.has_mask():
             pooled = last.mask_roi_pool(features, [detection["boxes"] for detection in detections], image_shapes)
             labels = torch.cat([detection["labels"] for detection in detections])
-            outputs = self._mask_features(pooled, range(len(self.stages)))
-            pairs = zip(self.stages, outputs, strict=True)
+            outputs = self._mask_features(pooled, range(len(self.box_stages)))
+            pairs = zip(self.box_stages, outputs, strict=True)
             add_masks(detections, torch.stack([s.mask_logits(o, labels).sigmoid() for s, o in pairs]).mean(0))
         return detections

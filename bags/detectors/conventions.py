@@ -29,6 +29,7 @@ class Transform(GeneralizedRCNNTransform):
     """
 
     encode_masks = False
+    fixed_size: tuple[int, int] | None
 
     def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
         """One image [3, H, W] and its target, at the size that min_size and max_size ask for; at least a pixel."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 from bags.classifiers.base import BoxFeatures, ProposalClassifier
+from bags.detectors.backbones import Backbone
 from bags.detectors.cascade import STAGES, CascadeRoIHeads, Stage
 from bags.detectors.conventions import CONVENTIONS, Conventions
 from bags.detectors.htc import HTCRoIHeads, SemanticBranch, fuse_semantic
@@ -43,14 +45,14 @@ class FasterRCNN(GeneralizedRCNN):
         self, images: list[Tensor], targets: list[dict]
     ) -> list[tuple[ProposalClassifier, BoxFeatures, Tensor]]:
         """What a training step would show each classifier: (classifier, features of R proposals, labels [R])."""
-        images, targets = self.transform(images, targets)
-        features = self.backbone(images.tensors)
-        proposals, _ = self.rpn(images, features, targets)
-        return self.roi_heads.training_proposals(features, proposals, images.image_sizes, targets)
+        batch, targets = self.transform(images, targets)
+        features = self.backbone(batch.tensors)
+        proposals, _ = self.rpn(batch, features, targets)
+        return self.roi_heads.training_proposals(features, proposals, batch.image_sizes, targets)
 
 
 def faster_rcnn(
-    backbone: nn.Module,
+    backbone: Backbone,
     make_classifier: Callable[[int, int], ProposalClassifier],
     *,
     framework: str = "faster_rcnn",
@@ -114,6 +116,7 @@ def faster_rcnn(
         max_per_category=max_per_category,
         agnostic_nms=agnostic_nms,
     )
+    roi_heads: RoIHeads | CascadeRoIHeads
     if framework in ("faster_rcnn", "mask_rcnn"):
         roi_heads = second_stage(STAGES[0])
     else:
@@ -133,7 +136,7 @@ def _second_stage(
     parts: Conventions,
     framework: str,
     semantic: SemanticBranch | None,
-    backbone: nn.Module,
+    backbone: Backbone,
     make_classifier: Callable[[int, int], ProposalClassifier],
     fc: int,
     class_agnostic: bool,
@@ -146,7 +149,7 @@ def _second_stage(
     labels = classifier.num_categories + 1
     strides = backbone.strides[: len(backbone.roi_levels)]
     box_pool = parts.roi_align(backbone.roi_levels, POOLED, sampling_ratio, strides)
-    masks = {}
+    masks: dict[str, Any] = {}
     if framework in ("mask_rcnn", "cascade_mask_rcnn", "htc"):
         masks = _mask_branch(parts, backbone, labels, strides)
     if semantic:
@@ -174,7 +177,7 @@ def _box_head(channels: int, fc: int) -> TwoMLPHead:
     return head
 
 
-def _mask_branch(parts: Conventions, backbone: nn.Module, labels: int, strides) -> dict[str, nn.Module]:
+def _mask_branch(parts: Conventions, backbone: Backbone, labels: int, strides) -> dict[str, nn.Module]:
     """Four convolutions and a deconvolution, as in Mask R-CNN; their width is the pyramid's."""
     width = backbone.out_channels
     return {

@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou
 
 from bags.classifiers.base import BoxFeatures
+from bags.detectors.faster_rcnn import FasterRCNN
 from bags.detectors.released import ResizedShape
 
 
@@ -43,27 +45,28 @@ class Seen(NamedTuple):
 
 @torch.inference_mode()
 def training_pool(
-    detector: nn.Module, images: list[Tensor], targets: list[dict], negatives: int, seeds: Sequence[int]
+    detector: FasterRCNN, images: list[Tensor], targets: list[dict], negatives: int, seeds: Sequence[int]
 ) -> list[Pool]:
     """Of each image all objects, all foreground proposals and up to `negatives` others, drawn by its seed.
 
     images and targets as in training, the detector in evaluation mode. Stage 1 decides what is foreground. A
     later stage sees the same rows, moved by the stages before it, as it does in training.
     """
-    originals, (images, targets) = images, detector.transform(images, targets)
-    assert len(originals) == len(seeds) == len(targets)
-    features = detector.backbone(images.tensors)
-    proposals, scores = _training_proposals(detector.rpn, images, features)
+    batch, targets = detector.transform(images, targets)
+    assert len(images) == len(seeds) == len(targets)
+    features = detector.backbone(batch.tensors)
+    proposals, scores = _training_proposals(detector.rpn, batch, features)
     if hasattr(detector.roi_heads, "with_context"):
         features = detector.roi_heads.with_context(features)
-    shapes, stages = images.image_sizes, detector.roi_heads.box_stages
+    shapes, stages = batch.image_sizes, detector.roi_heads.box_stages
     samples = stages[0].match(proposals, targets)
     chosen = [
-        _chosen(*own, negatives, seed) for *own, seed in zip(samples.labels, samples.is_object, seeds, strict=True)
+        _chosen(labels, is_object, negatives, seed)
+        for labels, is_object, seed in zip(samples.labels, samples.is_object, seeds, strict=True)
     ]
     samples = samples.take(chosen)
     scores = [torch.cat([s, s.new_ones(len(t["boxes"]))])[c] for s, t, c in zip(scores, targets, chosen, strict=True)]
-    found = []
+    found: list[tuple] = []
     for stage in stages:
         if found:
             moved = stages[len(found) - 1].refine(samples.boxes, found[-1][1], shapes)
@@ -73,14 +76,11 @@ def training_pool(
         regression = stage.box_regressor(fc) if stage is not stages[-1] else None
         overlaps = [overlap(boxes, target["boxes"]) for boxes, target in zip(samples.boxes, targets, strict=True)]
         found.append((fc.split([len(boxes) for boxes in samples.boxes]), regression, samples.labels, overlaps))
-    return [
-        Pool(
-            *(torch.stack([of[k][image] for of in found], 1) for k in (0, 2, 3)),
-            scores[image],
-            samples.is_object[image],
-        )
-        for image in range(len(targets))
-    ]
+    pools = []
+    for image in range(len(targets)):
+        rows, labels, highest = (torch.stack([of[k][image] for of in found], 1) for k in (0, 2, 3))
+        pools.append(Pool(rows, labels, highest, scores[image], samples.is_object[image]))
+    return pools
 
 
 def overlap(boxes: Tensor, objects: Tensor) -> Tensor:
@@ -95,7 +95,9 @@ def _chosen(labels: Tensor, is_object: Tensor, negatives: int, seed: int) -> Ten
     return torch.cat([torch.where((labels > 0) | is_object)[0], rest[order.to(rest.device)]]).sort().values
 
 
-def _training_proposals(rpn: nn.Module, images, features: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _training_proposals(
+    rpn: RegionProposalNetwork, images, features: dict[str, Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
     """Boxes [R, 4] and objectness [R] of each image, as many as in training, without the RPN's losses."""
     scores: list[Tensor] = []
     plain = rpn.filter_proposals
@@ -115,7 +117,7 @@ def _training_proposals(rpn: nn.Module, images, features: dict[str, Tensor]) -> 
 
 
 @contextlib.contextmanager
-def _as_many_as_in_training(rpn: nn.Module) -> Iterator[None]:
+def _as_many_as_in_training(rpn: RegionProposalNetwork) -> Iterator[None]:
     limits = rpn._pre_nms_top_n, rpn._post_nms_top_n
     rpn._pre_nms_top_n, rpn._post_nms_top_n = ({"testing": limit["training"]} for limit in limits)
     try:
@@ -125,16 +127,18 @@ def _as_many_as_in_training(rpn: nn.Module) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def seen(detector: nn.Module, images: list[Tensor]) -> list[Seen]:
+def seen(detector: FasterRCNN, images: list[Tensor]) -> list[Seen]:
     """What is left of each image [3, H, W] for the classifiers; the detector in evaluation mode."""
-    originals, (images, _) = [tuple(image.shape[-2:]) for image in images], detector.transform(images)
-    features = detector.backbone(images.tensors)
-    proposals, _ = detector.rpn(images, features)
-    stages = detector.roi_heads.stage_features(features, proposals, images.image_sizes)
+    batch, _ = detector.transform(images)
+    features = detector.backbone(batch.tensors)
+    proposals, _ = detector.rpn(batch, features)
+    stages = detector.roi_heads.stage_features(features, proposals, batch.image_sizes)
     boxes = stages[-1][0]
     fc = torch.stack([shown.fc for _, shown in stages], 1).split([len(b) for b in boxes])
-    scales = [getattr(size, "scale", 1.0) for size in images.image_sizes]
-    return [Seen(*own) for own in zip(fc, boxes, map(tuple, images.image_sizes), scales, originals, strict=True)]
+    return [
+        Seen(own, moved, tuple(size), getattr(size, "scale", 1.0), (image.shape[-2], image.shape[-1]))
+        for own, moved, size, image in zip(fc, boxes, batch.image_sizes, images, strict=True)
+    ]
 
 
 class FromFeatures(nn.Module):
@@ -145,7 +149,7 @@ class FromFeatures(nn.Module):
     With `resident`, all rows [N, S, D] of a store, the training features may be row numbers [R] instead.
     """
 
-    def __init__(self, detector: nn.Module, resident: Tensor | None = None):
+    def __init__(self, detector: FasterRCNN, resident: Tensor | None = None):
         super().__init__()
         self.stages = nn.ModuleList(
             nn.ModuleList([stage.classifier, stage.box_regressor]) for stage in detector.roi_heads.box_stages
@@ -163,11 +167,7 @@ class FromFeatures(nn.Module):
         """See the class."""
         detector = self.detector[0]
         if self.training:
-            stages = []
-            for number, (shown, target) in enumerate(zip(images, targets, strict=True)):
-                fc = shown if shown.is_floating_point() else self.resident[shown, number]
-                stages.append((_fc_alone(fc), target["labels"]))
-            return detector.roi_heads.stage_losses(stages)
+            return detector.roi_heads.stage_losses(self._samples(images, targets or []))
         counts = [len(image.boxes) for image in images]
         fc = torch.cat([image.fc for image in images])
         boxes = torch.cat([image.boxes for image in images]).split(counts)
@@ -175,6 +175,14 @@ class FromFeatures(nn.Module):
         stages = [(list(boxes), _fc_alone(fc[:, number])) for number in range(fc.shape[1])]
         detections = detector.roi_heads.stage_detections(stages, sizes)
         return detector.transform.postprocess(detections, sizes, [image.original for image in images])
+
+    def _samples(self, images: list[Tensor], targets: list[dict]) -> list[tuple[BoxFeatures, Tensor]]:
+        """Features and labels of each stage."""
+        stages = []
+        for number, (shown, target) in enumerate(zip(images, targets, strict=True)):
+            fc = shown if self.resident is None or shown.is_floating_point() else self.resident[shown, number]
+            stages.append((_fc_alone(fc), target["labels"]))
+        return stages
 
 
 def _fc_alone(fc: Tensor) -> BoxFeatures:

@@ -132,16 +132,16 @@ class HTCRoIHeads(CascadeRoIHeads):
         """The pyramid, and the semantic branch's features beside it."""
         return features if "semantic" in features else {**features, "semantic": self.semantic(features)[0]}
 
-    def _mask_samples(self, stage: RoIHeads, samples: Samples, moved: list[Tensor], targets: list[dict]) -> Samples:
+    def _mask_samples(self, stage: RoIHeads, samples: Samples, moved: list[Tensor], targets) -> Samples:
         """Interleaved: drawn anew, with the stage's own threshold, from the boxes that it has moved."""
         return stage.sample(moved, targets)
 
     def _mask_features(self, pooled: Tensor, stages: Sequence[int]) -> list[Tensor]:
         """Each head sees the RoI features, and from the second on the output of the head before it."""
-        outputs = []
+        outputs: list[Tensor] = []
         for number in range(max(stages) + 1):
             seen = pooled + self.mask_flow[number - 1](outputs[-1]) if outputs else pooled
-            outputs.append(self.stages[number].mask_head(seen))
+            outputs.append(self.box_stages[number].mask_head(seen))
         return [outputs[number] for number in stages]
 
 

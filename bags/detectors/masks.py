@@ -61,4 +61,5 @@ def _encode(left: int, top: int, crop: np.ndarray, size: tuple[int, int]) -> dic
     if len(counts) > 1 and counts[-1] == 0:
         counts = counts[:-1]
     rle = coco_mask.frPyObjects({"size": list(size), "counts": counts.tolist()}, *size)
-    return {"size": list(size), "counts": rle["counts"].decode("ascii")}
+    text = rle["counts"]
+    return {"size": list(size), "counts": text.decode("ascii") if isinstance(text, bytes) else text}

@@ -293,7 +293,8 @@ class ReleasedTransform(GeneralizedRCNNTransform):
             side = self.torch_choice(list(self.training_sides or self.min_size))
             long_side = self.training_long_side or self.max_size
         scale = min(long_side / max(image.shape[-2:]), side / min(image.shape[-2:]))
-        size = tuple(max(1, int(side * scale + 0.5)) for side in image.shape[-2:])
+        height, width = (max(1, int(side * scale + 0.5)) for side in image.shape[-2:])
+        size = (height, width)
         image = resize_image(image, size)
         if target is None:
             return image, None
@@ -314,10 +315,10 @@ class ReleasedTransform(GeneralizedRCNNTransform):
 
     def postprocess(
         self,
-        result: list[dict[str, Tensor]],
+        result: list[dict],
         image_shapes: list[tuple[int, int]],
         original_image_sizes: list[tuple[int, int]],
-    ) -> list[dict[str, Tensor]]:
+    ) -> list[dict]:
         """Boxes [K, 4] back in pixels of the original images; masks [K, 1, 28, 28] -> [K, 1, H, W], both in 0..1.
 
         With `encode_masks`, `rles` take the place of masks (see `masks.encode`).
@@ -342,5 +343,5 @@ class ReleasedTransform(GeneralizedRCNNTransform):
                     detections["masks"] = paste(placed, len(masks), size, masks)
         return result
 
-    def _scale(self, size: tuple[int, int], min_size: int) -> float:
+    def _scale(self, size: Sequence[int], min_size: int) -> float:
         return min(self.max_size / max(size), min_size / min(size))

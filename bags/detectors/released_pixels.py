@@ -26,11 +26,12 @@ def mask_targets(gt_masks: Tensor, boxes: Tensor, matched_idxs: Tensor, M: int) 
     columns = [(x1[:, None] + taps)[:, None] for taps in (left, right)]
     rows = [(y1[:, None] + taps)[:, :, None] for taps in (top, bottom)]
     objects = matched_idxs.long()[:, None, None]
-    lines = [
-        sum(gt_masks[objects, row, column].int() * w[:, None] for column, w in zip(columns, across, strict=True))
+    upper, lower = (
+        gt_masks[objects, row, columns[0]].int() * across[0][:, None]
+        + gt_masks[objects, row, columns[1]].int() * across[1][:, None]
         for row in rows
-    ]
-    return _blend(*lines, *(w[:, :, None] for w in down)).to(boxes.dtype)
+    )
+    return _blend(upper, lower, *(w[:, :, None] for w in down)).to(boxes.dtype)
 
 
 def crops(masks: Tensor, corners: Tensor, size: tuple[int, int]) -> Iterator[tuple[int, int, Tensor]]:
@@ -82,8 +83,8 @@ def _taps(old: Tensor, new: int, clamp_weights: bool) -> tuple[Tensor, Tensor, T
     part = at - low
     if clamp_weights:
         part = part.masked_fill((low < 0) | (low >= last), 0)
-    weights = [(share * 2048).round().int() for share in (1 - part, part)]
-    return low.clamp(min=0).minimum(last), (low + 1).clamp(min=0).minimum(last), *weights
+    first, second = ((share * 2048).round().int() for share in (1 - part, part))
+    return low.clamp(min=0).minimum(last), (low + 1).clamp(min=0).minimum(last), first, second
 
 
 def _blend(top: Tensor, bottom: Tensor, w_top: Tensor, w_bottom: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import roi_heads as torchvision_roi_heads
+from torchvision.models.detection._utils import BoxCoder
 
 from bags.classifiers.base import BoxFeatures, ProposalClassifier
 from bags.detectors.conventions import STANDARD, Conventions
@@ -38,6 +39,7 @@ class Samples(NamedTuple):
 class RoIHeads(torchvision_roi_heads.RoIHeads):
     """Box branch, and torchvision's mask branch if it is given: proposals -> losses (training) or detections."""
 
+    box_coder: BoxCoder
     report_proposals = False  # what `evaluation.proposal_accuracy` looks at
 
     def __init__(
@@ -75,6 +77,7 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         set, also proposals [R_i, 4] and proposal_labels [R_i], the label of highest score (0: background).
         """
         if self.training:
+            assert targets is not None
             samples = self.sample(proposals, targets)
             box_features = self.box_features(features, samples.boxes, image_shapes)
             losses = self.box_losses(box_features, self.box_regressor(box_features.fc), samples)

@@ -252,7 +252,7 @@ class _Shard:
 
     def __init__(self, folder: Path, number: int, layout: Layout):
         self.folder, self.number, self.layout = folder, number, layout
-        self.views, self.rows = [], 0
+        self.rows = 0
         self.files = {kind: (folder / f"{number}.{kind}.tmp").open("wb") for kind in ("fc", "rows", "views")}
 
     def add(self, record: Record) -> None:
@@ -369,5 +369,5 @@ class SeenFeatures(Dataset):
         fc, rows = self.store[position, False]
         view = self.views[self.order[position]]
         size, original = (tuple(view[key].tolist()) for key in ("size", "original"))
-        fc, boxes = torch.from_numpy(np.array(fc)), torch.from_numpy(rows["box"].copy())
-        return self.make(fc, boxes, size, float(view["scale"]), original), self.target_of(position)
+        features, boxes = torch.from_numpy(np.array(fc)), torch.from_numpy(rows["box"].copy())
+        return self.make(features, boxes, size, float(view["scale"]), original), self.target_of(position)

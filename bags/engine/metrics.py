@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -17,16 +18,25 @@ PHASES = ("data", "forward", "backward", "step")
 WAITS = 0.2  # share of its time that a GPU may wait for data before that is said
 
 
+def _now(device: torch.device) -> Any:
+    """A moment: seconds, on a GPU an event that it passes."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 class Clock:
     """Where the time goes: each lap is what has passed since the one before, of the GPU's own time on a GPU."""
 
     def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
-        self.marks: list[tuple[str, float | torch.cuda.Event]] = [("", self._now())]
+        self.device, self.on_gpu = device, device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = [("", _now(device))]
 
     def lap(self, phase: str) -> None:
         """Ends a phase, one of PHASES; never waits for the GPU."""
-        self.marks.append((phase, self._now()))
+        self.marks.append((phase, _now(self.device)))
 
     def read(self) -> dict[str, float]:
         """Seconds of each phase since the last reading; on a GPU, waits for it."""
@@ -37,13 +47,6 @@ class Clock:
             seconds[phase] += start.elapsed_time(end) / 1000 if self.on_gpu else end - start
         del self.marks[:-1]
         return seconds
-
-    def _now(self):
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 class JsonLog:
@@ -78,23 +81,17 @@ class Stopwatch:
     """Seconds spent inside `with stopwatch:`, on the GPU where the device is one; nothing waits before it is asked."""
 
     def __init__(self):
-        self.total, self.pairs, self.device = 0.0, [], torch.device("cpu")
+        self.total, self.device = 0.0, torch.device("cpu")
+        self.pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # not read yet
 
     def __enter__(self) -> None:
-        self.started = self._now()
+        self.started = _now(self.device)
 
     def __exit__(self, *_) -> None:
         if self.device.type == "cuda":
-            self.pairs.append((self.started, self._now()))
+            self.pairs.append((self.started, _now(self.device)))
         else:
-            self.total += self._now() - self.started
-
-    def _now(self):
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+            self.total += _now(self.device) - self.started
 
     def seconds(self) -> float:
         """So far."""
@@ -126,7 +123,7 @@ class Monitor:
         self.stopwatch = stopwatch or Stopwatch()
         main, images = distributed.is_main(), config.batch_size
         self.log = JsonLog(folder / "log.jsonl", done) if main else None
-        self.stopwatch.total += self.log.last.get("seconds", 0.0) if main else 0.0
+        self.stopwatch.total += self.log.last.get("seconds", 0.0) if self.log else 0.0
         self.bar = tqdm(
             total=total * images,
             initial=done * images,
@@ -135,7 +132,8 @@ class Monitor:
             disable=not (main and clock),
             smoothing=0.05,
         )
-        self.smoothed_loss, self.waited = None, False
+        self.smoothed_loss: float | None = None
+        self.waited = False
         self.last_time, self.last_steps = time.perf_counter(), done
 
     def __enter__(self) -> "Monitor":
@@ -152,7 +150,7 @@ class Monitor:
         self.bar.update(self.config.batch_size)
         if steps % self.config.log_every and steps != self.total:
             return
-        values = distributed.average({"loss": sum(losses.values()), **losses})
+        values = distributed.average({"loss": sum(losses.values(), torch.tensor(0.0)), **losses})
         times = self._times(max(steps - self.last_steps, 1))
         if self.log:
             now = time.perf_counter()

@@ -1,7 +1,7 @@
 """What is trained, by which optimiser, at which rate."""
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -19,7 +19,8 @@ def set_trained_part(model: nn.Module, part: str) -> None:
     layers, classifiers, box regression); `cls`: those of ProposalClassifier modules; `none`: nothing.
     """
     model.requires_grad_(part == "all")
-    for parameter in model.frozen_parameters() if hasattr(model, "frozen_parameters") else ():
+    frozen: Callable[[], list[nn.Parameter]] = getattr(model, "frozen_parameters", list)
+    for parameter in frozen():
         parameter.requires_grad_(False)
     if part == "head":
         for name, parameter in model.named_parameters():

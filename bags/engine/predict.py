@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -24,8 +25,8 @@ def predict(
     path: Path,
     title: str,
     key: str,
-    observe: Callable[[Tensor, dict, dict], object] | None = None,
-) -> list[object]:
+    observe: Callable[[Tensor, dict, dict], Any] | None = None,
+) -> list[Any]:
     """Writes `path`: a list of {image_id, category_id, bbox (x, y, width, height in pixels), score, segmentation?}.
 
     The loader gives each rank its share of the images, in batches that `loader.batch_sampler.start(n)` can
@@ -35,7 +36,8 @@ def predict(
     Returns observe(image, target, detection) of this rank's images: plain values, kept in the share.
     """
     model.eval()
-    part, sampler = path.with_name(f"{path.name}.rank{distributed.rank()}"), loader.batch_sampler
+    part = path.with_name(f"{path.name}.rank{distributed.rank()}")
+    sampler: Any = loader.batch_sampler
     sizes = [len(batch) for batch in sampler.start(0)]
     batches, observed = _resume(part, f"{key} of {distributed.world_size()}", sizes)
     sampler.start(batches)

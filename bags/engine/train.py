@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -88,9 +89,10 @@ def train_one_epoch(
     epochs: the first iteration of each epoch, and the total.
     """
     for run in runs:
+        assert run.losses is not None
         train_mode(run.losses)
-    for iteration, batch in enumerate(loader, start=first_iteration):
-        images, targets = to_device(*batch, device)
+    for iteration, (images, targets) in enumerate(loader, start=first_iteration):
+        images, targets = to_device(images, targets, device)
         clock.lap("data")
         for run in runs:
             if iteration < run.done:  # killed while the others were saved
@@ -116,13 +118,16 @@ def optimisation_step(
     A loss that is not finite, on any rank, stops the run with a UserError or leaves the step out.
     """
     config, parts = run.config, run.config.accumulate
+    assert run.losses is not None and run.optimizer is not None and run.scaler is not None  # as `train` made them
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.zero_grad(set_to_none=True)
     means: dict[str, torch.Tensor] = {}
     for part in range(parts):
-        alone = part < parts - 1 and isinstance(run.losses, DistributedDataParallel)
-        with run.losses.no_sync() if alone else contextlib.nullcontext():  # ranks exchange gradients once
+        once: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if part < parts - 1 and isinstance(run.losses, DistributedDataParallel):
+            once = run.losses.no_sync()  # ranks exchange gradients after the last part
+        with once:
             with torch.autocast(device.type, PRECISIONS[config.precision], enabled=config.precision != "fp32"):
                 losses = run.losses(images[part::parts], targets[part::parts])
             clock.lap("forward")
@@ -173,25 +178,25 @@ def to_device(images: list[torch.Tensor], targets: list[dict], device: torch.dev
     return images, [moved(target) for target in targets]
 
 
-def fit_classifiers(model: nn.Module, loader: DataLoader, device: torch.device, seed: int, title: str) -> None:
+def fit_classifiers(detector: Any, loader: DataLoader, device: torch.device, seed: int, title: str) -> None:
     """One pass over the training proposals for each classifier that learns without gradients.
 
-    `model.training_proposals(images, targets)` gives (classifier, features, labels) triples. Every rank
+    `detector.training_proposals(images, targets)` gives (classifier, features, labels) triples. Every rank
     sees the proposals of all.
     """
     wanted = [
         module
-        for module in model.modules()
+        for module in detector.modules()
         if isinstance(module, ProposalClassifier) and type(module).fit is not ProposalClassifier.fit
     ]
-    train_mode(model)
+    train_mode(detector)
 
     def batches(classifier: ProposalClassifier) -> Iterator[tuple[BoxFeatures, torch.Tensor]]:
         """What one classifier is fitted to."""
         bar = tqdm(loader, desc=f"{title}: fit", unit="batch", disable=not distributed.is_main())
         for iteration, (images, targets) in enumerate(bar):
             distributed.seed_rank(seed * 1_000_003 + iteration, device)
-            for owner, features, labels in model.training_proposals(*to_device(images, targets, device)):
+            for owner, features, labels in detector.training_proposals(*to_device(images, targets, device)):
                 if owner is classifier:
                     yield BoxFeatures(*map(distributed.gather_rows, features)), distributed.gather_rows(labels)
 
@@ -211,7 +216,7 @@ def _resume(run: Run) -> bool:
     run.model.load_state_dict(saved["model"])
     if run.optimizer:
         run.optimizer.load_state_dict(saved["optimizer"])
-        if "scaler" in saved:
+        if run.scaler and "scaler" in saved:
             run.scaler.load_state_dict(saved["scaler"])
     run.done = saved["iteration"]
     return True
@@ -219,8 +224,9 @@ def _resume(run: Run) -> bool:
 
 def _first_iterations(config: TrainConfig, loader: DataLoader) -> list[int]:
     """The first iteration of each epoch, and the total."""
-    loader.batch_sampler.start(0)
-    return [0, *itertools.accumulate(loader.batch_sampler.batches_in(epoch) for epoch in range(config.epochs))]
+    sampler: Any = loader.batch_sampler
+    sampler.start(0)
+    return [0, *itertools.accumulate(sampler.batches_in(epoch) for epoch in range(config.epochs))]
 
 
 def is_trained(runs: Sequence[Run], loader: DataLoader) -> bool:
@@ -238,7 +244,8 @@ def train(runs: Sequence[Run], loader: DataLoader, device: torch.device) -> None
     `last.pth`, `previous.pth` and `log.jsonl`. Raises UserError for a loss that is not finite, and Stopped, with
     everything saved, after a step in which SIGTERM or SIGINT came.
     """
-    sampler, epochs = loader.batch_sampler, _first_iterations(runs[0].config, loader)
+    sampler: Any = loader.batch_sampler
+    epochs = _first_iterations(runs[0].config, loader)
     for run in runs:
         _start(run, loader, device)
     total = epochs[-1] if runs[0].optimizer else 0
@@ -296,7 +303,7 @@ def _start(run: Run, loader: DataLoader, device: torch.device) -> None:
     if not _resume(run) and not trainable:
         fit_classifiers(run.model, loader, device, run.seed, run.title)
     if config.compile and run.losses is None:
-        run.model.backbone.compile()
+        run.model.get_submodule("backbone").compile()
     run.losses, run.stopwatch.device = run.losses or run.model, device
     if trainable and ranks > 1:
         run.losses = DistributedDataParallel(run.losses, [device] if device.type == "cuda" else None)

@@ -56,7 +56,8 @@ def compare(
     """
     if draws < 0:
         raise UserError(f"draws={draws}: expected 0 or more")
-    files, objects = [], None
+    files: list[list[Detections | None]] = []
+    objects: list[np.ndarray] = []
     for path in (first, second):
         entries, content = match(annotations, path, iou_type, max_detections)
         categories = sorted(content["categories"], key=lambda c: c["id"])
@@ -76,8 +77,8 @@ def compare(
     if draws:
         drawn = [ap_of(file, objects, weights, f"bootstrap, {Path(path).name}")
                  for file, path in zip(files, (first, second), strict=True)]  # fmt: skip
-        a, b = (means(ap, sets) for ap in drawn)
-        intervals = {name: interval(b[name] - a[name]) for name in a}
+        before, after = (means(ap, sets) for ap in drawn)
+        intervals = {name: interval(after[name] - before[name]) for name in before}
     rows = []
     for k, category in enumerate(categories):
         a, b = (float(ap[0, :, k].mean()) for ap in whole)
@@ -85,7 +86,7 @@ def compare(
         if a == a:
             rows.append({"id": category["id"], "name": category.get("name", category["id"]), **counts,
                          "first": a, "second": b, "difference": b - a})  # fmt: skip
-    return Comparison(*numbers, intervals, rows)
+    return Comparison(numbers[0], numbers[1], intervals, rows)
 
 
 def changed_most(rows: list[dict], most: int) -> tuple[list[dict], list[dict]]:
@@ -112,7 +113,7 @@ def detections_of(entries: list[dict], labels: dict[int, int], images: dict[int,
     for entry in sorted(entries, key=lambda entry: order[entry["image_id"]]):
         if len(entry["dtScores"]):
             parts[labels[entry["category_id"]]].append(entry)
-    found = []
+    found: list[Detections | None] = []
     for own in parts:
         if not own:
             found.append(None)

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hotcoco
 import numpy as np
@@ -45,7 +45,7 @@ class Training(NamedTuple):
 
     def sets(self) -> dict[str, np.ndarray]:
         """Which categories [C] enter which mean."""
-        found = {}
+        found: dict[str, np.ndarray] = {}
         if self.letters is not None:
             found |= {f"AP{letter}": self.letters == letter for letter in "rcf"}
         if self.bins is not None:
@@ -161,11 +161,11 @@ def training_of(
     for name, counts in (("instance_counts", instances), ("image_counts", images)):
         if counts is not None and len(counts) != len(categories):
             raise UserError(f"{name}: {len(counts)} numbers for {len(categories)} categories of the ground truth")
-    letters = _known(categories, "frequency") if image_counts is None else None
+    own = _known(categories, "frequency") if image_counts is None else None
+    letters = None if own is None else np.asarray(own)
     if letters is None and images is not None:
         letters = frequency(images)
     bins = None if instances is None else instance_bin(instances, boundaries)
-    letters = None if letters is None else np.asarray(letters)
     return Training(instances, images, letters, bins, len(boundaries) + 1)
 
 
@@ -282,7 +282,9 @@ def _match(truth: hotcoco.COCO, found: hotcoco.COCO, iou_type: str, lvis: bool, 
     evaluation = _evaluation(truth, found, iou_type, lvis, limit)
     evaluation.evaluate()
     evaluation.accumulate()
-    return evaluation.eval["precision"][..., -1], evaluation.eval["recall"][..., -1]
+    numbers = evaluation.eval
+    assert numbers is not None  # as `accumulate` leaves it
+    return numbers["precision"][..., -1], numbers["recall"][..., -1]
 
 
 def _fixed(truth, found, path: Path, iou_type: str, lvis: bool, limit: int, precision: np.ndarray) -> np.ndarray:
@@ -366,24 +368,25 @@ def _check_masks(path: Path, names: list[str], entries: list[dict], images: list
     """Raises UserError that names the first entry whose mask is none of its image: decoders would not notice."""
     sizes = {image["id"]: [image.get("height"), image.get("width")] for image in images}
     for name, entry in zip(names, entries, strict=True):
-        value, size = entry["segmentation"], sizes.get(entry["image_id"])
+        value, image = entry["segmentation"], entry.get("image_id")
+        size = sizes.get(image) if type(image) is int else None
         if not _is_mask(value, size):
             raise UserError(
-                f"{path}: {name}: segmentation: expected polygons, or an RLE of {size} (height, width) whose counts "
-                "do not exceed its pixels"
+                f"{path}: {name}: segmentation: expected polygons, or an RLE of {size or 'its image'} (height, width) "
+                "whose counts do not exceed its pixels"
             )
 
 
-def _is_mask(value: object, size: list[int] | None) -> bool:
+def _is_mask(value: object, size: list[Any] | None) -> bool:
     """Polygons, or an RLE of a size."""
     if isinstance(value, dict):
-        counts = value.get("counts")
-        if value.get("size") != size or not all(type(side) is int and 0 < side < 2**20 for side in size):
+        counts: Any = value.get("counts")
+        if value.get("size") != size or not (size and all(type(side) is int and 0 < side < 2**20 for side in size)):
             return False
         if isinstance(counts, list):
             return all(type(count) is int and count >= 0 for count in counts) and sum(counts) <= math.prod(size)
         try:
-            hotcoco.mask.rle_from_string(counts, *size)
+            hotcoco.mask.rle_from_string(counts, size[0], size[1])
         except (TypeError, ValueError):
             return False
         return True

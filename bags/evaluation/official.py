@@ -10,6 +10,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -33,7 +34,7 @@ def match(engine: str, annotations: Path, entries: list[dict], iou_type: str, lv
         return (_lvis if lvis else _coco)(str(annotations), entries, iou_type, limit)
 
 
-def _coco(annotations: str, entries: list[dict], iou_type: str, limit: int):
+def _coco(annotations: str, entries: list[dict], iou_type: Any, limit: int):
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -61,7 +62,7 @@ def _lvis(annotations: str, entries: list[dict], iou_type: str, limit: int):
 
 @contextlib.contextmanager
 def _lvis_mended() -> Iterator[None]:
-    drawing = types.ModuleType("lvis.vis")
+    drawing: Any = types.ModuleType("lvis.vis")
     drawing.LVISVis = None
     modules = {} if "lvis.vis" in sys.modules else {"lvis.vis": drawing}
     with mock.patch.dict(sys.modules, modules), mock.patch.object(np, "float", float, create=True):

@@ -20,8 +20,8 @@ def classifier_stage(arguments: argparse.Namespace) -> list[dict]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size, number = ((800, 1333), 12) if arguments.full and device.type == "cpu" else SIZES[device.type]
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         write_dataset(folder / "data", size, number)
         config = stage_config(folder, size, device)
         train_once(config, "warm", live=True, epochs=1, device=device)
@@ -50,7 +50,8 @@ def write_dataset(folder: Path, size: tuple[int, int], number: int) -> None:
 
     generator = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for k in range(1, number + 1):
         pixels = generator.integers(0, 256, (size[0] // 16, size[1] // 16, 3), np.uint8)
         Image.fromarray(pixels).resize(size[::-1]).save(folder / "images" / f"{k}.jpg")
@@ -136,6 +137,10 @@ def reading(stage: dict, device) -> dict:
 
     runs, loader = stage["runs"], stage["loader"]
 
+    def after_step(run, iteration: int, losses: dict, lr: float) -> None:
+        """Waits for the step."""
+        float(sum(losses.values()))
+
     def epoch(batches) -> float:
         loader.batch_sampler.start(0)
         start = time.perf_counter()
@@ -145,7 +150,7 @@ def reading(stage: dict, device) -> dict:
             device,
             0,
             [0, len(kept)],
-            lambda run, iteration, losses, lr: sum(losses.values()).item(),
+            after_step,
             Clock(device),
         )
         return time.perf_counter() - start

@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from scripts.benchmarks.measuring import in_mb, in_process, measure, peak
 
@@ -72,7 +73,8 @@ class JsonAndDicts:
             self.dataset = json.load(file)
         self.imgs = {image["id"]: image for image in self.dataset["images"]}
         self.cats = {category["id"]: category for category in self.dataset["categories"]}
-        self.anns, self.img_ann_map = {}, {}
+        self.anns: dict[int, dict] = {}
+        self.img_ann_map: dict[int, list[dict]] = {}
         for annotation in self.dataset["annotations"]:
             self.anns[annotation["id"]] = annotation
             self.img_ann_map.setdefault(annotation["image_id"], []).append(annotation)
@@ -84,8 +86,8 @@ def same_content(ours, peer) -> bool:
 
     for k, key in enumerate(ours.annotation_ids.tolist()):
         x, y, w, h = peer.anns[key]["bbox"]
-        polygon = np.float32(peer.anns[key]["segmentation"][0])
-        same_box = np.array_equal(ours.boxes[k], np.float32([x, y, x + w, y + h]))
+        polygon = np.array(peer.anns[key]["segmentation"][0], np.float32)
+        same_box = np.array_equal(ours.boxes[k], np.array([x, y, x + w, y + h], np.float32))
         if not (same_box and np.array_equal(ours.segmentation(k)[0].ravel(), polygon)):
             return False
     return len(ours.labels) == len(peer.anns)
@@ -124,7 +126,8 @@ class Targets:
             sum(a["bbox"][0] + a["segmentation"][0][0] for a in self.images[position])
         else:
             first, last = self.index.starts[position : position + 2]
-            sum(float(self.index.boxes[k, 0] + self.index.segmentation(k)[0][0, 0]) for k in range(first, last))
+            shapes: list[Any] = [self.index.segmentation(k) for k in range(first, last)]
+            sum(float(box[0] + shape[0][0, 0]) for box, shape in zip(self.index.boxes[first:last], shapes, strict=True))
         return private_mb() if position % 200 == 199 else 0.0
 
 
@@ -138,6 +141,7 @@ def worker_memory(path: Path, kind: str) -> list[float]:
     """Private memory of a loader worker at its highest in each of three epochs, in MB."""
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(Targets(path, kind), batch_size=200, num_workers=1, persistent_workers=True,
+    targets: Any = Targets(path, kind)
+    loader: DataLoader = DataLoader(targets, batch_size=200, num_workers=1, persistent_workers=True,
                         multiprocessing_context="fork")  # fmt: skip
     return [max(float(batch.max()) for batch in loader) for _ in range(3)]

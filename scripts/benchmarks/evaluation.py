@@ -53,7 +53,9 @@ def write_results(folder: Path) -> tuple[Path, Path]:
     share /= share.sum()
     categories = [{"id": c, "name": f"c{c}", "frequency": "rcf"[c % 3], "image_count": 1 + 1000 // c,
                    "instance_count": 1 + 3000 // c} for c in range(1, 1204)]  # fmt: skip
-    images, objects, detections = [], [], []
+    images: list[dict] = []
+    objects: list[dict] = []
+    detections: list[dict] = []
     for i in range(1, 2001):
         labels = rng.choice(1203, 12, p=share) + 1
         absent = [c for c in set((rng.choice(1203, 15) + 1).tolist()) if c not in labels]

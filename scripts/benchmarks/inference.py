@@ -90,7 +90,8 @@ def run_masks(name: str, masks, boxes) -> list:
     if name == "ours":
         return [rle["counts"] for rle in encode(crops(masks, boxes, SIZE), SIZE)]
     pasted = (paste_masks_in_image(masks, boxes, SIZE)[:, 0] > 0.5).numpy()
-    return [coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode() for mask in pasted]
+    codes = [coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"] for mask in pasted]
+    return [code if isinstance(code, str) else code.decode() for code in codes]
 
 
 def masks_peak(name: str) -> float:

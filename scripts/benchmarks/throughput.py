@@ -105,13 +105,14 @@ def reference_epoch(folder: Path, device) -> Callable[[], None]:
     model, ours, config = model_and_loader(folder, device)
     model.to(device)
     settings = {"num_workers": ours.num_workers, "collate_fn": ours.collate_fn}
-    loader = torch.utils.data.DataLoader(ours.dataset, batch_sampler=ours.batch_sampler, **settings)
+    sampler = ours.batch_sampler
+    loader = torch.utils.data.DataLoader(ours.dataset, batch_sampler=sampler, **settings)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=config.train.lr, momentum=0.9, weight_decay=1e-4)
 
     def epoch() -> None:
         model.train()
-        loader.batch_sampler.start(0)
+        sampler.start(0)
         shown: dict[str, list[float]] = {}
         for images, targets in tqdm(loader, desc="theirs", file=sys.stderr):
             images = [image.to(device) for image in images]
