@@ -42,10 +42,9 @@ def main() -> None:
     if arguments.save:
         from bags.analysis.results import save_benchmark
 
-        words = ["python", "scripts/benchmark.py", arguments.name, *(["--full"] if arguments.full else [])]
-        save_benchmark(
-            arguments.save, benchmark.__doc__.strip(), " ".join([*words, f"--repeats {arguments.repeats}"]), results
-        )
+        full = " --full" if arguments.full else ""
+        command = f"python scripts/benchmark.py {arguments.name}{full} --repeats {arguments.repeats}"
+        save_benchmark(arguments.save, (benchmark.__doc__ or "").strip(), command, results)
     if arguments.json:
         print(json.dumps(results, indent=1))
         return

@@ -77,9 +77,9 @@ def read_runs(folders: list[Path], overrides: list[str]) -> list:
         raise UserError(
             f"{other.folder}: scored with test.bins={bins[1]}, {first.folder} with {bins[0]}: use one of them"
         )
-    files = [Path(run.config.data.root) / run.config.data.val for run in runs]
-    if all(file.exists() for file in files) and not filecmp.cmp(*files, shallow=False):
-        raise UserError(f"{other.folder}: was validated on {files[1]}, {first.folder} on {files[0]}, which differ")
+    ours, theirs = (Path(run.config.data.root) / run.config.data.val for run in runs)
+    if ours.exists() and theirs.exists() and not filecmp.cmp(ours, theirs, shallow=False):
+        raise UserError(f"{other.folder}: was validated on {theirs}, {first.folder} on {ours}, which differ")
     return runs
 
 
@@ -156,7 +156,7 @@ def compare_runs(runs: list, stats, draws: int) -> dict:
 
     config = runs[0].config
     kinds = ["bbox", "segm"] if all("mask_AP" in run.metrics for run in runs) else ["bbox"]
-    files = [run.folder / "predictions.json" for run in reversed(runs)]
+    before, after = (run.folder / "predictions.json" for run in reversed(runs))
     settings = {
         "instance_counts": stats.instance_counts,
         "image_counts": stats.image_counts,
@@ -164,7 +164,7 @@ def compare_runs(runs: list, stats, draws: int) -> dict:
         "max_detections": max(run.config.test.max_detections for run in runs),
     }
     truth = Path(config.data.root) / config.data.val
-    return {kind: compare(truth, *files, kind, draws, **settings) for kind in kinds}
+    return {kind: compare(truth, before, after, kind, draws, **settings) for kind in kinds}
 
 
 if __name__ == "__main__":

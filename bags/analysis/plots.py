@@ -49,8 +49,8 @@ def draw_weight_norms(
         label = f"{plain(name)}  (rank correlation with count {correlation:.2f})"
         axes.plot(index, values[1:][order], ".", ms=4, alpha=0.45, color=colour)
         for piece in pieces:
-            axes.plot(index[piece], _running_mean(values[1:][order][piece], half), color=colour, lw=1.8, label=label)
-            label = None
+            axes.plot(index[piece], _running_mean(values[1:][order][piece], half), color=colour, lw=1.8)
+        axes.plot([], [], color=colour, lw=1.8, label=label)
         axes.plot(0, values[0], "D", ms=6, color=colour)
     for border in borders:
         axes.axvline(border + 0.5, color="0.5", ls="--", lw=1)

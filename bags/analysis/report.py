@@ -26,7 +26,7 @@ class Findings:
     objects: np.ndarray | None = None  # [C] validation objects of each category
     detected: list[set[int]] = field(default_factory=list)  # of each run: ids of categories with any detection
     comparison: dict[str, Comparison] = field(default_factory=dict)  # from the other run to the first one
-    tail: tuple[list[dict], list[dict]] = ((), ())  # rows of its best and worst categories
+    tail: tuple[list[dict], list[dict]] = field(default_factory=lambda: ([], []))  # its best and worst rows
     examples: dict[int, Example] = field(default_factory=dict)  # by category id
     notes: list[str] = field(default_factory=list)  # what is missing, and how to mend it
 
@@ -278,9 +278,9 @@ def _data(run: RunResults, found: Findings) -> str:
     ]
     rows = []
     for name, own in [*((name, number == n) for n, name in enumerate(names, 1)), ("all", number > 0)]:
-        seen = [] if found.objects is None else found.objects[own]
-        in_validation = [] if found.objects is None else [int((seen > 0).sum()), int(seen.sum())]
-        rows.append([name, int(own.sum()), int(instances[own].sum()), *in_validation])
+        rows.append([name, int(own.sum()), int(instances[own].sum())])
+        if found.objects is not None:
+            rows[-1] += [int((found.objects[own] > 0).sum()), int(found.objects[own].sum())]
     validation = [] if found.objects is None else ["categories in validation", "validation objects"]
     images = ", ".join(f"{number} {split} images" for split, number in found.images.items())
     caption = f"Data: {run.config.data.name}" + (f", {images}" if images else "")
