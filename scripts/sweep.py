@@ -4,6 +4,7 @@
     python scripts/sweep.py configs/glyphs-100/bags.yaml --over classifier.boundaries [100] [10,100] [10,100,1000]
     python scripts/sweep.py configs/glyphs-100/paper/tau_norm.yaml --over classifier.tau 0 0.25 0.5 1 --best AP_tail
     python scripts/sweep.py CONFIG --over classifier.gamma 0 0.6 --over test.max_detections 50 100   # all combinations
+    python scripts/sweep.py CONFIG --over train.epochs 1 4 12 --seeds 0,1,2 --save results/x.json  # as tables.py
 
 Rows that differ only in how a classifier is trained (part cls), or in how its scores are used (part none: tau-norm,
 NorCal; thresholds and limits of section test), share one pass of the detector over each set of images. Finished rows
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("config", nargs="+", help="a YAML file, and section.key=value overrides for all rows")
     parser.add_argument("--over", nargs="+", action="append", required=True, metavar=("KEY", "VALUE"))
     parser.add_argument("--seeds", help="comma-separated; run folders go below <output>/seed<N>")
+    parser.add_argument("--save", type=Path, metavar="JSON", help="keep the numbers, the command and the environment")
     parser.add_argument("--best", default="AP", help="the number that the best row is told by (default AP)")
     arguments = parser.parse_intermixed_args()
     from bags.config import load_config
@@ -46,7 +48,8 @@ def main() -> None:
     name = load_config(paths[0], overrides).name
     rows = [[*overrides, *own, f"name={json.dumps(row_name(name, own))}"] for own in combinations(arguments.over)]
     jobs = [[in_order(paths, row, seed)[0] for row in rows] for seed in seeds_of(arguments.seeds)]
-    run_jobs(jobs, lambda folders: show(folders, arguments.best))
+    title = f"{name}: {', '.join(key for key, *_ in arguments.over)}"
+    run_jobs(jobs, lambda folders: show(folders, arguments.best, title, arguments.save))
 
 
 def combinations(over: list[list[str]]) -> list[tuple[str, ...]]:
@@ -65,12 +68,15 @@ def row_name(name: str, overrides: tuple[str, ...]) -> str:
                              for override in overrides)]).replace("/", "_")  # fmt: skip
 
 
-def show(folders: dict[str, list[Path]], best: str) -> None:
-    """Prints the table, and the row whose mean of `best` is highest."""
+def show(folders: dict[str, list[Path]], best: str, title: str, save: Path | None) -> None:
+    """Prints the table, and the row whose mean of `best` is highest; keeps the numbers in `save`."""
+    from bags.analysis.results import save_results, this_command
     from bags.analysis.tables import read_metrics, render_table
 
     rows = {name: [read_metrics(folder) for folder in own] for name, own in folders.items()}
     print(f"\n{render_table(rows)}")
+    if save:
+        save_results(save, title, this_command(), folders, rows)
     means = {name: sum(run.get(best, math.nan) for run in own) / len(own) for name, own in rows.items()}
     known = {name: value for name, value in means.items() if not math.isnan(value)}
     if not known:

@@ -14,7 +14,6 @@ Figures 1 and 3 for these runs) and predictions.png (validation images, every ru
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
@@ -65,16 +64,10 @@ def render_pages(paths: list[Path]) -> None:
         path.write_text(text)
 
 
-def _command() -> str:
-    """This command, as it can be given again."""
-    words = [word for word, before in zip(sys.argv[1:], sys.argv, strict=False) if "--save" not in (word, before)]
-    return shlex.join(["python", "scripts/tables.py", *words])
-
-
 def paper_table(name: str, arguments: list[str], seeds: str | None, save: Path | None = None) -> None:
     """Runs the rows of a paper's table that are missing, and the rows that they start from; prints it."""
     from bags.analysis.paper import METHODS, PAPER
-    from bags.analysis.results import save_results
+    from bags.analysis.results import save_results, this_command
     from bags.analysis.tables import read_metrics, read_seconds, render_paper_table
     from bags.config import load_config
     from scripts.train import in_order, run_jobs, seeds_of, split_arguments
@@ -113,7 +106,7 @@ def paper_table(name: str, arguments: list[str], seeds: str | None, save: Path |
             numbers = {title: runs[stem] for title, stem in chosen.items()}
             others = {row.title: table.published(row) for row in table.rows if row.published and row.title in chosen}
             folders = {title: rows[stem] for title, stem in chosen.items()}
-            save_results(save, table.title, _command(), folders, numbers, others)
+            save_results(save, table.title, this_command(), folders, numbers, others)
 
     run_jobs([in_order(list(files.values()), overrides, seed) for seed in seeds_of(seeds)], show)
 
@@ -128,7 +121,7 @@ def _row_file(folder: Path, stem: str, optional: bool = False) -> Path | None:
 
 def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None = None) -> None:
     """Prints the table of `rows` (method -> run folders, one per seed) and draws both figures."""
-    from bags.analysis.results import save_results
+    from bags.analysis.results import save_results, this_command
     from bags.analysis.tables import read_metrics, render_table, spread
 
     numbers = {name: [read_metrics(f) for f in folders] for name, folders in rows.items()}
@@ -140,7 +133,7 @@ def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None
         for name, own in correlations.items():
             for run, value in zip(numbers[name], own, strict=True):
                 run["correlation"] = value
-        save_results(save, config.data.name, _command(), rows, numbers)
+        save_results(save, config.data.name, this_command(), rows, numbers)
     if figures:
         from bags.analysis.plots import plot_weight_norms
 

@@ -16,6 +16,7 @@ from conftest import ROOT, run_script, write_configs
 
 import bags
 from bags import build, cached
+from bags.analysis.results import load_results
 from bags.data.statistics import CategoryStats
 from bags.detectors.from_features import FromFeatures, seen
 from bags.engine.features import TrainingFeatures, collate_samples, shards_of
@@ -408,13 +409,19 @@ def test_a_sweep_of_scores_runs_the_detector_once(job, tmp_path):
            "train": {"part": "none"}}  # fmt: skip
     (tmp_path / "configs" / "norcal.yaml").write_text(yaml.safe_dump(row))
     over = ["--over", "classifier.gamma", "0", "0.5", "--over", "test.max_detections", "1", "30"]
-    done = run_script("sweep", tmp_path / "configs/norcal.yaml", f"output={tmp_path / 'runs'}", *over)
+    kept = tmp_path / "kept.json"
+    done = run_script("sweep", tmp_path / "configs/norcal.yaml", f"output={tmp_path / 'runs'}", *over, "--save", kept)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("MB for each of") == 1 and "highest AP: norcal,gamma=" in done.stdout
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| norcal")]
     assert rows == [f"norcal,gamma={g},max_detections={m}" for g in ("0", "0.5") for m in (1, 30)]
     own = json.loads((tmp_path / "runs/tiny/softmax/metrics.json").read_text())
     found = {row: json.loads((tmp_path / "runs/tiny" / row / "metrics.json").read_text()) for row in rows}
+    content = load_results(kept)
+    assert content["command"].startswith("python scripts/sweep.py") and "--save" not in content["command"]
+    assert [run[0]["AP"] for run in content["rows"].values()] == pytest.approx(
+        [n["AP"] for n in found.values()], abs=1e-5
+    )
     assert found["norcal,gamma=0,max_detections=30"] == pytest.approx(own, abs=1e-6, nan_ok=True)
     live = run_script("train", tmp_path / "configs/norcal.yaml", f"output={tmp_path / 'runs'}", "classifier.gamma=0.5")
     assert live.returncode == 0, live.stderr

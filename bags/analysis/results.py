@@ -14,8 +14,10 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +44,12 @@ def environment() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def this_command() -> str:
+    """The script that runs, with its arguments, as it can be given again; without --save."""
+    words = [word for word, before in zip(sys.argv[1:], sys.argv, strict=False) if "--save" not in (word, before)]
+    return shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *words])
 
 
 def save_results(
