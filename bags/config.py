@@ -32,6 +32,7 @@ from bags.classifier_sections import (
     TauNormConfig,
 )
 from bags.errors import UserError
+from bags.files import write_text
 from bags.sections import ClassBalancedConfig, Config, DetectorConfig, RepeatFactorConfig, TailOnlyConfig
 from bags.typed_yaml import convert, merge, parse_yaml, read_tree
 
@@ -88,10 +89,7 @@ def config_to_dict(config: Config) -> dict:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the resolved file; `load_config` of it gives an equal Config."""
-    path = Path(path)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
-    temporary.replace(path)
+    write_text(Path(path), yaml.safe_dump(config_to_dict(config), sort_keys=False))
 
 
 # --------------------------------------------------------------------------- values

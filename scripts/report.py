@@ -12,13 +12,13 @@ dataset the report is made without what needs it, and says so.
 
 import argparse
 import filecmp
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bags.errors import UserError, run_script
+from bags.files import replacing
 
 EXAMPLES = 4  # categories with images, of the best and of the worst
 MEND = "data.root=... says where the dataset is now"
@@ -49,9 +49,8 @@ def main() -> None:
         raise UserError(f"{output}: is a folder; --output names a file")
     found = gather(runs, arguments.draws)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-    temporary.write_text(render(runs, found), encoding="utf-8", errors="replace")
-    temporary.replace(output)
+    with replacing(output, encoding="utf-8", errors="replace") as file:
+        file.write(render(runs, found))
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"written: {output} ({output.stat().st_size / 1e6:.1f} MB)")

@@ -54,6 +54,7 @@ def main() -> None:
 def render_pages(paths: list[Path]) -> None:
     """Tables of Markdown pages, from the files beside them that they name."""
     from bags.analysis.results import render_page
+    from bags.files import write_text
 
     pages = {}
     for path in paths:
@@ -61,7 +62,7 @@ def render_pages(paths: list[Path]) -> None:
             raise UserError(f"{path}: no such page")
         pages[path] = render_page(path.read_text(), path.parent)
     for path, text in pages.items():
-        path.write_text(text)
+        write_text(path, text)
 
 
 def paper_table(name: str, arguments: list[str], seeds: str | None, save: Path | None = None) -> None:

@@ -274,6 +274,7 @@ def _write_environment(folder: Path) -> None:
 
     from bags import distributed
     from bags.analysis.results import environment
+    from bags.files import write_text
 
     content = {
         "command": sys.argv,
@@ -287,9 +288,7 @@ def _write_environment(folder: Path) -> None:
         with contextlib.suppress(ValueError):  # damaged: begun again
             first = json.loads(path.read_text())
             content = first | {"resumed": [*first.get("resumed", ()), content]}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(path)
+    write_text(path, json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

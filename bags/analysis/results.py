@@ -24,6 +24,7 @@ from pathlib import Path
 
 from bags.analysis.tables import COLUMNS, render_table
 from bags.errors import UserError
+from bags.files import write_text
 
 DIGITS = 5  # of a number in 0..1
 KEPT = ("revision", "python", "packages", "device", "cores", "threads", "ranks")  # of environment.json
@@ -85,9 +86,7 @@ def save_benchmark(path: Path, title: str, command: str, cases: list[dict]) -> N
 
 def _write(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def load_results(path: Path) -> dict:

@@ -11,6 +11,7 @@ from bags.analysis.paper import PaperTable
 from bags.errors import UserError
 from bags.evaluation.comparison import Comparison
 from bags.evaluation.detection_ap import Scores
+from bags.files import replacing, write_text
 
 COLUMNS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf", "AP50", "AP_tail", "AP_head", "AP_fixed",
            "mask_AP", "mask_AP_tail", "mask_AP_head")  # fmt: skip
@@ -71,9 +72,7 @@ def tail_below(boundaries: Sequence[int]) -> int:
 def write_metrics(folder: Path, values: dict[str, float]) -> None:
     """Writes `metrics.json`; NaN becomes null."""
     plain = {key: None if math.isnan(value) else value for key, value in values.items()}
-    temporary = folder / "metrics.tmp"
-    temporary.write_text(json.dumps(plain, indent=1))
-    temporary.replace(folder / "metrics.json")
+    write_text(folder / "metrics.json", json.dumps(plain, indent=1))
 
 
 def write_scores(folder: Path, name: str, scores: dict[str, Scores], boundaries: Sequence[int]) -> list[Path]:
@@ -99,7 +98,7 @@ def write_comparison(folder: Path, found: dict[str, Comparison]) -> None:
     """Writes `comparison.json` (means, intervals) and `comparison.csv` (categories); of masks `mask_comparison.*`."""
     for kind, result in found.items():
         stem = "comparison" if kind == "bbox" else "mask_comparison"
-        (folder / f"{stem}.json").write_text(json.dumps(as_table(result), indent=1))
+        write_text(folder / f"{stem}.json", json.dumps(as_table(result), indent=1))
         _write_csv(folder / f"{stem}.csv", result.rows)
 
 
@@ -114,12 +113,11 @@ def as_table(result: Comparison) -> dict[str, dict]:
 
 def _write_csv(path: Path, rows: list[dict]) -> Path:
     """Rows with equal keys; NaN becomes empty."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
+    with replacing(path, newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows({k: "" if v != v else v for k, v in row.items()} for row in rows)
-    return temporary.replace(path)
+    return path
 
 
 def render_paper_table(table: PaperTable, runs: dict[str, list[dict[str, float]]], published: bool) -> str:

@@ -9,7 +9,6 @@ Command:  python scripts/prepare_data.py coco_lt --source ... --targets ... --ou
 
 import json
 import operator
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from bags.data.packing import read_annotations, read_json, unique_ids
 from bags.errors import UserError
+from bags.files import write_text
 
 BOUNDARIES = (20, 400, 8000)
 
@@ -88,12 +88,7 @@ def make_coco_lt(
     in_images = Counter(category for _, category in {(a["image_id"], a["category_id"]) for a in kept})
     for category in content["categories"]:
         category |= {"instance_count": counts[category["id"]], "image_count": in_images[category["id"]]}
-    temporary = output.with_name(f"{output.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(content))
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(output, json.dumps(content))
     return {category: counts[category] for category in by_category}
 
 

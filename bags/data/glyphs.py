@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from bags.data.glyph_images import coverage, draw_image, load_outlines
 from bags.errors import UserError
+from bags.files import write_text
 
 DUPLICATE_SIMILARITY = 0.985  # cosine of two 24 x 24 renderings; more alike is the same category
 CHUNK = 100  # images per unit of work: what a killed run may lose
@@ -153,9 +154,7 @@ def _make_chunk(job: tuple) -> None:
         for k, (category_id, mask) in enumerate(zip(category_ids, masks, strict=True)):
             if k != skipped:
                 annotations.append({"image_id": image_id, "category_id": category_id, **_describe(mask)})
-    temporary = part.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"images": images, "annotations": annotations}))
-    os.replace(temporary, part)
+    write_text(part, json.dumps({"images": images, "annotations": annotations}))
 
 
 def _describe(mask: np.ndarray) -> dict:
@@ -227,9 +226,7 @@ def _make(root: Path, folder: Path, preset: Preset, seed: int, workers: int | No
         _check_settings(folder / "settings.json", settings)
     for name in ("parts", "train", "val", "semantic_train", "semantic_val"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    temporary = folder / "settings.tmp"
-    temporary.write_text(json.dumps(settings, indent=1))
-    os.replace(temporary, folder / "settings.json")
+    write_text(folder / "settings.json", json.dumps(settings, indent=1))
 
     ranked = choose_categories(preset, seed)
     if len(ranked) < preset.categories:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from bags import distributed
 from bags.errors import UserError
+from bags.files import write_text
 
 FORMAT = 1
 MOST_IMAGES = 512  # of a shard; a killed run repeats at most one
@@ -192,9 +193,7 @@ def _begin(folder: Path, header: dict) -> None:
     if any(folder.iterdir()):
         raise UserError(f"{folder}: is no store of proposal features, and not empty: set store.folder to another one")
     try:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(header, indent=1))
-        temporary.replace(path)
+        write_text(path, json.dumps(header, indent=1))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error}): set store.folder to another one") from None
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from bags import distributed
+from bags.files import replacing
 
 
 @torch.inference_mode()
@@ -89,8 +90,7 @@ def _resume(part: Path, key: str, sizes: list[int]) -> tuple[int, list[object]]:
 
 def _merge(parts: list[Path], path: Path) -> None:
     """Writes the results file from the shares, which are removed."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with replacing(path, "wb") as file:
         separator = b"[\n"
         for share in parts:
             with share.open("rb") as lines:
@@ -99,7 +99,6 @@ def _merge(parts: list[Path], path: Path) -> None:
                     file.write(separator + orjson.dumps(entry))
                     separator = b",\n"
         file.write(b"[]\n" if separator == b"[\n" else b"\n]\n")
-    os.replace(temporary, path)
     for share in parts:
         share.unlink()
 
