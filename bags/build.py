@@ -196,7 +196,8 @@ def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stat
         check_categories(saved_stats, index, path)
     if config.train.part != "all":
         _check_same_images(saved_config.detector, config.detector, path)
-    new = load_weights(detector, checkpoint, skip)
+    counters = ".num_batches_tracked"  # only some kinds of batch normalisation have them, and no result depends on them
+    new = [name for name in load_weights(detector, checkpoint, skip) if not name.endswith(counters)]
     keeps = "train.part=none" if config.train.part == "none" else None
     keeps = "two heads" if config.classifier.name == "simcal" else keeps
     if keeps and any("classifier.linear." in name for name in new):
@@ -205,7 +206,7 @@ def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stat
             f"{saved.name} {'are reset by detector.reset_classifier' if same else 'are of another kind'}"
         )
     unused = [name for name in checkpoint["model"] if name not in detector.state_dict()]
-    foreign = [name for name in (*new, *unused) if not any(part in name for part in ("classifier.", *skip))]
+    foreign = [n for n in (*new, *unused) if not any(part in n for part in ("classifier.", counters, *skip))]
     if foreign:
         maps = "semantic.logits" in foreign[0]
         section = "data.train_semantic and data.semantic_classes" if maps else "detector section"

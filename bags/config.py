@@ -185,8 +185,6 @@ def _check_schedule(config: Config, need: Need) -> None:
     need(every is None or 1 <= every < 10**6, "train.checkpoint_every", f"1 to 999999, or null, got {every}")
     need(train.batch_size % train.accumulate == 0, "train.accumulate",
          f"a divisor of train.batch_size={train.batch_size}, got {train.accumulate}")  # fmt: skip
-    need(train.accumulate == 1 or not config.is_cached, "train.accumulate",
-         f"1: stored features need little memory, got {train.accumulate}")  # fmt: skip
     need(0 < train.lr < math.inf, "train.lr", f"a number above 0, got {train.lr}")
     for key in ("momentum", "weight_decay", "gamma", "warmup_factor"):
         need(0 <= getattr(train, key) <= 1, f"train.{key}", f"0 to 1, got {getattr(train, key)}")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bags.errors import UserError, run_script
+from bags.errors import UnreadableImage, UserError, run_script
+from bags.files import write_text
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -43,8 +44,10 @@ def _image_files(paths: list[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             files += sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-        else:
+        elif path.is_file():
             files.append(path)
+        else:
+            raise UserError(f"{path}: no such image")
     if not files:
         raise UserError(f"{', '.join(map(str, paths))}: no image in there ({' '.join(sorted(SUFFIXES))})")
     return files
@@ -70,9 +73,14 @@ def detect(checkpoint: Path, files: list[Path], output: Path, least_score: float
     name_of = dict(zip(stats.category_ids, stats.names, strict=True))
     output.mkdir(parents=True, exist_ok=True)
     palette = [matplotlib.colors.to_hex(colour) for colour in matplotlib.colormaps["tab10"](range(10))]
-    results = []
+    results, unreadable = [], 0
     for number, file in enumerate(tqdm(files, unit="image")):
-        image = read_image(file)
+        try:
+            image = read_image(file)
+        except UnreadableImage as error:
+            tqdm.write(f"warning: left out: {error}", file=sys.stderr)
+            unreadable += 1
+            continue
         with torch.inference_mode():
             detection = detector([to_tensor(image).to(device)])[0]
         kept = torch.where(detection["scores"] >= least_score)[0]
@@ -86,8 +94,12 @@ def detect(checkpoint: Path, files: list[Path], output: Path, least_score: float
         for entry in results_entries(number, detection, stats.category_ids):
             del entry["image_id"]
             results.append({"file_name": str(file), "category": name_of[entry["category_id"]], **entry})
-    (output / "predictions.json").write_text(json.dumps(results, indent=1))
-    print(f"{len(files)} images, {len(results)} objects with a score of {least_score} or more: {output}")
+    if unreadable == len(files):
+        raise UserError(f"{output}: nothing predicted: none of the {unreadable} images could be read")
+    write_text(output / "predictions.json", json.dumps(results, indent=1))
+    left_out = f" ({unreadable} more left out)" if unreadable else ""
+    seen = f"{len(files) - unreadable} images{left_out}"
+    print(f"{seen}, {len(results)} objects with a score of {least_score} or more: {output}")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def main() -> None:
         raise UserError(f"{output}: is a folder; --output names a file")
     found = gather(runs, arguments.draws)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output, encoding="utf-8", errors="replace") as file:
+    with replacing(output, errors="replace") as file:
         file.write(render(runs, found))
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="make the tables of pages (Markdown) anew")
     arguments = parser.parse_intermixed_args()
     if arguments.render:
+        if arguments.save or arguments.paper or arguments.seeds:
+            raise UserError("--render takes pages alone: what it shows was kept before, with --save")
         return render_pages([Path(path) for path in arguments.runs])
     if arguments.paper:
         return paper_table(arguments.paper, arguments.runs, arguments.seeds, arguments.save)
@@ -58,9 +60,12 @@ def render_pages(paths: list[Path]) -> None:
 
     pages = {}
     for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path}: no such page")
-        pages[path] = render_page(path.read_text(), path.parent)
+        if not path.is_file() or path.suffix != ".md":
+            raise UserError(f"{path}: no such page (a Markdown file, *.md)")
+        try:
+            pages[path] = render_page(path.read_text(encoding="utf-8"), path.parent)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     for path, text in pages.items():
         write_text(path, text)
 

@@ -12,6 +12,7 @@ Ctrl-C in training, save first; the exit code is then 75.
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -206,7 +207,8 @@ def _begin(config: Config, index, stats, device):
         _write_environment(config.run_folder)
     init = weights_digest(load_checkpoint(config.init_file)) if config.init_file else None
     about = {"config": config_to_dict(config), "stats": stats.to_dict(), "init": init}
-    return Run(detector, config.train, config.run_folder, config.seed, config.name, about)
+    train = dataclasses.replace(config.train, accumulate=1) if config.is_cached else config.train  # no detector runs
+    return Run(detector, train, config.run_folder, config.seed, config.name, about)
 
 
 def _is_complete(folder: Path, config: Config) -> bool:

@@ -79,11 +79,14 @@ def test_benchmarks_are_kept_and_rendered(tmp_path):
         ("x.json: APX", "column APX"),
         ("x.json: AP | b", "no row 'b'"),
         ("y.json", "no res"),
+        ("z.json", "no res"),
+        ("x.json: AP -->\n<!-- x.json", "x.json: AP --> has no <!-- end -->"),
     ],
 )
 def test_pages_that_ask_for_what_is_not_there(tmp_path, marker, message):
     (tmp_path / "x.json").write_text('{"rows": {"a": [{"AP": 0.5}]}}')
     (tmp_path / "y.json").write_text('{"rows": [1]}')
+    (tmp_path / "z.json").write_text('{"rows": {"a": [{"AP": "x"}]}}')
     with pytest.raises(UserError, match=message):
         render_page(f"<!-- {marker} -->\n<!-- end -->", tmp_path)
     (tmp_path / "page.md").write_text(f"<!-- {marker} -->\n<!-- end -->\n")

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,8 @@ import yaml
 from conftest import ROOT, ROWS, metrics, read_lines, run_script
 from PIL import Image
 from pycocotools import mask as coco_mask
+
+from scripts.train import in_order, split_arguments
 
 
 def test_train_shows_the_comparison(job):
@@ -188,13 +192,35 @@ def test_checkpoint_is_self_contained(job, glyphs, tmp_path):
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (90, 70), "grey").save(tmp_path / "photos/plain.png")
     shutil.copy(glyphs / "val/00000001.jpg", tmp_path / "photos")
+    (tmp_path / "photos/broken.jpg").write_bytes(b"no image")
     done = run_script("predict", "model.pth", "photos", "--output", "out", "--score", "0.01", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    assert "broken.jpg: not a readable image" in done.stderr and "2 images (1 more left out)" in done.stdout
     entries = json.loads((tmp_path / "out/predictions.json").read_text())
     categories = {c["id"]: c["name"] for c in json.loads((glyphs / "val.json").read_text())["categories"]}
     assert entries and all(categories[e["category_id"]] == e["category"] for e in entries)
     assert {e["file_name"] for e in entries} <= {"photos/plain.png", "photos/00000001.jpg"}
+
+
+def readme_jobs():
+    """Arguments of the README's training commands: those of scripts/train.py, and what `make train` hands to it."""
+    text = (ROOT / "README.md").read_text()
+    for own, inline, line in re.findall(
+        r"scripts/train\.py ([^`#&\n]*)|`(make train [^`]+)`|^(make train [^#\n]*)", text, re.M
+    ):
+        settings = dict(word.split("=", 1) for word in shlex.split(inline or line) if word[:5] in ("CONFI", "ARGS="))
+        arguments = shlex.split(own or f"{settings.get('CONFIG', '')} {settings.get('ARGS', '')}")
+        if arguments and arguments[0] != "..." and not arguments[0].startswith("--"):
+            yield arguments
+
+
+@pytest.mark.parametrize("arguments", list(readme_jobs()), ids=" ".join)
+def test_training_commands_of_the_readme_are_valid(arguments, monkeypatch):
+    """Files, keys and values are there and fit each other; weights and data need not be at hand."""
+    monkeypatch.chdir(ROOT)
+    paths, overrides = split_arguments(arguments)
+    assert in_order(paths, overrides, None)
 
 
 def test_overfit_says_what_failed():

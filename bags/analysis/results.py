@@ -28,7 +28,8 @@ from bags.files import write_text
 
 DIGITS = 5  # of a number in 0..1
 KEPT = ("revision", "python", "packages", "device", "cores", "threads", "ranks")  # of environment.json
-TABLE = re.compile(r"(?P<head><!-- (?P<file>[\w./-]+\.json)(: (?P<chosen>.*?))? -->\n).*?(?P<end><!-- end -->)", re.S)
+HEAD = r"<!-- (?P<file>[\w./-]+\.json)(: (?P<chosen>[^\n]*?))? -->\n"
+TABLE = re.compile(rf"(?P<head>{HEAD})(?:(?!<!-- ).)*(?P<end><!-- end -->)", re.S)
 
 
 def environment() -> dict:
@@ -49,7 +50,8 @@ def environment() -> dict:
 
 def this_command() -> str:
     """The script that runs, with its arguments, as it can be given again; without --save."""
-    words = [word for word, before in zip(sys.argv[1:], sys.argv, strict=False) if "--save" not in (word, before)]
+    pairs = zip(sys.argv[1:], sys.argv, strict=False)
+    words = [word for word, before in pairs if "--save" not in (word, before) and not word.startswith("--save=")]
     return shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *words])
 
 
@@ -65,7 +67,7 @@ def save_results(
 
     rows: title -> run folders, one for each seed; runs: their numbers; published: those of others, on their data.
     """
-    first = json.loads((next(iter(rows.values()))[0] / "environment.json").read_text())
+    first = read_environment(next(iter(rows.values()))[0])
     content = {
         "title": title,
         "command": command,
@@ -77,6 +79,15 @@ def save_results(
         "published": published or {},
     }
     _write(path, content)
+
+
+def read_environment(run: Path) -> dict:
+    """What a run was made with; nothing where its `environment.json` cannot be read."""
+    try:
+        found = json.loads((run / "environment.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def save_benchmark(path: Path, title: str, command: str, cases: list[dict]) -> None:
@@ -94,9 +105,10 @@ def load_results(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
         if "cases" in content:
+            render_cases(content["cases"])
             return content
         content["rows"] = {
-            name: [{key: math.nan if value is None else value for key, value in run.items()} for run in runs]
+            name: [{key: math.nan if value is None else float(value) for key, value in run.items()} for run in runs]
             for name, runs in content["rows"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -128,6 +140,9 @@ def render_page(text: str, root: Path) -> str:
                 rows[title] = [{**run, **others} for run in rows[title]]
         return f"{found['head']}{render_table(rows, shown)}\n{found['end']}"
 
+    for head in re.finditer(HEAD, text):
+        if not TABLE.match(text, head.start()):
+            raise UserError(f"{head[0].strip()} has no <!-- end --> below its table")
     return TABLE.sub(table, text)
 
 

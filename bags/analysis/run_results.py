@@ -1,7 +1,6 @@
 """The folder of a finished run as one object, and in words."""
 
 import dataclasses
-import json
 import math
 import shlex
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bags.analysis.results import read_environment
 from bags.analysis.tables import read_categories, read_log, read_metrics, read_seconds
 from bags.config import config_to_dict, load_config, override_config
 from bags.errors import UserError
@@ -37,13 +37,9 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunResults:
         known = f"no {missing[0]} in there" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: no finished run ({known}); expected a run folder, such as runs/glyphs-100/bags")
     config = override_config(load_config(folder / "config.yaml"), overrides)
-    try:
-        environment = json.loads((folder / "environment.json").read_text())
-    except (OSError, ValueError):
-        environment = {}
-    environment = environment if isinstance(environment, dict) else {}
     log = [step for step in read_log(folder) if type(step.get("epoch")) in (int, float)]
-    return RunResults(config.name, folder, config, read_metrics(folder), read_categories(folder), environment, log)
+    numbers, rows = read_metrics(folder), read_categories(folder)
+    return RunResults(config.name, folder, config, numbers, rows, read_environment(folder), log)
 
 
 def about(run: RunResults) -> dict[str, str]:

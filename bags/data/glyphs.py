@@ -298,6 +298,8 @@ def _check_settings(file: Path, wanted: dict) -> None:
         found = json.loads(file.read_text())
     except (OSError, ValueError):
         found = None
+    if found is None:
+        raise UserError(f"{file.parent} exists and is no glyphs dataset: choose another data.root (--root)")
     if found != wanted:
         raise UserError(
             f"{file.parent} exists, but {file.name} there is not of this preset and seed: "
