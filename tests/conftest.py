@@ -20,6 +20,7 @@ import yaml
 from bags.data.glyphs import Preset, make_glyphs
 
 ROOT = Path(__file__).resolve().parent.parent
+OUTSIDE = Path(os.environ.get("BAGS_TEST_DATA", ROOT.parent / "shared"))  # data of others, which some tests need
 ROWS = ("softmax", "softmax_retrained", "bags")
 TINY = Preset(8, 64, 30, 2, 2, (2, 4), (16, 30), 2, 0.7, 3, 3)
 

@@ -1,11 +1,9 @@
 """Backbones, their weights, and anchors."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torchvision
-from conftest import ROOT
+from conftest import OUTSIDE
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
@@ -15,7 +13,7 @@ from bags.detectors.anchors import FixedStrideAnchors
 from bags.detectors.backbones import STRIDES, DeformableConv, build_backbone, load_backbone_weights
 from bags.engine.optim import set_trained_part, train_mode
 
-WEIGHTS = ROOT.parent / "shared" / "data" / "weights"
+WEIGHTS = OUTSIDE / "data/weights"
 NAMES = ["small", "resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large"]
 
 
@@ -144,7 +142,7 @@ def test_foreign_weights_are_refused(tmp_path):
 @pytest.mark.skipif(not WEIGHTS.is_dir(), reason="no real weights here")
 def test_real_weights_see_more_than_random_ones(tmp_path):
     """Real features separate two photographs' crops better from each other than from their mirror images."""
-    photos = sorted(Path(ROOT.parent / "shared/data/coco_mini_480/val2017").glob("*.jpg"))[:6]
+    photos = sorted((OUTSIDE / "data/coco_mini_480/val2017").glob("*.jpg"))[:6]
     model = detector(
         tmp_path, "detector.backbone=mobilenet_v2", "detector.rpn.anchor_sizes=[[32],[64],[128]]",
         "detector.frozen_batch_norm=true", "detector.image_mean=[0.5, 0.5, 0.5]", "detector.image_std=[0.5, 0.5, 0.5]",

@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import ROOT, fork_script, run_script
+from conftest import OUTSIDE, fork_script, run_script
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -372,7 +372,7 @@ def test_coco_lt_refusals(coco_like):
     assert not (coco_like / "x.json").exists()
 
 
-SHARED = ROOT.parent / "shared" / "data"
+SHARED = OUTSIDE / "data"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no published counts here")

@@ -1,20 +1,17 @@
 """Groups, grouped loss and grouped scores against hand-worked numbers and a slow second version."""
 
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import OUTSIDE
 
 import bags
 from bags.classifiers.base import BoxFeatures
 
-REFERENCE = (
-    Path(os.environ.get("BAGS_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "reference" / "vectors"
-)
+REFERENCE = OUTSIDE / "reference/vectors"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="no reference vectors here")
 FOUR = (10, 100, 1000)
 EIGHT = (5, 10, 50, 100, 500, 1000, 5000)

@@ -2,19 +2,17 @@
 
 import json
 import math
-import os
-from pathlib import Path
 
 import hotcoco
 import numpy as np
 import pytest
-from conftest import run_script
+from conftest import OUTSIDE, run_script
 from pycocotools import mask as coco_mask
 
 import bags
 from bags.evaluation import detection_ap, official
 
-PARITY = Path(os.environ.get("BAGS_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data/eval_parity"
+PARITY = OUTSIDE / "data/eval_parity"
 needs_parity = pytest.mark.skipif(not PARITY.is_dir(), reason="no published results here")
 
 

@@ -56,7 +56,7 @@ def module_imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bags").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path):
-    """DESIGN's rule: each room knows only those below it."""
+    """Each room knows only those below it."""
     room = path.relative_to(ROOT / "bags").parts[0].removesuffix(".py")
     for name in module_imports(path):
         own = name.split(".")[0] == room
@@ -89,6 +89,14 @@ def test_files_stay_short():
     lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "bags").rglob("*.py")}
     longest = max(lengths, key=lengths.get)
     assert lengths[longest] < 400, f"{longest}: {lengths[longest]} lines"
+
+
+def test_functions_stay_short():
+    """No function of the package has 80 lines."""
+    for path in (ROOT / "bags").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 80, f"{path}: {node.name}"
 
 
 def test_scoring_needs_no_torch():
