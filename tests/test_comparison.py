@@ -9,9 +9,10 @@ import pytest
 from conftest import run_script
 
 import bags
+from bags.data.statistics import training_of
 from bags.evaluation import comparison
 from bags.evaluation.comparison import ap_of, compare, detections_of, interval, means, objects_of
-from bags.evaluation.detection_ap import match, training_of
+from bags.evaluation.detection_ap import match
 
 IMAGES, CATEGORIES = 12, 5
 
