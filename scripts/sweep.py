@@ -18,7 +18,6 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,6 +28,7 @@ from bags.sections import Config
 from scripts.train import KEY, in_order, run_jobs, seeds_of, split_arguments
 
 NUMBER = re.compile(r"(mask_)?(AP([0-9]+|[smlrcf]|_tail|_head)?|AR)|ACC([0-9]+|bg)?")
+TAKEN = {"name": "rows are named by their values", "output": "rows share one folder"}
 BEFORE = "put CONFIG and section.key=value before --over"
 
 
@@ -51,7 +51,7 @@ def main() -> None:
             f"--best {arguments.best}: expected a column of the table, as AP, AP50, AP1, AP_tail, mask_AP, ACC"
         )
     seeds = seeds_of(arguments.seeds)
-    own_rows = combinations(arguments.over, ("name", "output", *(["seed"] if seeds[0] is not None else [])))
+    own_rows = combinations(arguments.over, TAKEN if seeds[0] is None else TAKEN | {"seed": "--seeds gives it"})
     name = load_config(paths[0], overrides).name
     rows = [[*overrides, *own, f"name={json.dumps(row_name(name, own))}"] for own in own_rows]
     jobs = [[in_order(paths, row, seed)[0] for row in rows] for seed in seeds]
@@ -60,15 +60,15 @@ def main() -> None:
     run_jobs(jobs, lambda folders: show(folders, arguments.best, title, arguments.save))
 
 
-def combinations(over: list[list[str]], taken: Sequence[str] = ()) -> list[tuple[str, ...]]:
-    """Overrides of each row. `taken` are keys that the sweep itself sets."""
+def combinations(over: list[list[str]], taken: dict[str, str]) -> list[tuple[str, ...]]:
+    """Overrides of each row. taken: keys that cannot be swept, and why."""
     for key, *values in over:
         if not values or "=" in key:
             raise UserError(f"--over {key}: expected a key and its values, as in --over classifier.others_ratio 1 8")
         if len(set(values)) < len(values):
             raise UserError(f"--over {key}: a value is there twice")
         if key in taken:
-            raise UserError(f"--over {key}: the sweep gives each of its rows its own {key}")
+            raise UserError(f"--over {key}: cannot be swept: {taken[key]}")
         late = next((value for value in values if "=" in value and KEY.fullmatch(value.partition("=")[0])), None)
         if late:
             raise UserError(f"--over {key}: {late}: {BEFORE}")
