@@ -20,20 +20,21 @@ from torch import Tensor, nn
 from torchvision.models.detection import roi_heads as torchvision_roi_heads
 
 from bags.classifier_sections import ClassifierConfig, GroupSoftmaxConfig, SoftmaxConfig
-from bags.classifiers.base import ProposalClassifier
+from bags.classifiers.base import ProposalClassifier, checked_counts
 from bags.data.statistics import CategoryStats
 from bags.detectors.conventions import CONVENTIONS
 from bags.detectors.roi_heads import RoIHeads
 from bags.methods import build_classifier, columns
 
 SECTIONS = {section().name: section for section in typing.get_args(ClassifierConfig)}
+GROUPED = GroupSoftmaxConfig().name  # what `boundaries` are for
 ON_TRAINED = ("tau_norm", "norcal", "simcal")  # what they do, they do beside or with trained weights
 
 
 def balance(
     detector: nn.Module,
     instance_counts: Sequence[int] | Tensor,
-    boundaries: Sequence[int] = (10, 100, 1000),
+    boundaries: Sequence[int] | None = None,
     classifier: str | ProposalClassifier = "group_softmax",
     image_counts: Sequence[int] | Tensor | None = None,
     keep_weights: bool = False,
@@ -50,20 +51,23 @@ def balance(
     detector         of torchvision's model functions, or built from parts (torchvision's RoIHeads, and a predictor of
                      two linear layers cls_score [C+1 rows] and bbox_pred); trained on anything
     instance_counts  [C] training boxes per label 1..C
-    boundaries       of the groups, for "group_softmax" (Eq. 3)
+    boundaries       of the groups, for "group_softmax" alone (Eq. 3); default: 10, 100, 1000
     classifier       name of a method, as in a configuration, with its published settings; or a classifier of
                      C categories for features as wide as the box head's
     image_counts     [C] training images per label, which some methods count; default: instance_counts
     keep_weights     the classifier starts from the detector's own layer instead of a new one; for methods whose layer
                      is a plain softmax's (with "softmax", detections stay exactly what they were). "norcal",
                      "tau_norm" (nothing of them is trained) and "simcal" need it.
-    Returns the detector. Raises ValueError for what is no such detector, and for counts that do not fit it.
+    Returns the detector. Raises ValueError for what is no such detector, and for settings that do not fit it.
     """
     roi_heads, predictor = _parts(detector)
+    if boundaries is not None and classifier != GROUPED:
+        name = classifier if isinstance(classifier, str) else type(classifier).__name__
+        raise ValueError(f"boundaries: expected None, as {name} takes none, got {tuple(boundaries)}")
     in_features, labels = predictor.cls_score.in_features, predictor.cls_score.out_features
     if isinstance(classifier, str):
-        counts = _whole_numbers("instance_counts", instance_counts, labels - 1)
-        images = counts if image_counts is None else _whole_numbers("image_counts", image_counts, labels - 1)
+        counts = _counts("instance_counts", instance_counts, labels - 1)
+        images = counts if image_counts is None else _counts("image_counts", image_counts, labels - 1)
         classifier = _new_classifier(classifier, in_features, boundaries, counts, images, keep_weights)
     if classifier.num_categories != labels - 1:
         raise ValueError(f"classifier: has {classifier.num_categories} categories, the detector {labels - 1}")
@@ -172,19 +176,14 @@ def _parts(detector: nn.Module) -> tuple[torchvision_roi_heads.RoIHeads, Any]:
     return roi_heads, predictor
 
 
-def _whole_numbers(name: str, counts: Sequence[int] | Tensor, number: int) -> tuple[int, ...]:
-    values = torch.as_tensor(counts)
-    if values.shape != (number,):
-        raise ValueError(f"{name}: expected {number}, one for each label 1 to {number}, got {tuple(values.shape)}")
-    if not torch.equal(values, values.long().to(values.dtype)) or (values < 0).any():
-        raise ValueError(f"{name}: expected whole numbers of 0 or more")
-    return tuple(values.long().tolist())
+def _counts(name: str, counts: Sequence[int] | Tensor, number: int) -> tuple[int, ...]:
+    return tuple(checked_counts(name, counts, number).tolist())
 
 
 def _new_classifier(
     name: str,
     in_features: int,
-    boundaries: Sequence[int],
+    boundaries: Sequence[int] | None,
     counts: tuple[int, ...],
     images: tuple[int, ...],
     keep_weights: bool,
@@ -194,8 +193,7 @@ def _new_classifier(
         raise ValueError(f"classifier: expected a classifier or one of {known}, got {name!r}")
     if name in ON_TRAINED and not keep_weights:
         raise ValueError(f"classifier {name}: works with the detector's own layer, so it needs keep_weights=True")
-    grouped = name == GroupSoftmaxConfig().name
-    section = GroupSoftmaxConfig(boundaries=tuple(boundaries)) if grouped else SECTIONS[name]()
+    section = SECTIONS[name]() if boundaries is None else GroupSoftmaxConfig(boundaries=tuple(boundaries))
     if keep_weights and columns(section, counts) != columns(SoftmaxConfig(), counts):
         raise ValueError(f"keep_weights: the layer of {name} is not a softmax's")
     ids = tuple(range(1, len(counts) + 1))

@@ -115,7 +115,18 @@ def convert(value: Any, kind: Any, key: str, source: str) -> Any:
         if kind is str and "\0" in value:
             raise UserError(f"{source}: {key}: a text must not hold NUL characters")
         return value
-    raise UserError(f"{source}: {key}: expected {_describe(kind)}, got {_shown(value)}")
+    raise UserError(f"{source}: {key}: expected {_describe(kind)}, got {_shown(value)}{_as_list(value, kind)}")
+
+
+def _as_list(value: Any, kind: Any) -> str:
+    """A hint, where brackets make a list of `value`: 10,100 is a text."""
+    if isinstance(value, (int, float, str)) and typing.get_origin(kind) is tuple:
+        try:
+            convert(parse_yaml(f"[{value}]"), kind, "", "")
+            return f"; write [{value}]"
+        except (yaml.YAMLError, ValueError, RecursionError):
+            pass
+    return next(filter(None, (_as_list(value, k) for k in typing.get_args(kind) if typing.get_origin(k) is tuple)), "")
 
 
 def _convert_section(value: Any, kind: type, key: str, source: str) -> Any:
@@ -131,7 +142,10 @@ def _convert_section(value: Any, kind: type, key: str, source: str) -> Any:
 
 
 def _chosen(value: Any, sections: dict, key: str, source: str) -> type:
-    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        hint = f"write {key}.name={value}" if value in tuple(sections) else f"names: {', '.join(sections)}"
+        raise UserError(f"{source}: {key}: expected a section of keys, got {_shown(value)}; {hint}")
+    name = value.get("name")
     if not isinstance(name, str) or name not in sections:
         near = difflib.get_close_matches(_shown(name), sections, 1)
         hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(sections)}"

@@ -40,8 +40,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for what is written")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
     arguments = parser.parse_intermixed_args()
-    if (arguments.source is None) == (arguments.compare is None):
+    if arguments.compare and arguments.source:
+        raise UserError(f"{arguments.source}: --compare takes two results files and options, nothing else")
+    if arguments.source is None and arguments.compare is None:
         raise UserError("expected a checkpoint or a results file, or --compare with two results files")
+    for path in (arguments.output, *arguments.output.parents) if arguments.output else ():
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--output {arguments.output}: {path} is a file, not a folder")
     if arguments.compare:
         return compare_results(arguments)
     metrics: dict[str, float] | None
@@ -58,17 +63,12 @@ def main() -> None:
         metrics, name = evaluate_checkpoint(arguments.source, arguments.overrides, arguments.output)
     if metrics is None:  # not the main process
         return
+    from bags.analysis.tables import render_table, without_nan
+
     if arguments.json:
-        print(json.dumps(plain(metrics)))
+        print(json.dumps(without_nan(metrics)))
     else:
-        from bags.analysis.tables import render_table
-
         print(render_table({name: [metrics]}))
-
-
-def plain(values: dict) -> dict:
-    """With None for NaN, which JSON does not have."""
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
 
 
 def boundaries(text: str | None) -> tuple[int, ...]:
@@ -115,7 +115,7 @@ def compare_results(arguments: argparse.Namespace) -> None:
 
     if arguments.annotations is None:
         raise UserError("--compare needs --annotations, the ground truth of both files")
-    if arguments.engine or arguments.overrides:
+    if arguments.engine:
         raise UserError("--compare takes --annotations, --bins, --draws, --output and --json")
     kinds = ["bbox", "segm"] if all(map(has_masks, arguments.compare)) else ["bbox"]
     (first, second), bins = arguments.compare, boundaries(arguments.bins)

@@ -12,6 +12,7 @@ are not run again. More values: the same command with more of them.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -21,45 +22,66 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bags.config import load_config
 from bags.errors import UserError, run_script
+from bags.sections import Config
+from scripts.train import KEY, in_order, run_jobs, seeds_of, split_arguments
 
 NUMBER = re.compile(r"(mask_)?(AP([0-9]+|[smlrcf]|_tail|_head)?|AR)|ACC([0-9]+|bg)?")
+TAKEN = {"name": "rows are named by their values", "output": "rows share one folder"}
+BEFORE = "put CONFIG and section.key=value before --over"
 
 
 def main() -> None:
     """Parses the command line; rows, seeds, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="+", help="a YAML file, and section.key=value overrides for all rows")
+    parser.add_argument("config", nargs="*", help="a YAML file, and section.key=value overrides for all rows")
     parser.add_argument("--over", nargs="+", action="append", required=True, metavar=("KEY", "VALUE"))
     parser.add_argument("--seeds", help="comma-separated; run folders go below <output>/seed<N>")
     parser.add_argument("--save", type=Path, metavar="JSON", help="keep the numbers, the command and the environment")
     parser.add_argument("--best", default="AP", help="the number that the best row is told by (default AP)")
     arguments = parser.parse_intermixed_args()
-    from bags.config import load_config
-    from scripts.train import in_order, run_jobs, seeds_of, split_arguments
-
     paths, overrides = split_arguments(arguments.config)
+    if not paths:
+        raise UserError(f"no configuration: {BEFORE}")
     if len(paths) != 1 or paths[0].is_dir():
-        raise UserError(f"{', '.join(map(str, paths)) or 'no configuration'}: expected one YAML file")
+        raise UserError(f"{', '.join(map(str, paths))}: expected one YAML file")
     if not NUMBER.fullmatch(arguments.best):
         raise UserError(
             f"--best {arguments.best}: expected a column of the table, as AP, AP50, AP1, AP_tail, mask_AP, ACC"
         )
+    seeds = seeds_of(arguments.seeds)
+    own_rows = combinations(arguments.over, TAKEN if seeds[0] is None else TAKEN | {"seed": "--seeds gives it"})
     name = load_config(paths[0], overrides).name
-    rows = [[*overrides, *own, f"name={json.dumps(row_name(name, own))}"] for own in combinations(arguments.over)]
-    jobs = [[in_order(paths, row, seed)[0] for row in rows] for seed in seeds_of(arguments.seeds)]
+    rows = [[*overrides, *own, f"name={json.dumps(row_name(name, own))}"] for own in own_rows]
+    jobs = [[in_order(paths, row, seed)[0] for row in rows] for seed in seeds]
+    refuse_equal(jobs[0])
     title = f"{name}: {', '.join(key for key, *_ in arguments.over)}"
     run_jobs(jobs, lambda folders: show(folders, arguments.best, title, arguments.save))
 
 
-def combinations(over: list[list[str]]) -> list[tuple[str, ...]]:
-    """Overrides of each row."""
+def combinations(over: list[list[str]], taken: dict[str, str]) -> list[tuple[str, ...]]:
+    """Overrides of each row. taken: keys that cannot be swept, and why."""
     for key, *values in over:
         if not values or "=" in key:
             raise UserError(f"--over {key}: expected a key and its values, as in --over classifier.others_ratio 1 8")
         if len(set(values)) < len(values):
             raise UserError(f"--over {key}: a value is there twice")
+        if key in taken:
+            raise UserError(f"--over {key}: cannot be swept: {taken[key]}")
+        late = next((value for value in values if "=" in value and KEY.fullmatch(value.partition("=")[0])), None)
+        if late:
+            raise UserError(f"--over {key}: {late}: {BEFORE}")
     return list(itertools.product(*([f"{key}={value}" for value in values] for key, *values in over)))
+
+
+def refuse_equal(rows: list[Config]) -> None:
+    """Raises UserError for two rows that differ in nothing but the spelling of a value."""
+    names: dict[Config, str] = {}
+    for row in rows:
+        other = names.setdefault(dataclasses.replace(row, name=""), row.name)
+        if other != row.name:
+            raise UserError(f"--over: {other} and {row.name} have equal settings: leave one out")
 
 
 def row_name(name: str, overrides: tuple[str, ...]) -> str:

@@ -16,6 +16,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -26,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bags.config import config_to_dict, load_config, save_config
 from bags.errors import STOPPED, UserError, run_script
 from bags.sections import Config
+
+KEY = re.compile(rf"({'|'.join(field.name for field in dataclasses.fields(Config))})(\.\w+)*(?<!\.yaml)(?<!\.yml)")
 
 
 def main() -> None:
@@ -102,7 +105,14 @@ def _share_a_pass(first: Config, other: Config) -> bool:
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[Path], list[str]]:
-    """Paths (whatever exists, or has no "=") and overrides."""
+    """Paths (whatever exists, or has no "=") and overrides. Raises UserError for a key apart from its value."""
+    for k, argument in enumerate(arguments):
+        key = argument.removesuffix("=")
+        if KEY.fullmatch(key) and not Path(argument).exists():
+            after = [text.removeprefix("=") for text in arguments[k + 1 : k + 3] if text != "="][:1]
+            value = next((text for text in after if "=" not in text and not Path(text).exists()), None)
+            if value or (key == argument and "." in key):  # `key=` alone is null, a bare word may be a folder
+                raise UserError(f"{key}: write {key}={value or 'VALUE'}, without spaces")
     is_path = ["=" not in argument or Path(argument).exists() for argument in arguments]
     pairs = list(zip(arguments, is_path, strict=True))
     return [Path(argument) for argument, path in pairs if path], [argument for argument, path in pairs if not path]
@@ -110,9 +120,11 @@ def split_arguments(arguments: list[str]) -> tuple[list[Path], list[str]]:
 
 def seeds_of(text: str | None) -> list[int | None]:
     try:
-        return list(dict.fromkeys(int(s) for s in text.split(","))) if text else [None]
+        return [None] if text is None else list(dict.fromkeys(int(s) for s in text.split(",")))
     except ValueError:
-        raise UserError(f"--seeds {text}: expected whole numbers separated by commas, as in 0,1,2") from None
+        raise UserError(
+            f"--seeds {text or repr(text)}: expected whole numbers separated by commas, as in 0,1,2"
+        ) from None
 
 
 def in_order(paths: list[Path], overrides: list[str], seed: int | None = None) -> list[Config]:
@@ -120,6 +132,10 @@ def in_order(paths: list[Path], overrides: list[str], seed: int | None = None) -
     files = [f for p in paths for f in (sorted(p.glob("[!_]*.yaml")) if p.is_dir() else [p])]
     if not files:
         raise UserError(f"{', '.join(map(str, paths)) or 'no configuration'}: expected a YAML file or a folder of them")
+    for file in files:
+        if file.name.startswith("_") and file.exists():
+            rows = ", ".join(row.name for row in sorted(file.parent.glob("[!_]*.yaml")))
+            raise UserError(f"{file}: is a base of other files; its rows are {rows or 'still to be written'}")
     waiting = [load_config(file, overrides) for file in files]
     if seed is not None:
         seeded = [f"seed={seed}", f"output={waiting[0].output}/seed{seed}"]

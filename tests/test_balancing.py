@@ -301,6 +301,9 @@ def test_what_cannot_be_balanced(small):
         bags.balance(small, (1, 2, 3, -4))
     with pytest.raises(ValueError, match="boundaries"):
         bags.balance(small, COUNTS, boundaries=(100, 10))
+    for other, name in (("seesaw", "seesaw"), (bags.Softmax(12, 4), "Softmax")):
+        with pytest.raises(ValueError, match=rf"boundaries: expected None, as {name} takes none, got \(3,\)"):
+            bags.balance(small, COUNTS, boundaries=[3], classifier=other)
     with pytest.raises(ValueError, match="one of acsl, .*group_softmax.*got 'bag'"):
         bags.balance(small, COUNTS, classifier="bag")
     with pytest.raises(ValueError, match="keep_weights: the layer of group_softmax"):

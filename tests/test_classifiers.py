@@ -1,5 +1,6 @@
 """Groups, grouped loss and grouped scores against hand-worked numbers and a slow second version."""
 
+import inspect
 import math
 
 import numpy as np
@@ -137,6 +138,55 @@ def test_others_of_every_group():
 def test_bad_ratio(ratio):
     with pytest.raises(ValueError, match="others_ratio"):
         group_softmax([5, 50], ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        ("GroupSoftmax", {"scale": -3}, "scale: expected a number of 0 or more, got -3"),
+        (
+            "GroupSoftmax",
+            {"class_weights": torch.ones(2)},
+            r"class_weights: expected 3 numbers of 0 or more, got \[1.0,",
+        ),
+        ("GroupSoftmax", {"class_weights": torch.tensor([1, 1, -1])}, "class_weights: expected 3"),
+        ("GroupSoftmax", {"group_weights": [1, math.nan, 1]}, "group_weights: expected 3"),
+        ("GroupSoftmax", {"temperatures": [1, 1, math.inf]}, "temperatures: expected 'learned' or 3 numbers above 0"),
+        ("ReweightedSoftmax", {"class_weights": torch.tensor([1, math.nan])}, "class_weights: expected 2"),
+        ("TauNorm", {"tau": -1}, "tau: expected a number of 0 or more, got -1"),
+        ("TauNorm", {"tail": [0]}, r"tail: expected labels 1 to 2 \(0 is the background\), got \[0\]"),
+        ("NearestClassMean", {"width": 4, "scale": 0}, "scale: expected a number above 0"),
+        ("NorCal", {"gamma": -1}, "gamma: expected a number of 0 or more"),
+        ("NorCal", {"counts": [1, -2]}, r"counts: expected whole numbers of 0 or more, got \[1, -2\]"),
+        ("ACSL", {"threshold": 3}, "threshold: expected a number between 0 and 1, got 3"),
+        ("EqualizationLoss", {"tail_images": -1}, "tail_images: expected a number of 0 or more"),
+        ("DropLoss", {"image_counts": [1.5, 2]}, "image_counts: expected whole numbers"),
+        ("EqualizationLossV2", {"mu": -1}, "mu: expected a number of 0 or more"),
+        ("Federated", {"number": 0}, "number: expected 1 or more, got 0"),
+        ("Federated", {"power": math.inf}, "power: expected a number of 0 or more"),
+        ("SigmoidFocal", {"alpha": 3}, "alpha: expected 0 to 1, got 3"),
+        ("LogitAdjusted", {"tau": math.nan}, "tau: expected a number of 0 or more, got nan"),
+        ("BalancedSigmoid", {"counts": [[5, 50]]}, "counts: expected one count per category"),
+        ("ClassBalancedSigmoid", {"beta": 1}, "beta: expected 0 <= beta < 1, got 1"),
+        ("Seesaw", {"p": -1}, "p: expected a number of 0 or more"),
+        ("Seesaw", {"eps": 0}, "eps: expected a number above 0, to 1"),
+        ("SimCal", {"below": 0}, "below: expected 1 or more"),
+    ],
+)
+def test_impossible_settings_are_refused(name, settings, message):
+    needed = {
+        "groups": bags.assign_groups([5, 50], (10,)), "num_categories": 2, "counts": (5, 50), "image_counts": (5, 50)
+    }  # fmt: skip
+    taken = inspect.signature(getattr(bags, name)).parameters
+    with pytest.raises(ValueError, match=f"^{message}"):
+        getattr(bags, name)(4, **({key: value for key, value in needed.items() if key in taken} | settings))
+
+
+def test_counts_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"instance_counts: expected whole numbers of 0 or more, got \[1, -2\]"):
+        bags.class_weights([1, -2], "inverse")
+    with pytest.raises(ValueError, match=r"instance_counts: expected 2, one for each label 1 to 2, got \(1,\)"):
+        bags.within_group_weights(bags.assign_groups([5, 50]), [5])
 
 
 def test_background_only_and_empty_batches():

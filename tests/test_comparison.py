@@ -9,9 +9,10 @@ import pytest
 from conftest import run_script
 
 import bags
+from bags.data.statistics import training_of
 from bags.evaluation import comparison
 from bags.evaluation.comparison import ap_of, compare, detections_of, interval, means, objects_of
-from bags.evaluation.detection_ap import match, training_of
+from bags.evaluation.detection_ap import match
 
 IMAGES, CATEGORIES = 12, 5
 
@@ -163,7 +164,7 @@ def test_compare_on_the_command_line(tmp_path):
         (files, "--compare needs --annotations"),
         ([*files, *truth, "--engine", "lvis"], "--compare takes --annotations"),
         ([], "expected a checkpoint or a results file"),
-        ([tmp_path / "a.json", *files, *truth], "expected a checkpoint or a results file"),
+        ([tmp_path / "a.json", *files, *truth], "a.json: --compare takes two results files and options"),
     ):
         done = run_script("evaluate", *arguments)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

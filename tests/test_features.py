@@ -439,6 +439,11 @@ def test_a_sweep_of_scores_runs_the_detector_once(job, tmp_path):
         (["--over", "classifier.others_ratio"], "expected a key and its values"),
         (["--over", "classifier.others_ratio=2", "3"], "expected a key and its values"),
         (["--over", "classifier.others_ratio", "2", "2"], "a value is there twice"),
+        (["--over", "classifier.others_ratio", "2", "n", "2.0"], "=2 and bags,others_ratio=2.0 have equal settings"),
+        (["--over", "classifier.others_ratio", "2", "seed=3"], "seed=3: put CONFIG and section.key=value before"),
+        (["--over", "name", "a", "b"], "--over name: cannot be swept: rows are named by"),
+        (["--over", "output", "a", "b"], "--over output: cannot be swept"),
+        (["--over", "seed", "0", "1", "--seeds", "3,4"], "--over seed: cannot be swept: --seeds gives it"),
         (["--over", "classifier.other_ratio", "2"], "did you mean classifier.others_ratio"),
         (["--over", "classifier.others_ratio", "2", "--best", "mAP"], "--best mAP: expected a column of the table"),
     ],
@@ -447,3 +452,8 @@ def test_mistakes_in_a_sweep(swept, arguments, message):
     configs, folder = swept
     done = run_script("sweep", configs / "bags.yaml", f"output={folder}", "data.flip=0.5", *arguments)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_sweep_whose_configuration_comes_last():
+    done = run_script("sweep", "--over", "classifier.others_ratio", "2", "8", "configs/glyphs-100/bags.yaml")
+    assert done.returncode == 2 and "no configuration: put CONFIG and section.key=value before --over" in done.stderr

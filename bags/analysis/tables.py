@@ -69,10 +69,14 @@ def tail_below(boundaries: Sequence[int]) -> int:
     return boundaries[(len(boundaries) + 1) // 2 - 1]
 
 
+def without_nan(values: dict[str, float]) -> dict[str, float | None]:
+    """With None for NaN, which JSON does not have."""
+    return {key: None if math.isnan(value) else value for key, value in values.items()}
+
+
 def write_metrics(folder: Path, values: dict[str, float]) -> None:
     """Writes `metrics.json`; NaN becomes null."""
-    plain = {key: None if math.isnan(value) else value for key, value in values.items()}
-    write_text(folder / "metrics.json", json.dumps(plain, indent=1))
+    write_text(folder / "metrics.json", json.dumps(without_nan(values), indent=1))
 
 
 def write_scores(folder: Path, name: str, scores: dict[str, Scores], boundaries: Sequence[int]) -> list[Path]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bags.classifiers.base import at_least_float32
+from bags.classifiers.base import at_least_float32, checked_counts, need
 from bags.classifiers.softmax import Softmax
 
 SHARES = (0.01, 0.1)  # of the background proposals, for rare and common categories
@@ -23,6 +23,7 @@ class ACSL(Softmax):
     On background proposals, as in the released code: 1 for the background and for all frequent categories, for
     common and rare ones on a tenth and on a hundredth of these proposals, drawn from torch's global generator.
     image_counts: [C] training images; at most 10 make a category rare, at most 100 common (LVIS).
+    threshold: between 0 and 1, the score from which a wrong category is pushed down.
     Shape shorthand: R proposals, C categories; logits [R, C+1], column 0 a sigmoid for the background.
     """
 
@@ -30,8 +31,9 @@ class ACSL(Softmax):
 
     def __init__(self, in_features: int, image_counts: Sequence[int], threshold: float = 0.7):
         super().__init__(in_features, len(image_counts))
+        need(0 < threshold < 1, "threshold", "a number between 0 and 1", threshold)
         self.threshold = threshold
-        images = torch.as_tensor(image_counts)
+        images = checked_counts("image_counts", image_counts)
         bands = torch.bucketize(images, torch.tensor([10, 100]))  # 0 rare, 1 common, 2 frequent
         self.register_buffer("bands", torch.cat([torch.full((1,), 2), bands]), persistent=False)
 

@@ -4,8 +4,9 @@ Shape shorthand: R proposals of the batch, C categories, D logits (private to ea
 Labels are 0..C and 0 is the background.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,37 @@ class ProposalClassifier(nn.Module, ABC):
 
         Methods that need none of it do not override this, and are spared the pass.
         """
+
+
+def need(holds: bool, argument: str, expected: str, given: object) -> None:
+    """Raises ValueError, naming the argument, where it does not hold."""
+    if not holds:
+        raise ValueError(f"{argument}: expected {expected}, got {given!r}")
+
+
+def need_not_negative(**arguments: float) -> None:
+    """Raises ValueError for the first that is not a number of 0 or more."""
+    for name, value in arguments.items():
+        need(0 <= value < math.inf, name, "a number of 0 or more", value)
+
+
+def checked_counts(name: str, counts: Sequence[int] | Tensor, number: int | None = None) -> Tensor:
+    """Counts of labels 1..C as int64 [C]; `number` is the C that is wanted. Raises ValueError for anything else."""
+    values = torch.as_tensor(counts)
+    shape = tuple(values.shape)
+    need(values.ndim == 1 and len(values) > 0, name, "one count per category", shape)
+    need(number in (None, len(values)), name, f"{number}, one for each label 1 to {number}", shape)
+    whole = torch.equal(values, values.long().to(values.dtype))
+    need(whole and bool((values >= 0).all()), name, "whole numbers of 0 or more", values.tolist())
+    return values.long()
+
+
+def checked_weights(name: str, weights: Sequence[float] | Tensor, number: int) -> Tensor:
+    """Factors [number]. Raises ValueError unless they are that many numbers of 0 or more."""
+    values = torch.as_tensor(weights)
+    usable = values.shape == (number,) and bool(((values >= 0) & (values < math.inf)).all())
+    need(usable, name, f"{number} numbers of 0 or more", values.tolist() if number < 10 else tuple(values.shape))
+    return values
 
 
 def new_linear(in_features: int, outputs: int) -> nn.Linear:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bags.classifiers.base import checked_counts, need
 from bags.classifiers.sigmoid import Sigmoid
 
 
@@ -22,9 +23,8 @@ class ClassBalancedSigmoid(Sigmoid):
 
     def __init__(self, in_features: int, counts: Sequence[int], beta: float = 0.999, prior: float = 0.001):
         super().__init__(in_features, len(counts), prior)
-        if not 0 <= beta < 1:
-            raise ValueError(f"beta: expected 0 <= beta < 1, got {beta}")
-        raw = (1 - beta) / (1 - beta ** torch.as_tensor(counts, dtype=torch.float64).clamp(min=1))
+        need(0 <= beta < 1, "beta", "0 <= beta < 1", beta)
+        raw = (1 - beta) / (1 - beta ** checked_counts("counts", counts).double().clamp(min=1))
         weights = torch.cat([raw.new_ones(1), raw / raw.mean()])
         self.register_buffer("label_weights", weights, persistent=False)
 

@@ -1,7 +1,5 @@
 """DropLoss (Hsieh et al., AAAI 2021): equalization loss whose background proposals are dropped, too, by chance."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -18,9 +16,6 @@ class DropLoss(EqualizationLoss):
     without foreground drops nothing. tail_images: categories in at most so many training images are rare; the
     paper's are LVIS's rare and common ones, 100 images.
     """
-
-    def __init__(self, in_features: int, image_counts: Sequence[int], tail_images: int = 100, prior: float = 0.001):
-        super().__init__(in_features, image_counts, tail_images, prior)
 
     def element_weights(self, targets: Tensor, labels: Tensor) -> Tensor:
         """0 for what is dropped, else 1."""

@@ -6,9 +6,9 @@ of softmax (table of the authors' later repository); LVIS v0.5 24.0 / 9.4 25.2 2
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from bags.classifiers.base import checked_counts, need_not_negative
 from bags.classifiers.sigmoid import Sigmoid
 
 
@@ -26,7 +26,9 @@ class EqualizationLoss(Sigmoid):
 
     def __init__(self, in_features: int, image_counts: Sequence[int], tail_images: int = 100, prior: float = 0.001):
         super().__init__(in_features, len(image_counts), prior)
-        self.register_buffer("is_tail", torch.as_tensor(image_counts) <= tail_images, persistent=False)
+        need_not_negative(tail_images=tail_images)
+        is_tail = checked_counts("image_counts", image_counts) <= tail_images
+        self.register_buffer("is_tail", is_tail, persistent=False)
 
     def element_weights(self, targets: Tensor, labels: Tensor) -> Tensor:
         """0 for rare categories on proposals of other categories, else 1."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bags.classifiers.base import at_least_float32, sum_over_ranks
+from bags.classifiers.base import at_least_float32, need_not_negative, sum_over_ranks
 from bags.classifiers.sigmoid import prior_bias
 from bags.classifiers.softmax import Softmax
 
@@ -25,6 +25,8 @@ class EqualizationLossV2(Softmax):
 
     Gradients are those of the weighted loss, by the logit. Column 0 is an objectness sigmoid, trained on all
     proposals with weight 1, whose target is background; it gives the scores their factor P(foreground).
+    gamma >= 0: steepness of f. mu >= 0: the ratio at which f is 1/2. alpha >= 0: what positives gain at most. prior:
+    between 0 and 1, every score before training.
     Shape shorthand: R proposals, C categories; logits [R, C+1].
 
     `loss` adds its gradients to the buffers `positive` and `negative` in training mode, over all ranks, so that a
@@ -44,6 +46,7 @@ class EqualizationLossV2(Softmax):
         prior: float = 0.001,
     ):
         super().__init__(in_features, num_categories)
+        need_not_negative(gamma=gamma, mu=mu, alpha=alpha)
         self.gamma, self.mu, self.alpha = gamma, mu, alpha
         nn.init.constant_(self.linear.bias, prior_bias(prior))
         # Double precision: late steps add little to large sums.

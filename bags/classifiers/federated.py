@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bags.classifiers.base import checked_counts, need, need_not_negative
 from bags.classifiers.sigmoid import Sigmoid
 
 
@@ -15,8 +16,10 @@ class Federated(Sigmoid):
     background may well be an object of one of them.
     image_counts  [C] training images of each category; a category is drawn with probability ~ count^power,
                   without replacement, from torch's global generator; 0 is taken as 1
-    number        categories in the loss; the background, where the batch has some, takes one of these places (as
+    number        >= 1: categories in the loss; the background, where the batch has some, takes one of these places (as
                   in the released code). More where more appear.
+    power         >= 0; 0 draws all categories alike
+    prior         between 0 and 1, every score before training
     """
 
     log_weights: Tensor
@@ -30,8 +33,10 @@ class Federated(Sigmoid):
         prior: float = 0.01,
     ):
         super().__init__(in_features, len(image_counts), prior)
+        need(number >= 1, "number", "1 or more", number)
+        need_not_negative(power=power)
         self.number = number
-        log_weights = power * torch.as_tensor(image_counts, dtype=torch.float64).clamp(min=1).log()
+        log_weights = power * checked_counts("image_counts", image_counts).double().clamp(min=1).log()
         self.register_buffer("log_weights", log_weights, persistent=False)
 
     def element_weights(self, targets: Tensor, labels: Tensor) -> Tensor:

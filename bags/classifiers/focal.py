@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from torchvision.ops import sigmoid_focal_loss
 
-from bags.classifiers.base import at_least_float32
+from bags.classifiers.base import at_least_float32, need, need_not_negative
 from bags.classifiers.softmax import Softmax
 
 
@@ -16,6 +16,8 @@ class SigmoidFocal(Softmax):
 
     def __init__(self, in_features: int, num_categories: int, gamma: float = 2.0, alpha: float = 0.25):
         super().__init__(in_features, num_categories)
+        need_not_negative(gamma=gamma)
+        need(0 <= alpha <= 1, "alpha", "0 to 1", alpha)
         self.gamma, self.alpha = gamma, alpha
 
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -6,13 +6,23 @@ group [others, its categories by ascending label]. C = 1230 and 4 groups give D 
 Shape shorthand: R proposals, C categories, N foreground groups, L = C + 2 + N columns of the full layout.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bags.classifiers.base import BoxFeatures, CosineLinear, ProposalClassifier, at_least_float32, new_linear
+from bags.classifiers.base import (
+    BoxFeatures,
+    CosineLinear,
+    ProposalClassifier,
+    at_least_float32,
+    checked_weights,
+    need,
+    need_not_negative,
+    new_linear,
+)
 from bags.classifiers.groups import CategoryGroups
 
 NEVER = -1e4  # the logit of a column that a variant lacks: probability 0, and finite even in float16
@@ -29,13 +39,13 @@ class GroupSoftmax(ProposalClassifier):
                       score is the product of all groups' P(others)
     others            the paper's *o*. Without it, background proposals train no group but the background's,
                       which is then one logit (the background's) with sigmoid cross entropy (section 4.1)
-    group_weights     [1 + N] factors of the losses, the background group's first
-    class_weights     [C + 1] factors of each label's foreground samples (see `groups.within_group_weights`);
+    group_weights     [1 + N] factors >= 0 of the losses, the background group's first
+    class_weights     [C + 1] factors >= 0 of each label's foreground samples (see `groups.within_group_weights`);
                       the released `with0_reweight` variant
     Not in the paper:
-    scale             of a cosine layer (its factor); 0 is the paper's linear layer
-    temperatures      [1 + N] numbers that divide each group's logits before the softmax of the scores, the background
-                      group's first, or "learned": factors of the logits, trained with the layer
+    scale             >= 0, of a cosine layer (its factor); 0 is the paper's linear layer
+    temperatures      [1 + N] numbers above 0 that divide each group's logits before the softmax of the scores, the
+                      background group's first, or "learned": factors of the logits, trained with the layer
     Raises ValueError for an impossible choice.
     """
 
@@ -61,14 +71,14 @@ class GroupSoftmax(ProposalClassifier):
     ):
         super().__init__()
         number = len(groups.sizes)
-        if not (others_ratio in ("n", "all") if isinstance(others_ratio, str) else others_ratio >= 0):
-            raise ValueError(f"others_ratio: expected a number >= 0, 'n' or 'all', got {others_ratio!r}")
-        if group_weights is not None and (len(group_weights) != number + 1 or min(group_weights) < 0):
-            raise ValueError(f"group_weights: expected {number + 1} numbers >= 0, got {group_weights}")
+        known = others_ratio in ("n", "all") if isinstance(others_ratio, str) else 0 <= others_ratio < math.inf
+        need(known, "others_ratio", "a number of 0 or more, 'n' or 'all'", others_ratio)
+        need_not_negative(scale=scale)
         learned = temperatures == "learned"
         fixed = None if temperatures is None or isinstance(temperatures, str) else tuple(temperatures)
-        if not (learned or temperatures is None) and (not fixed or len(fixed) != number + 1 or min(fixed) <= 0):
-            raise ValueError(f"temperatures: expected 'learned' or {number + 1} numbers above 0, got {temperatures}")
+        usable = fixed is not None and len(fixed) == number + 1 and all(0 < t < math.inf for t in fixed)
+        need(learned or temperatures is None or usable, "temperatures",
+             f"'learned' or {number + 1} numbers above 0", temperatures)  # fmt: skip
         self.groups, self.num_categories = groups, groups.num_categories
         self.others_ratio, self.background_group, self.others = others_ratio, background_group, others
         self.widths = [2, *(size + 1 for size in groups.sizes)]
@@ -91,8 +101,12 @@ class GroupSoftmax(ProposalClassifier):
         if not background_group:
             fill[:2] = torch.tensor([NEVER, 0.0])
         self.variant = not (others and background_group)
-        factors = torch.ones(number + 1) if group_weights is None else torch.tensor(group_weights)
-        weights = torch.ones(self.num_categories + 1) if class_weights is None else class_weights
+        factors = torch.ones(number + 1)
+        if group_weights is not None:
+            factors = checked_weights("group_weights", group_weights, number + 1)
+        weights = torch.ones(self.num_categories + 1)
+        if class_weights is not None:
+            weights = checked_weights("class_weights", class_weights, self.num_categories + 1)
         self.uniform = class_weights is None
         real = fill.isnan().nonzero().squeeze(1)
         self.log_factors = nn.Parameter(torch.zeros(number + 1)) if learned else None

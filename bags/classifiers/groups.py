@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bags.classifiers.base import checked_counts
+
 
 @dataclass(frozen=True)
 class CategoryGroups:
@@ -37,15 +39,11 @@ def assign_groups(
     boundaries: strictly rising, above 0; N - 1 of them make N groups.
     Raises ValueError for negative, fractional or missing counts and for boundaries that do not rise.
     """
-    counts = torch.as_tensor(instance_counts)
+    counts = checked_counts("instance_counts", instance_counts)
     edges = tuple(int(b) for b in boundaries)
-    if counts.ndim != 1 or len(counts) == 0:
-        raise ValueError(f"instance_counts: expected one count per category, got shape {tuple(counts.shape)}")
-    if not torch.equal(counts, counts.long().to(counts.dtype)) or (counts < 0).any():
-        raise ValueError("instance_counts: expected whole numbers >= 0, as many as categories")
     if any(high <= low for low, high in itertools.pairwise((0, *edges))) or edges != tuple(boundaries):
         raise ValueError(f"boundaries: expected whole numbers, rising and above 0, got {tuple(boundaries)}")
-    group_of = torch.bucketize(counts.long(), torch.tensor(edges, dtype=torch.long), right=True)
+    group_of = torch.bucketize(counts, torch.tensor(edges, dtype=torch.long), right=True)
     sizes = torch.bincount(group_of, minlength=len(edges) + 1)
     return CategoryGroups(len(counts), tuple(sizes.tolist()), tuple(group_of.tolist()), edges)
 
@@ -56,7 +54,7 @@ def equal_boundaries(instance_counts: Sequence[int] | Tensor, number: int) -> tu
     That is, the sum of the squared totals is least (found exactly, by dynamic programming over the distinct
     counts). instance_counts: [C]. Raises ValueError where there are fewer distinct counts than groups.
     """
-    counts = torch.as_tensor(instance_counts).long()
+    counts = checked_counts("instance_counts", instance_counts)
     values, times = counts.unique(return_counts=True)
     if not 1 <= number <= len(values):
         raise ValueError(
@@ -79,9 +77,10 @@ def equal_boundaries(instance_counts: Sequence[int] | Tensor, number: int) -> tu
 def within_group_weights(groups: CategoryGroups, instance_counts: Sequence[int] | Tensor) -> Tensor:
     """1/n over its mean within the category's group, clipped to [0.1, 5]: float64 [C+1], entry 0 (background) 1.
 
-    The released `with0_reweight` variant. A count of 0 is taken as 1.
+    The released `with0_reweight` variant. instance_counts: [C], 0 is taken as 1. Raises ValueError for others.
     """
-    inverse = 1 / torch.as_tensor(instance_counts, dtype=torch.float64).clamp(min=1)
+    counts = checked_counts("instance_counts", instance_counts, groups.num_categories)
+    inverse = 1 / counts.double().clamp(min=1)
     weights = torch.ones(groups.num_categories + 1, dtype=torch.float64)
     for group, size in enumerate(groups.sizes):
         if size:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bags.classifiers.base import at_least_float32
+from bags.classifiers.base import at_least_float32, checked_counts, need, need_not_negative
 from bags.classifiers.sigmoid import Sigmoid
 from bags.classifiers.softmax import Softmax
 
@@ -33,10 +33,10 @@ class LogitAdjusted(Softmax):
 
     def __init__(self, in_features: int, counts: Sequence[int], tau: float = 1.0, adjust: str = "loss"):
         super().__init__(in_features, len(counts))
-        if adjust not in ADJUSTED:
-            raise ValueError(f"adjust: expected one of {', '.join(ADJUSTED)}, got {adjust!r}")
+        need(adjust in ADJUSTED, "adjust", f"one of {', '.join(ADJUSTED)}", adjust)
+        need_not_negative(tau=tau)
         self.adjust = adjust
-        numbers = torch.as_tensor(counts, dtype=torch.float64).clamp(min=1)
+        numbers = checked_counts("counts", counts).double().clamp(min=1)
         shift = tau * (numbers / numbers.mean()).log()
         self.register_buffer("shift", torch.cat([shift.new_zeros(1), shift]), persistent=False)
 
@@ -64,7 +64,7 @@ class BalancedSigmoid(Sigmoid):
 
     def __init__(self, in_features: int, counts: Sequence[int], prior: float = 0.001):
         super().__init__(in_features, len(counts), prior)
-        numbers = torch.as_tensor(counts, dtype=torch.float64).clamp(min=1)
+        numbers = checked_counts("counts", counts).double().clamp(min=1)
         others = (numbers.sum() - numbers).clamp(min=1)  # a single category has no others
         self.register_buffer("shift", (others / numbers).log(), persistent=False)
 

@@ -1,12 +1,13 @@
 """Nearest class mean (models (10) and (11) of Table 1; Guerriero et al. 2018). Nothing is trained."""
 
+import math
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bags.classifiers.base import BoxFeatures, at_least_float32
+from bags.classifiers.base import BoxFeatures, at_least_float32, need
 from bags.classifiers.softmax import Softmax
 
 
@@ -16,7 +17,7 @@ class NearestClassMean(Softmax):
     features  "fc": after the box head, so after its ReLU (NCM-fc; the released variant takes the values
               before the ReLU); "conv": the RoIAlign output (NCM-conv)
     width     numbers per proposal of that feature
-    scale     similarities are multiplied by it before the softmax; the paper's code: 1
+    scale     above 0: similarities are multiplied by it before the softmax; the paper's code: 1
 
     Logits are [R, (C+1) + C]: plain, then similarities in -1..1. A category without training proposals
     scores 0.
@@ -27,8 +28,8 @@ class NearestClassMean(Softmax):
 
     def __init__(self, in_features: int, num_categories: int, width: int, features: str = "fc", scale: float = 1.0):
         super().__init__(in_features, num_categories)
-        if features not in ("fc", "conv"):
-            raise ValueError(f"features: expected fc or conv, got {features!r}")
+        need(features in ("fc", "conv"), "features", "fc or conv", features)
+        need(0 < scale < math.inf, "scale", "a number above 0", scale)
         self.features, self.scale = features, scale
         self.register_buffer("means", torch.zeros(num_categories, width))
         self.register_buffer("counts", torch.zeros(num_categories, dtype=torch.long))

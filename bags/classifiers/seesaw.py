@@ -13,6 +13,8 @@ from bags.classifiers.base import (
     CosineLinear,
     ProposalClassifier,
     at_least_float32,
+    need,
+    need_not_negative,
     new_linear,
     sum_over_ranks,
 )
@@ -28,8 +30,9 @@ class Seesaw(ProposalClassifier):
     N: training proposals of each category so far, this batch included. They are counted by `loss` in training mode,
     over all ranks, in the buffer `counts` (a checkpoint resumes exactly); 0 counts as 1.
     Foreground proposals alone train the categories, all proposals the objectness; both losses are divided by R.
-    scale: of the published normalised layer (scale times a cosine, their tau 20); 0 is a plain linear layer.
-    eps: least s_i, in the released code.
+    p, q: >= 0; at 0 without mitigation, without compensation.
+    scale: >= 0, of the published normalised layer (scale times a cosine, their tau 20); 0 is a plain linear layer.
+    eps: above 0, to 1: least s_i, in the released code.
 
     Shape shorthand: R proposals, C categories; logits [R, 2 + C], columns [background, foreground, categories].
     """
@@ -46,6 +49,8 @@ class Seesaw(ProposalClassifier):
         eps: float = 0.01,
     ):
         super().__init__()
+        need_not_negative(p=p, q=q, scale=scale)
+        need(0 < eps <= 1, "eps", "a number above 0, to 1", eps)
         self.num_categories, self.p, self.q, self.eps = num_categories, p, q, eps
         outputs = num_categories + 2
         self.linear = CosineLinear(in_features, outputs, scale) if scale else new_linear(in_features, outputs)

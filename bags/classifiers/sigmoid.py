@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bags.classifiers.base import BoxFeatures, ProposalClassifier, at_least_float32, new_linear
+from bags.classifiers.base import BoxFeatures, ProposalClassifier, at_least_float32, need, new_linear
 
 
 class Sigmoid(ProposalClassifier):
@@ -57,8 +57,7 @@ class Sigmoid(ProposalClassifier):
 
 def prior_bias(prior: float) -> float:
     """The logit of a probability in 0..1. Raises ValueError for another."""
-    if not 0 < prior < 1:
-        raise ValueError(f"prior: expected a probability between 0 and 1, got {prior}")
+    need(0 < prior < 1, "prior", "a probability between 0 and 1", prior)
     return math.log(prior / (1 - prior))
 
 

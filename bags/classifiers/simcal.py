@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bags.classifiers.base import BoxFeatures, new_linear
+from bags.classifiers.base import BoxFeatures, checked_counts, need, new_linear
 from bags.classifiers.softmax import Softmax
 
 
@@ -20,8 +20,8 @@ class SimCal(Softmax):
         p[z] = p_calibrated[z] if n_z < below else p_original[z]
 
     The second layer alone is trained, on class-balanced proposals (sampler class_balanced). counts: [C] training
-    instances n. below: the released code's 300. (There the second head has its own shared layers, too; here it is a
-    layer on the detector's own features, so that it can be trained from stored ones.)
+    instances n. below: 1 or more; the released code's is 300. (There the second head has its own shared layers, too;
+    here it is a layer on the detector's own features, so that it can be trained from stored ones.)
 
     Shape shorthand: R proposals, C categories; logits [R, 2 * (C+1)]: original, then calibrated. Scores are of
     two softmaxes: rows do not sum to 1.
@@ -32,7 +32,8 @@ class SimCal(Softmax):
     def __init__(self, in_features: int, counts: Sequence[int], below: int = 300):
         super().__init__(in_features, len(counts))
         self.calibrated = new_linear(in_features, len(counts) + 1)
-        rare = torch.as_tensor(counts) < below
+        need(below >= 1, "below", "1 or more", below)
+        rare = checked_counts("counts", counts) < below
         self.register_buffer("is_rare", torch.cat([rare.new_zeros(1), rare]), persistent=False)
         self.linear.requires_grad_(False)
 

@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bags.classifiers.base import BoxFeatures, ProposalClassifier, at_least_float32, new_linear
+from bags.classifiers.base import (
+    BoxFeatures,
+    ProposalClassifier,
+    at_least_float32,
+    checked_counts,
+    checked_weights,
+    need,
+    new_linear,
+)
 
 WEIGHTINGS = ("inverse", "effective_number", "effective_number_clipped")
 
@@ -43,14 +51,15 @@ class Softmax(ProposalClassifier):
 class ReweightedSoftmax(Softmax):
     """Cross entropy weighted by the label's class (models (6) and (7) of Table 1).
 
-    class_weights: [C+1], entry 0 the background; see `class_weights`.
+    class_weights: [C+1] of 0 or more, entry 0 the background; see `class_weights`.
     """
 
     class_weights: Tensor
 
     def __init__(self, in_features: int, class_weights: Tensor):
         super().__init__(in_features, len(class_weights) - 1)
-        self.register_buffer("class_weights", class_weights, persistent=False)
+        weights = checked_weights("class_weights", class_weights, self.num_categories + 1)
+        self.register_buffer("class_weights", weights, persistent=False)
 
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Sum of weighted cross entropies over R: the number of proposals, not the sum of weights."""
@@ -67,13 +76,12 @@ def class_weights(instance_counts: Sequence[int], weighting: str, beta: float = 
                               labels; the background counts as three times all instances
     effective_number_clipped  the same over its mean over the categories, background 1, clipped to
                               [0.1, 5]: the published "Re-weight-cls"
-    These are the released `cls_weight`, `cls_weight_bf` and `cls_weight_bours`.
+    These are the released `cls_weight`, `cls_weight_bf` and `cls_weight_bours`. Raises ValueError for another
+    weighting, a beta outside [0, 1), and counts that are not whole numbers of 0 or more.
     """
-    counts = torch.as_tensor(instance_counts, dtype=torch.float64)
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
-    if not 0 <= beta < 1:
-        raise ValueError(f"beta: expected 0 <= beta < 1, got {beta}")
+    counts = checked_counts("instance_counts", instance_counts).double()
+    need(weighting in WEIGHTINGS, "weighting", f"one of {', '.join(WEIGHTINGS)}", weighting)
+    need(0 <= beta < 1, "beta", "0 <= beta < 1", beta)
     if weighting == "effective_number":
         counts = torch.cat([3 * counts.sum().reshape(1), counts])
     counts = counts.clamp(min=1)

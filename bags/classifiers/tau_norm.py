@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bags.classifiers.base import BoxFeatures
+from bags.classifiers.base import BoxFeatures, need, need_not_negative
 from bags.classifiers.softmax import Softmax
 
 
 class TauNorm(Softmax):
     """Scores with each weight vector w divided by ||w||^tau; biases stay.
 
+    tau         >= 0; 0 changes nothing
     background  whether the background's vector is normalised too (released plain variant: yes; "select": no)
     select      "none": all proposals take the normalised scores; "foreground": those that the plain
                 classifier calls foreground (the paper's rule); "foreground_tail": of these, those whose
@@ -34,8 +35,11 @@ class TauNorm(Softmax):
         tail: Sequence[int] = (),
     ):
         super().__init__(in_features, num_categories)
-        if select not in ("none", "foreground", "foreground_tail"):
-            raise ValueError(f"select: expected none, foreground or foreground_tail, got {select!r}")
+        selections = ("none", "foreground", "foreground_tail")
+        need(select in selections, "select", "none, foreground or foreground_tail", select)
+        need_not_negative(tau=tau)
+        labels = all(1 <= label <= num_categories for label in tail)
+        need(labels, "tail", f"labels 1 to {num_categories} (0 is the background)", list(tail))
         self.tau, self.select, self.background = tau, select, background
         is_tail = torch.zeros(num_categories + 1, dtype=torch.bool)
         is_tail[list(tail)] = True

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class CategoryStats:
         )
 
     def to_dict(self) -> dict:
-        """Plain lists: what a checkpoint holds. `CategoryStats(**d)` reads it back."""
+        """Plain lists: what a checkpoint holds. `CategoryStats.from_dict` reads it back."""
         return {key: list(value) for key, value in asdict(self).items()}
 
     @classmethod
@@ -77,3 +78,50 @@ def frequency(image_counts: Sequence[int]) -> np.ndarray:
 def instance_bin(instance_counts: Sequence[int], boundaries: Sequence[int]) -> np.ndarray:
     """0-based bin [C]: a category is in bin n if boundaries[n-1] <= count < boundaries[n]."""
     return np.searchsorted(np.asarray(boundaries), np.asarray(instance_counts), side="right")
+
+
+class Training(NamedTuple):
+    """What is known of the categories' training data, by ascending id; None where it is not."""
+
+    instances: Sequence[int] | None
+    images: Sequence[int] | None
+    letters: np.ndarray | None  # r, c, f
+    bins: np.ndarray | None  # 0 for the rarest
+    num_bins: int
+
+    def sets(self) -> dict[str, np.ndarray]:
+        """Which categories [C] enter which mean."""
+        found: dict[str, np.ndarray] = {}
+        if self.letters is not None:
+            found |= {f"AP{letter}": self.letters == letter for letter in "rcf"}
+        if self.bins is not None:
+            found |= {f"AP{n + 1}": self.bins == n for n in range(self.num_bins)}
+            found["AP_tail"] = self.bins < self.num_bins // 2
+            found["AP_head"] = self.bins >= self.num_bins // 2
+        return found
+
+
+def training_of(
+    content: dict,
+    instance_counts: Sequence[int] | None = None,
+    image_counts: Sequence[int] | None = None,
+    boundaries: Sequence[int] = (10, 100, 1000),
+) -> Training:
+    """Training counts as given, else as the ground truth tells them; content: of an annotation file."""
+    categories = sorted(content["categories"], key=lambda c: c["id"])
+    instances = _known(categories, "instance_count") if instance_counts is None else instance_counts
+    images = _known(categories, "image_count") if image_counts is None else image_counts
+    for name, counts in (("instance_counts", instances), ("image_counts", images)):
+        if counts is not None and len(counts) != len(categories):
+            raise UserError(f"{name}: {len(counts)} numbers for {len(categories)} categories of the ground truth")
+    own = _known(categories, "frequency") if image_counts is None else None
+    letters = None if own is None else np.asarray(own)
+    if letters is None and images is not None:
+        letters = frequency(images)
+    bins = None if instances is None else instance_bin(instances, boundaries)
+    return Training(instances, images, letters, bins, len(boundaries) + 1)
+
+
+def _known(categories: list[dict], key: str) -> list | None:
+    """A field of all categories, or None."""
+    return [category[key] for category in categories] if all(key in category for category in categories) else None

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from bags.data.statistics import training_of
 from bags.errors import UserError
-from bags.evaluation.detection_ap import match, training_of
+from bags.evaluation.detection_ap import match
 
 RECALLS = np.linspace(0, 1, 101)
 IOUS = 10  # thresholds 0.5, 0.55, ..., 0.95

@@ -17,7 +17,7 @@ import hotcoco
 import numpy as np
 
 from bags.data.packing import POLYGON_LIMIT, is_box, is_number, read_annotations, read_json, unique_ids
-from bags.data.statistics import frequency, instance_bin
+from bags.data.statistics import Training, training_of
 from bags.errors import UserError
 from bags.evaluation import official
 
@@ -34,34 +34,27 @@ class Scores(NamedTuple):
     has_masks: bool  # whether every object of the ground truth has a segmentation: only then can masks be scored
 
 
-class Training(NamedTuple):
-    """What is known of the categories' training data, by ascending id; None where it is not."""
-
-    instances: Sequence[int] | None
-    images: Sequence[int] | None
-    letters: np.ndarray | None  # r, c, f
-    bins: np.ndarray | None  # 0 for the rarest
-    num_bins: int
-
-    def sets(self) -> dict[str, np.ndarray]:
-        """Which categories [C] enter which mean."""
-        found: dict[str, np.ndarray] = {}
-        if self.letters is not None:
-            found |= {f"AP{letter}": self.letters == letter for letter in "rcf"}
-        if self.bins is not None:
-            found |= {f"AP{n + 1}": self.bins == n for n in range(self.num_bins)}
-            found["AP_tail"] = self.bins < self.num_bins // 2
-            found["AP_head"] = self.bins >= self.num_bins // 2
-        return found
-
-
-def evaluate(annotations: str | Path, predictions: str | Path, iou_type: str = "bbox", **settings) -> dict[str, float]:
-    """AP AP50 AP75 APs APm APl AR, APr APc APf, AP1 AP2 ..., AP_tail AP_head: floats in 0..1.
+def evaluate(
+    annotations: str | Path,
+    predictions: str | Path,
+    iou_type: str = "bbox",
+    instance_counts: Sequence[int] | None = None,
+    image_counts: Sequence[int] | None = None,
+    boundaries: Sequence[int] = (10, 100, 1000),
+    max_detections: int | None = None,
+    engine: str = "hotcoco",
+    fixed: bool = False,
+) -> dict[str, float]:
+    """AP AP50 AP75 APs APm APl AR, APr APc APf, AP1 AP2 ..., AP_tail AP_head, AP_fixed: floats in 0..1.
 
     annotations: a COCO or LVIS JSON file; predictions: a results file, a list of {image_id, category_id,
-    bbox, score}, for iou_type "segm" with a segmentation (RLE). The settings are those of `score`.
+    bbox, score}, for iou_type "segm" with a segmentation (RLE). The other settings are those of `score`; AP_fixed
+    is there with `fixed` alone, APr to AP_head where training counts are known. Raises UserError for a file that
+    cannot be used.
     """
-    return score(annotations, predictions, iou_type, **settings).numbers
+    return score(
+        annotations, predictions, iou_type, instance_counts, image_counts, boundaries, max_detections, engine, fixed
+    ).numbers
 
 
 def score(
@@ -146,27 +139,6 @@ def _engine_errors(annotations: Path, predictions: Path) -> Iterator[None]:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{annotations}: with {predictions}: cannot be evaluated ({error})") from None
-
-
-def training_of(
-    content: dict,
-    instance_counts: Sequence[int] | None = None,
-    image_counts: Sequence[int] | None = None,
-    boundaries: Sequence[int] = (10, 100, 1000),
-) -> Training:
-    """Training counts as given, else as the annotation file tells them; see `score`."""
-    categories = sorted(content["categories"], key=lambda c: c["id"])
-    instances = _known(categories, "instance_count") if instance_counts is None else instance_counts
-    images = _known(categories, "image_count") if image_counts is None else image_counts
-    for name, counts in (("instance_counts", instances), ("image_counts", images)):
-        if counts is not None and len(counts) != len(categories):
-            raise UserError(f"{name}: {len(counts)} numbers for {len(categories)} categories of the ground truth")
-    own = _known(categories, "frequency") if image_counts is None else None
-    letters = None if own is None else np.asarray(own)
-    if letters is None and images is not None:
-        letters = frequency(images)
-    bins = None if instances is None else instance_bin(instances, boundaries)
-    return Training(instances, images, letters, bins, len(boundaries) + 1)
 
 
 def _rows(content: dict, training: Training, precision: np.ndarray) -> list[dict]:
@@ -303,11 +275,6 @@ def _fixed(truth, found, path: Path, iou_type: str, lvis: bool, limit: int, prec
         with _quiet():
             found = truth.load_res([entries[k] for k in kept.tolist()])
     return _match(truth, found, iou_type, lvis, max(most, 1))[0]
-
-
-def _known(categories: list[dict], key: str) -> list | None:
-    """A field of all categories, or None."""
-    return [category[key] for category in categories] if all(key in category for category in categories) else None
 
 
 def _mean(values: np.ndarray) -> float:
