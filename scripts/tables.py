@@ -128,7 +128,7 @@ def _row_file(folder: Path, stem: str, optional: bool = False) -> Path | None:
 def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None = None) -> None:
     """Prints the table of `rows` (method -> run folders, one per seed) and draws both figures."""
     from bags.analysis.results import save_results, this_command
-    from bags.analysis.tables import read_metrics, render_table, spread
+    from bags.analysis.tables import read_metrics, read_seconds, render_table, spread
 
     numbers = {name: [read_metrics(f) for f in folders] for name, folders in rows.items()}
     table = render_table(numbers)
@@ -137,8 +137,8 @@ def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None
     print("\n".join(f"  {name}: {spread(own, '.2f')}" for name, own in correlations.items()))
     if save:
         for name, own in correlations.items():
-            for run, value in zip(numbers[name], own, strict=True):
-                run["correlation"] = value
+            for folder, run, value in zip(rows[name], numbers[name], own, strict=True):
+                run |= {"correlation": value, "seconds": read_seconds(folder)}
         save_results(save, config.data.name, this_command(), rows, numbers)
     if figures:
         from bags.analysis.plots import plot_weight_norms
