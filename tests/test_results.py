@@ -3,9 +3,12 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from conftest import ROOT, metrics, run_script
+from PIL import Image
 
+from bags.analysis.plots import plot_weight_norms
 from bags.analysis.results import TABLE, load_results, render_page
 from bags.errors import UserError
 
@@ -92,3 +95,11 @@ def test_pages_that_ask_for_what_is_not_there(tmp_path, marker, message):
     (tmp_path / "page.md").write_text(f"<!-- {marker} -->\n<!-- end -->\n")
     done = run_script("tables", "--render", tmp_path / "page.md")
     assert done.returncode == 2 and message in done.stderr
+
+
+def test_weight_norms_are_drawn_without_a_background(tmp_path):
+    """Methods of one sigmoid for each category have none: its norm is NaN."""
+    norms = {"softmax": np.array([3.0, 2, 1]), "eql": np.array([np.nan, 5, 1])}
+    plot_weight_norms(tmp_path / "norms.png", norms, [100, 5], [10])
+    with Image.open(tmp_path / "norms.png") as image:
+        assert image.size[0] > 500

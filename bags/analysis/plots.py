@@ -57,7 +57,7 @@ def draw_weight_norms(
     axes.set(
         xlabel="category, by falling number of training instances (diamond: background)",
         ylabel="classifier weight norm",
-        ylim=(0, 1.4 * max(float(values.max()) for values in norms.values())),  # room for the legend
+        ylim=(0, 1.4 * max(float(np.nanmax(values)) for values in norms.values())),  # room for the legend
     )
     right = axes.twinx()
     right.plot(index, counts[order], color="0.75", lw=1.5, zorder=0)
