@@ -48,6 +48,7 @@ class CascadeRoIHeads(nn.Module):
 
     @report_proposals.setter
     def report_proposals(self, value: bool) -> None:
+        """Passed on to the last stage."""
         self.box_stages[-1].report_proposals = value
 
     def has_mask(self) -> bool:

@@ -95,41 +95,43 @@ def faster_rcnn(
     rpn = _region_proposal_network(
         parts, backbone.out_channels, anchors, rpn_batch_size, train_proposals, test_proposals
     )
-    semantic = None
-    if framework == "htc":
-        semantic = SemanticBranch(backbone.out_channels, backbone.strides, semantic_classes, parts.semantic_padding)
-    second_stage = partial(
-        _second_stage,
-        parts,
-        framework,
-        semantic,
-        backbone,
-        make_classifier,
-        fc,
-        class_agnostic,
-        sampling_ratio,
-        batch_size_per_image=roi_batch_size,
-        positive_fraction=positive_fraction,
-        score_thresh=score_threshold,
-        nms_thresh=nms_threshold,
-        detections_per_img=max_detections,
-        max_per_category=max_per_category,
+    roi_heads = _roi_heads(
+        parts, framework, semantic_classes, backbone, make_classifier, fc, class_agnostic, sampling_ratio,
+        batch_size_per_image=roi_batch_size, positive_fraction=positive_fraction, score_thresh=score_threshold,
+        nms_thresh=nms_threshold, detections_per_img=max_detections, max_per_category=max_per_category,
         agnostic_nms=agnostic_nms,
-    )
-    roi_heads: RoIHeads | CascadeRoIHeads
-    if framework in ("faster_rcnn", "mask_rcnn"):
-        roi_heads = second_stage(STAGES[0])
-    else:
-        if not class_agnostic:
-            raise ValueError("class_agnostic: the stages of a cascade have one box regression for all categories")
-        stages, weights = [second_stage(of) for of in STAGES], [of.loss_weight for of in STAGES]
-        if semantic:
-            roi_heads = HTCRoIHeads(stages, weights, backbone.out_channels, semantic)
-        else:
-            roi_heads = CascadeRoIHeads(stages, weights)
+    )  # fmt: skip
     mean, std = list(image_mean), list(image_std)
     transform = parts.transform(min_size, max_size, mean, std, _skip_resize=not resize_in_training)
     return FasterRCNN(backbone, rpn, roi_heads, transform)
+
+
+def _roi_heads(
+    parts: Conventions,
+    framework: str,
+    semantic_classes: int,
+    backbone: Backbone,
+    make_classifier: Callable[[int, int], ProposalClassifier],
+    fc: int,
+    class_agnostic: bool,
+    sampling_ratio: int,
+    **settings: Any,
+) -> RoIHeads | CascadeRoIHeads:
+    """One second stage, or three of them; settings: those of RoIHeads."""
+    semantic = None
+    if framework == "htc":
+        semantic = SemanticBranch(backbone.out_channels, backbone.strides, semantic_classes, parts.semantic_padding)
+    one = partial(
+        _second_stage, parts, framework, semantic, backbone, make_classifier, fc, class_agnostic, sampling_ratio
+    )
+    if framework in ("faster_rcnn", "mask_rcnn"):
+        return one(STAGES[0], **settings)
+    if not class_agnostic:
+        raise ValueError("class_agnostic: the stages of a cascade have one box regression for all categories")
+    stages, weights = [one(of, **settings) for of in STAGES], [of.loss_weight for of in STAGES]
+    if semantic:
+        return HTCRoIHeads(stages, weights, backbone.out_channels, semantic)
+    return CascadeRoIHeads(stages, weights)
 
 
 def _second_stage(
