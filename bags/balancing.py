@@ -194,10 +194,11 @@ def _new_classifier(
     if name in ON_TRAINED and not keep_weights:
         raise ValueError(f"classifier {name}: works with the detector's own layer, so it needs keep_weights=True")
     section = SECTIONS[name]() if boundaries is None else GroupSoftmaxConfig(boundaries=tuple(boundaries))
-    if keep_weights and columns(section, counts) != columns(SoftmaxConfig(), counts):
-        raise ValueError(f"keep_weights: the layer of {name} is not a softmax's")
     ids = tuple(range(1, len(counts) + 1))
-    return build_classifier(section, in_features, 0, CategoryStats(ids, tuple(map(str, ids)), counts, images))
+    stats = CategoryStats(ids, tuple(map(str, ids)), counts, images)
+    if keep_weights and columns(section, stats) != columns(SoftmaxConfig(), stats):
+        raise ValueError(f"keep_weights: the layer of {name} is not a softmax's")
+    return build_classifier(section, in_features, 0, stats)
 
 
 def _copy_layer(layer: nn.Linear, classifier: ProposalClassifier) -> None:

@@ -186,7 +186,7 @@ def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stat
     saved_stats = CategoryStats.from_dict(checkpoint["stats"], path)
     saved_config = config_from_dict(checkpoint["config"], f"{path}: config")
     saved = saved_config.classifier
-    same = columns(saved, saved_stats.instance_counts) == columns(config.classifier, stats.instance_counts)
+    same = columns(saved, saved_stats) == columns(config.classifier, stats)
     skip = ["classifier."] if config.detector.reset_classifier or not same else []
     if config.detector.other_categories:
         skip = ["classifier.", "mask_fcn_logits."]

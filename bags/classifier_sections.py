@@ -23,6 +23,7 @@ class GroupSoftmaxConfig:
     group_weights: tuple[float, ...] | None = None  # factors of the groups' losses, the background group's first
     reweight: bool = False  # samples of a group weighted by 1/n within it
     equal_groups: int = 0  # not in the paper: so many groups of equal total instances, in place of boundaries
+    groups: tuple[tuple[int, ...], ...] | None = None  # not in the paper: category ids of each, in place of boundaries
     scale: float = 0.0  # not in the paper: of a cosine layer; 0: a linear layer
     temperatures: tuple[float, ...] | Literal["learned"] | None = None  # not in the paper: of the groups' softmaxes
 

@@ -223,19 +223,8 @@ def _check_schedule(config: Config, need: Need) -> None:
 def _check_methods(config: Config, need: Need) -> None:
     classifier, train = config.classifier, config.train
     match classifier:
-        case GroupSoftmaxConfig(boundaries=boundaries, others_ratio=beta, group_weights=weights):
-            _need_rising(need, "classifier.boundaries", boundaries)
-            need(isinstance(beta, str) or 0 <= beta < math.inf, "classifier.others_ratio", f"0 or more, got {beta}")
-            number = (classifier.equal_groups or len(boundaries) + 1) + 1
-            usable = weights is None or (len(weights) == number and all(0 <= w < math.inf for w in weights))
-            need(usable, "classifier.group_weights", f"{number} numbers of 0 or more, got {weights}")
-            need(classifier.equal_groups >= 0, "classifier.equal_groups", f"0 or more, got {classifier.equal_groups}")
-            need(0 <= classifier.scale < math.inf, "classifier.scale", f"0 or more, got {classifier.scale}")
-            given = classifier.temperatures
-            usable = (
-                given is None or given == "learned" or (len(given) == number and all(0 < t < math.inf for t in given))
-            )
-            need(usable, "classifier.temperatures", f"learned, or {number} numbers above 0, got {given}")
+        case GroupSoftmaxConfig():
+            _check_group_softmax(classifier, need)
         case ReweightedSoftmaxConfig(beta=beta):
             need(0 <= beta < 1, "classifier.beta", f"0 <= beta < 1, got {beta}")
         case SigmoidFocalConfig(gamma=gamma, alpha=alpha):
@@ -262,6 +251,24 @@ def _check_methods(config: Config, need: Need) -> None:
     if isinstance(classifier, SimCalConfig):
         need(classifier.below >= 1, "classifier.below", f"1 or more, got {classifier.below}")
         need(train.part == "cls", "train.part", f"cls: simcal keeps the softmax of init_from, got {train.part}")
+
+
+def _check_group_softmax(classifier: GroupSoftmaxConfig, need: Need) -> None:
+    boundaries, beta, weights, groups = (
+        classifier.boundaries, classifier.others_ratio, classifier.group_weights, classifier.groups
+    )  # fmt: skip
+    _need_rising(need, "classifier.boundaries", boundaries)
+    need(isinstance(beta, str) or 0 <= beta < math.inf, "classifier.others_ratio", f"0 or more, got {beta}")
+    need(classifier.equal_groups >= 0, "classifier.equal_groups", f"0 or more, got {classifier.equal_groups}")
+    need(groups is None or len(groups) > 0, "classifier.groups", "one list of category ids or more, got none")
+    need(groups is None or not classifier.equal_groups, "classifier.groups", "only one of groups and equal_groups")
+    number = (len(groups or ()) or classifier.equal_groups or len(boundaries) + 1) + 1
+    usable = weights is None or (len(weights) == number and all(0 <= w < math.inf for w in weights))
+    need(usable, "classifier.group_weights", f"{number} numbers of 0 or more, got {weights}")
+    need(0 <= classifier.scale < math.inf, "classifier.scale", f"0 or more, got {classifier.scale}")
+    given = classifier.temperatures
+    usable = given is None or given == "learned" or (len(given) == number and all(0 < t < math.inf for t in given))
+    need(usable, "classifier.temperatures", f"learned, or {number} numbers above 0, got {given}")
 
 
 def _check_later_methods(classifier: ClassifierConfig, need: Need) -> None:

@@ -1,7 +1,5 @@
 """The section `classifier` -> a classifier. The only place that maps a name to a class."""
 
-from collections.abc import Sequence
-
 from bags.classifier_sections import (
     ACSLConfig,
     BalancedSigmoidConfig,
@@ -32,7 +30,7 @@ from bags.classifiers.equalization_v2 import EqualizationLossV2
 from bags.classifiers.federated import Federated
 from bags.classifiers.focal import SigmoidFocal
 from bags.classifiers.group_softmax import GroupSoftmax
-from bags.classifiers.groups import CategoryGroups, assign_groups, equal_boundaries, within_group_weights
+from bags.classifiers.groups import CategoryGroups, assign_groups, equal_boundaries, given_groups, within_group_weights
 from bags.classifiers.logit_adjustment import BalancedSigmoid, LogitAdjusted
 from bags.classifiers.ncm import NearestClassMean
 from bags.classifiers.norcal import NorCal
@@ -66,7 +64,7 @@ def build_classifier(
         case NorCalConfig(gamma=gamma, counts=kind):
             return NorCal(in_features, images if kind == "images" else counts, gamma)
         case GroupSoftmaxConfig():
-            return _group_softmax(config, in_features, counts)
+            return _group_softmax(config, in_features, stats)
         case SigmoidConfig(prior=prior):
             return Sigmoid(in_features, number, prior)
         case EQLConfig(tail_images=tail, prior=prior):
@@ -92,9 +90,9 @@ def build_classifier(
     raise TypeError(f"no classifier for {type(config).__name__}")
 
 
-def _group_softmax(config: GroupSoftmaxConfig, in_features: int, counts: Sequence[int]) -> GroupSoftmax:
-    groups = _groups(config, counts)
-    weights = within_group_weights(groups, counts) if config.reweight else None
+def _group_softmax(config: GroupSoftmaxConfig, in_features: int, stats: CategoryStats) -> GroupSoftmax:
+    groups = _groups(config, stats)
+    weights = within_group_weights(groups, stats.instance_counts) if config.reweight else None
     return GroupSoftmax(
         in_features,
         groups,
@@ -108,20 +106,23 @@ def _group_softmax(config: GroupSoftmaxConfig, in_features: int, counts: Sequenc
     )
 
 
-def _groups(config: GroupSoftmaxConfig, counts: Sequence[int]) -> CategoryGroups:
-    if not config.equal_groups:
-        return assign_groups(counts, config.boundaries)
+def _groups(config: GroupSoftmaxConfig, stats: CategoryStats) -> CategoryGroups:
+    counts = stats.instance_counts
     try:
+        if config.groups is not None:
+            return given_groups(config.groups, stats.category_ids)
+        if not config.equal_groups:
+            return assign_groups(counts, config.boundaries)
         return assign_groups(counts, equal_boundaries(counts, config.equal_groups))
     except ValueError as error:
         raise UserError(f"classifier.{error}") from None
 
 
-def columns(config: ClassifierConfig, instance_counts: Sequence[int]) -> tuple:
+def columns(config: ClassifierConfig, stats: CategoryStats) -> tuple:
     """What the rows of a classifier's layer stand for; equal for layers whose weights can be exchanged."""
     match config:
         case GroupSoftmaxConfig():
-            groups = _groups(config, instance_counts)
+            groups = _groups(config, stats)
             return groups.group_of, config.background_group, config.others, config.scale > 0
         case SeesawConfig():
             return config.name, config.scale > 0

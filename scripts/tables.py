@@ -14,6 +14,7 @@ Figures 1 and 3 for these runs) and predictions.png (validation images, every ru
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def main() -> None:
         return render_pages([Path(path) for path in arguments.runs])
     if arguments.paper:
         return paper_table(arguments.paper, arguments.runs, arguments.seeds, arguments.save)
-    if arguments.seeds or any("=" in run and not Path(run).exists() for run in arguments.runs):
+    if arguments.seeds or any("=" in run and not os.path.exists(run) for run in arguments.runs):
         raise UserError("--seeds and section.key=value go with --paper; finished runs are compared as they are")
     rows: dict[str, list[Path]] = {}
     for path in map(Path, arguments.runs):

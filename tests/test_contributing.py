@@ -157,11 +157,12 @@ def look() -> dict:
     softmax = bags.load_config("configs/birds/softmax.yaml")
     facts["for_balance"] = "label_smoothing" in SECTIONS
     facts["row"] = smoothed.classifier.name
-    facts["same_columns"] = columns(smoothed.classifier, (1, 2)) == columns(softmax.classifier, (1, 2))
+    stats = bags.CategoryStats((1, 2), ("a", "b"), (5, 6), (5, 6))
+    facts["same_columns"] = columns(smoothed.classifier, stats) == columns(softmax.classifier, stats)
 
     keys = ["detector.backbone=convnext_tiny", "detector.min_size=64", "detector.max_size=64", "detector.roi.fc=16"]
     config = bags.load_config("configs/birds/softmax.yaml", [*keys, "detector.fpn_channels=16"])
-    model = bags.build_detector(config, bags.CategoryStats((1, 2), ("a", "b"), (5, 6), (5, 6)))
+    model = bags.build_detector(config, stats)
     image = torch.rand(3, 64, 64)
     target = {"boxes": torch.tensor([[8.0, 8, 40, 48]]), "labels": torch.tensor([1])}
     facts["losses_finite"] = all(loss.isfinite() for loss in model([image], [target]).values())

@@ -13,7 +13,7 @@ from bags.analysis.tables import read_seconds
 from bags.classifier_sections import GroupSoftmaxConfig
 from bags.data.statistics import CategoryStats
 from bags.engine.metrics import Stopwatch
-from bags.methods import build_classifier
+from bags.methods import build_classifier, columns
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,25 @@ def test_groups_of_equal_instances_from_a_configuration():
         build_classifier(GroupSoftmaxConfig(equal_groups=4), 4, 0, stats)
 
 
+def test_groups_that_were_given():
+    """By category ids, here not their labels: each in one list. Weights are exchanged within equal groups alone."""
+    stats = CategoryStats((7, 8, 3), ("a", "b", "c"), (500, 50, 450), (9, 9, 9))
+    config = GroupSoftmaxConfig(groups=((3, 7), (8,)))
+    groups = build_classifier(config, 4, 0, stats).groups
+    assert groups.sizes == (2, 1) and groups.group_of == (0, 1, 0) and groups.members(0) == [1, 3]
+    by_count = GroupSoftmaxConfig(boundaries=(100,))
+    assert columns(config, stats) == columns(GroupSoftmaxConfig(groups=((7, 3), (8,))), stats)
+    assert columns(config, stats) != columns(by_count, stats)
+    assert columns(by_count, stats) == columns(GroupSoftmaxConfig(groups=((8,), (3, 7))), stats)
+    for given, message in {
+        ((3, 7),): r"classifier.groups: .* no group has category 8",
+        ((3, 7), (8, 9, 10)): r"there is no category 9 \(and 1 more\)",
+        ((3, 7), (8, 3)): "more than one place has category 3",
+    }.items():
+        with pytest.raises(bags.UserError, match=message):
+            build_classifier(GroupSoftmaxConfig(groups=given), 4, 0, stats)
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
@@ -146,6 +165,9 @@ def test_groups_of_equal_instances_from_a_configuration():
         ("classifier={name: seesaw, gamma: 1}", "classifier.gamma"),
         ("classifier={name: group_softmax, scale: -1}", "classifier.scale"),
         ("classifier={name: group_softmax, equal_groups: -1}", "classifier.equal_groups"),
+        ("classifier={name: group_softmax, groups: []}", "classifier.groups: expected one list"),
+        ("classifier={name: group_softmax, groups: [[1]], equal_groups: 2}", "classifier.groups: expected only one"),
+        ("classifier={name: group_softmax, groups: [[1]], temperatures: [1]}", "temperatures: expected learned, or 2"),
         ("classifier={name: group_softmax, temperatures: [1, 2]}", "classifier.temperatures: expected learned, or 5"),
         ("classifier={name: group_softmax, temperatures: warm}", "classifier.temperatures"),
         ("classifier={name: simcal}", "train.part: expected cls: simcal keeps the softmax"),

@@ -223,6 +223,12 @@ def test_training_commands_of_the_readme_are_valid(arguments, monkeypatch):
     assert in_order(paths, overrides, None)
 
 
+def test_an_override_may_be_longer_than_a_path():
+    """Groups of a large dataset are."""
+    long = f"classifier.groups={[list(range(2000))]}"
+    assert split_arguments([str(ROOT), long]) == ([ROOT], [long])
+
+
 def test_overfit_says_what_failed():
     """One epoch is not enough; the script itself is what is tested here."""
     done = run_script("overfit", "faster_rcnn", "--classifiers", "group_softmax", "train.epochs=1", "device=cpu")

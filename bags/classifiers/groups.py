@@ -1,6 +1,7 @@
-"""Which categories compete with which: groups of similar training frequency (Eq. 3)."""
+"""Which categories compete with which: groups of similar training frequency (Eq. 3), or others."""
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,12 +13,13 @@ from bags.classifiers.base import checked_counts
 
 @dataclass(frozen=True)
 class CategoryGroups:
-    """A partition of C categories into N groups by number of training instances.
+    """A partition of C categories into N groups, by number of training instances in the paper.
 
     num_categories  C
     sizes           [N] categories per group, without `others`; a group may be empty
     group_of        [C] 0-based group of category c + 1
-    boundaries      [N - 1] rising instance counts; a count equal to a boundary goes up
+    boundaries      [N - 1] rising instance counts; a count equal to a boundary goes up. Empty where the groups were
+                    given (`given_groups`)
     """
 
     num_categories: int
@@ -72,6 +74,25 @@ def equal_boundaries(instance_counts: Sequence[int] | Tensor, number: int) -> tu
         end = int(start[end])
         edges.append(int(values[end]))
     return tuple(reversed(edges))
+
+
+def given_groups(groups: Sequence[Sequence[int]], category_ids: Sequence[int]) -> CategoryGroups:
+    """Groups of one's own choice (not in the paper), each a list of category ids.
+
+    category_ids: [C] in the order of labels 1..C. Raises ValueError unless each of them is in exactly one group.
+    """
+    listed = Counter(itertools.chain.from_iterable(groups))
+    known = set(category_ids)
+    for what, ids in (
+        ("there is no category", [i for i in listed if i not in known]),
+        ("no group has category", [i for i in category_ids if i not in listed]),
+        ("more than one place has category", [i for i, times in listed.items() if times > 1]),
+    ):
+        if ids:
+            more = f" (and {len(ids) - 1} more)" if len(ids) > 1 else ""
+            raise ValueError(f"groups: expected each category id in one list: {what} {ids[0]}{more}")
+    group_of = {i: group for group, ids in enumerate(groups) for i in ids}
+    return CategoryGroups(len(category_ids), tuple(map(len, groups)), tuple(group_of[i] for i in category_ids), ())
 
 
 def within_group_weights(groups: CategoryGroups, instance_counts: Sequence[int] | Tensor) -> Tensor:
