@@ -1,7 +1,12 @@
 """Numbers that are kept, and the pages that show them."""
 
+import itertools
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -103,3 +108,21 @@ def test_weight_norms_are_drawn_without_a_background(tmp_path):
     plot_weight_norms(tmp_path / "norms.png", norms, [100, 5], [10])
     with Image.open(tmp_path / "norms.png") as image:
         assert image.size[0] > 500
+
+
+def test_groups_by_confusion(job, glyphs, tmp_path):
+    """The script in RESULTS.md: each category in one of four groups of equal size; `apart` confuses least."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "RESULTS.md").read_text(), re.S)
+    script = tmp_path / "confusion.py"
+    script.write_text(code[1])
+    command = [sys.executable, str(script), str(job[1] / "tiny/softmax")]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    kept = {name: float(share) for name, share in re.findall(r"(\w+): (\d\.\d+) of the", done.stdout)}
+    assert kept["together"] >= kept["apart"] and kept.keys() == {"together", "apart", "drawn"}
+    ids = sorted(c["id"] for c in json.loads((glyphs / "train.json").read_text())["categories"])
+    for name in kept:
+        groups = json.loads((tmp_path / f"{name}.txt").read_text())
+        assert sorted(itertools.chain(*groups)) == ids and [len(group) for group in groups] == [2] * 4
