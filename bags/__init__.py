@@ -35,6 +35,7 @@ _PUBLIC = {
     "compare": "bags.evaluation.comparison",
     "equal_boundaries": "bags.classifiers.groups",
     "evaluate": "bags.evaluation.detection_ap",
+    "given_groups": "bags.classifiers.groups",
     "load_config": "bags.config",
     "load_detector": "bags.build",
     "repeat_factors": "bags.data.samplers",

@@ -126,7 +126,8 @@ def _as_list(value: Any, kind: Any) -> str:
             return f"; write [{value}]"
         except (yaml.YAMLError, ValueError, RecursionError):
             pass
-    return next(filter(None, (_as_list(value, k) for k in typing.get_args(kind) if typing.get_origin(k) is tuple)), "")
+    choices = typing.get_args(kind) if typing.get_origin(kind) is not tuple else ()
+    return next(filter(None, (_as_list(value, k) for k in choices if typing.get_origin(k) is tuple)), "")
 
 
 def _convert_section(value: Any, kind: type, key: str, source: str) -> Any:

@@ -78,20 +78,24 @@ def _coco_lt(arguments) -> None:
 def _check(arguments) -> None:
     from bags.data.checks import STOP, as_dicts, check_annotations, check_images, check_splits, render
     from bags.data.index import AnnotationIndex
+    from bags.data.statistics import CategoryStats
+    from bags.methods import columns
 
     if arguments.source.suffix == ".json":
         if arguments.overrides:
             raise UserError(f"{arguments.overrides[0]}: overrides are for a configuration, not for an annotation file")
-        sources, exif = [(arguments.source, arguments.images, None, True)], False
+        sources, exif, classifiers = [(arguments.source, arguments.images, None, True)], False, []
     else:
         if arguments.images:
             raise UserError("--images goes with an annotation file; a configuration takes data.train_images=...")
-        sources, exif = _sources(arguments.source, arguments.overrides)
+        sources, exif, classifiers = _sources(arguments.source, arguments.overrides)
     findings, indices = [], []
     for path, images, boundaries, training in sources:
         own = check_annotations(path, boundaries, training)
         if not any(finding.level == STOP for finding in own):
             indices.append(AnnotationIndex.open(path))
+            for classifier in classifiers if training else ():
+                columns(classifier, CategoryStats.from_index(indices[-1]))  # refuses impossible groups
             if images is not None and not images.is_dir():
                 raise UserError(f"{images}: no such image folder; set data.root, data.*_images or --images")
             own += check_images(indices[-1], images, arguments.decode, exif) if images is not None else []
@@ -105,8 +109,8 @@ def _check(arguments) -> None:
     sys.exit(1 if any(finding.level == STOP for finding in findings) else 0)
 
 
-def _sources(path: Path, overrides: list[str]) -> tuple[list[tuple], bool]:
-    """(annotation file, image folder, group borders, is it trained on) of train and val; and data.exif."""
+def _sources(path: Path, overrides: list[str]) -> tuple[list[tuple], bool, list]:
+    """(annotation file, image folder, group borders, is it trained on) of train and val; data.exif; classifiers."""
     from bags.config import load_config
 
     files = sorted(path.glob("[!_]*.yaml")) if path.is_dir() else [path]
@@ -119,7 +123,7 @@ def _sources(path: Path, overrides: list[str]) -> tuple[list[tuple], bool]:
         (root / data.train, root / data.train_images, borders, True),
         (root / data.val, root / data.val_images, None, False),
     ]
-    return sources, data.exif
+    return sources, data.exif, [load_config(file, overrides).classifier for file in files]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ are not run again. More values: the same command with more of them.
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -29,6 +30,7 @@ from scripts.train import KEY, in_order, run_jobs, seeds_of, split_arguments
 
 NUMBER = re.compile(r"(mask_)?(AP([0-9]+|[smlrcf]|_tail|_head)?|AR)|ACC([0-9]+|bg)?")
 TAKEN = {"name": "rows are named by their values", "output": "rows share one folder"}
+LONGEST = 60  # characters of a value in the name of its row, which is a folder
 BEFORE = "put CONFIG and section.key=value before --over"
 
 
@@ -85,9 +87,14 @@ def refuse_equal(rows: list[Config]) -> None:
 
 
 def row_name(name: str, overrides: tuple[str, ...]) -> str:
-    """The row's folder: what is swept, without its section."""
-    return ",".join([name, *(override.partition("=")[0].split(".")[-1] + "=" + override.partition("=")[2]
-                             for override in overrides)]).replace("/", "_")  # fmt: skip
+    """The row's folder: what is swept, without its section; a long value as its beginning and a digest."""
+    parts = [name]
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if len(value) > LONGEST:
+            value = f"{value[: LONGEST - 11]}...{hashlib.sha256(value.encode()).hexdigest()[:8]}"
+        parts.append(f"{key.split('.')[-1]}={value}")
+    return ",".join(parts).replace("/", "_")
 
 
 def show(folders: dict[str, list[Path]], best: str, title: str, save: Path | None) -> None:

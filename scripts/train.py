@@ -81,11 +81,12 @@ def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], N
                 )
     with distributed.distributed(jobs[0][0].device) as device:
         waiting = [config for configs in jobs for config in configs]
+        for data in {config.data: None for config in waiting if config.data.glyphs} if distributed.is_main() else ():
+            glyphs.make_glyphs(data.root, glyphs.PRESETS[data.glyphs])
+        distributed.barrier()
+        _check_groups([config for config in waiting if not _is_complete(config.run_folder, config)])
         while waiting:
             config = waiting[0]
-            if config.data.glyphs and distributed.is_main():
-                glyphs.make_glyphs(config.data.root, glyphs.PRESETS[config.data.glyphs])
-            distributed.barrier()
             together = [other for other in waiting if other is config or _share_a_pass(config, other)]
             waiting = [other for other in waiting if other not in together]
             run(together, device)
@@ -94,6 +95,20 @@ def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], N
             for config in (config for configs in jobs for config in configs):
                 rows.setdefault(config.name, []).append(config.run_folder)
             show(rows)
+
+
+def _check_groups(configs: list[Config]) -> None:
+    """Raises UserError for groups that the training categories do not allow, before the first row is trained."""
+    from bags import build
+    from bags.data.statistics import CategoryStats
+    from bags.methods import columns
+
+    stats: dict[Path, CategoryStats] = {}
+    for config in configs:
+        path = Path(config.data.root) / config.data.train
+        if path not in stats:
+            stats[path] = CategoryStats.from_index(build.open_index(config, "train"))
+        columns(config.classifier, stats[path])
 
 
 def _share_a_pass(first: Config, other: Config) -> bool:

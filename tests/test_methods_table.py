@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, metrics, read_lines, run_script
+from conftest import ROOT, metrics, read_lines, run_script, write_configs
 
 import bags
 from bags.analysis.paper import METHODS
@@ -148,6 +148,32 @@ def test_groups_that_were_given():
     }.items():
         with pytest.raises(bags.UserError, match=message):
             build_classifier(GroupSoftmaxConfig(groups=given), 4, 0, stats)
+
+
+def test_impossible_groups_are_refused_before_anything_is_trained(glyphs, tmp_path):
+    """They need the categories, so that no configuration alone can be wrong."""
+    configs = write_configs(tmp_path / "configs", glyphs)
+    for setting, message in {
+        "classifier.equal_groups=500": "classifier.equal_groups: expected 1 to",
+        "classifier.groups=[[1], [999]]": "in one list: there is no category 999",
+    }.items():
+        key, _, value = setting.partition("=")
+        row = configs / "bags.yaml"
+        row.write_text(f"base: _base.yaml\nclassifier: {{name: group_softmax, {key.split('.')[1]}: {value}}}\n")
+        done = run_script("train", configs / "softmax.yaml", row, f"output={tmp_path}")
+        assert done.returncode == 2 and message in done.stderr
+        assert not list(tmp_path.glob("**/log.jsonl"))
+        done = run_script("prepare_data", "check", row)
+        assert done.returncode == 2 and message in done.stderr
+
+
+def test_names_of_swept_rows_fit_into_a_folder():
+    """Short values as they are; long ones, which groups can be, by a digest of their own."""
+    from scripts.sweep import row_name
+
+    assert row_name("bags", ("classifier.others_ratio=2", "train.lr=0.1")) == "bags,others_ratio=2,lr=0.1"
+    names = {row_name("bags", (f"classifier.groups={[list(range(300)), [last]]}",)) for last in (300, 301)}
+    assert len(names) == 2 and all(len(name) < 100 and name.startswith("bags,groups=[[0, 1, 2") for name in names)
 
 
 @pytest.mark.parametrize(
