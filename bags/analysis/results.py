@@ -67,11 +67,12 @@ def save_results(
 
     rows: title -> run folders, one for each seed; runs: their numbers; published: those of others, on their data.
     """
-    first = read_environment(next(iter(rows.values()))[0])
+    made = [read_environment(folder) for folders in rows.values() for folder in folders]
     content = {
         "title": title,
         "command": command,
-        "environment": {key: first[key] for key in KEPT if key in first},
+        "environment": {key: made[0][key] for key in KEPT if key in made[0] and key != "revision"},
+        "revisions": list(dict.fromkeys(e["revision"] for e in made if e.get("revision"))),  # that the runs began at
         "rows": {
             name: [{k: None if math.isnan(v) else round(v, DIGITS) for k, v in run.items()} for run in own]
             for name, own in runs.items()
