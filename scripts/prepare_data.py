@@ -76,15 +76,17 @@ def _coco_lt(arguments) -> None:
 
 
 def _check(arguments) -> None:
+    from bags.classifier_sections import ClassifierConfig
     from bags.data.checks import STOP, as_dicts, check_annotations, check_images, check_splits, render
     from bags.data.index import AnnotationIndex
     from bags.data.statistics import CategoryStats
     from bags.methods import columns
 
+    classifiers: list[ClassifierConfig] = []
     if arguments.source.suffix == ".json":
         if arguments.overrides:
             raise UserError(f"{arguments.overrides[0]}: overrides are for a configuration, not for an annotation file")
-        sources, exif, classifiers = [(arguments.source, arguments.images, None, True)], False, []
+        sources, exif = [(arguments.source, arguments.images, None, True)], False
     else:
         if arguments.images:
             raise UserError("--images goes with an annotation file; a configuration takes data.train_images=...")

@@ -81,8 +81,9 @@ def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], N
                 )
     with distributed.distributed(jobs[0][0].device) as device:
         waiting = [config for configs in jobs for config in configs]
-        for data in {config.data: None for config in waiting if config.data.glyphs} if distributed.is_main() else ():
-            glyphs.make_glyphs(data.root, glyphs.PRESETS[data.glyphs])
+        embedded = {(config.data.root, config.data.glyphs) for config in waiting if config.data.glyphs}
+        for root, preset in sorted(embedded) if distributed.is_main() else ():
+            glyphs.make_glyphs(root, glyphs.PRESETS[preset])
         distributed.barrier()
         _check_groups([config for config in waiting if not _is_complete(config.run_folder, config)])
         while waiting:
