@@ -254,15 +254,13 @@ def _check_methods(config: Config, need: Need) -> None:
 
 
 def _check_group_softmax(classifier: GroupSoftmaxConfig, need: Need) -> None:
-    boundaries, beta, weights, groups = (
-        classifier.boundaries, classifier.others_ratio, classifier.group_weights, classifier.groups
-    )  # fmt: skip
-    _need_rising(need, "classifier.boundaries", boundaries)
+    beta, weights, groups = classifier.others_ratio, classifier.group_weights, classifier.groups
+    _need_rising(need, "classifier.boundaries", classifier.boundaries)
     need(isinstance(beta, str) or 0 <= beta < math.inf, "classifier.others_ratio", f"0 or more, got {beta}")
     need(classifier.equal_groups >= 0, "classifier.equal_groups", f"0 or more, got {classifier.equal_groups}")
     need(groups is None or len(groups) > 0, "classifier.groups", "one list of category ids or more, got none")
     need(groups is None or not classifier.equal_groups, "classifier.groups", "only one of groups and equal_groups")
-    number = (len(groups or ()) or classifier.equal_groups or len(boundaries) + 1) + 1
+    number = (len(groups or ()) or classifier.equal_groups or len(classifier.boundaries) + 1) + 1
     usable = weights is None or (len(weights) == number and all(0 <= w < math.inf for w in weights))
     need(usable, "classifier.group_weights", f"{number} numbers of 0 or more, got {weights}")
     need(0 <= classifier.scale < math.inf, "classifier.scale", f"0 or more, got {classifier.scale}")

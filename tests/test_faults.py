@@ -21,9 +21,10 @@ from conftest import ROOT, write_configs
 from PIL import Image
 from pycocotools import mask as coco_mask
 from steps import train_some
+from torch.utils.data import DataLoader
 
 import bags
-from bags.data.dataset import DetectionDataset, read_image
+from bags.data.dataset import DetectionDataset, Loader, read_image
 from bags.engine.checkpoint import load_checkpoint, load_latest, save_checkpoint, write_file
 from bags.errors import UserError
 
@@ -152,6 +153,21 @@ def test_unreadable_images_are_counted_and_bounded(tmp_path, glyphs, capsys, wor
     assert len(warnings) == 3 and all(any(name in line for line in warnings) for name in names[:3])
     assert "(3 of at most 3)" in warnings[-1]
     assert all(value.isfinite().all() for value in end.values())
+
+
+@pytest.mark.parametrize("error", [EOFError, ConnectionResetError])
+def test_a_loader_process_that_ends_while_it_hands_over_a_batch(monkeypatch, error):
+    """torch passes on what the socket says; without processes it is nobody's end."""
+
+    def iterate(_):
+        raise error
+        yield
+
+    monkeypatch.setattr(DataLoader, "__iter__", iterate)
+    with pytest.raises(RuntimeError, match="DataLoader worker exited unexpectedly"):
+        list(Loader([0], num_workers=1))
+    with pytest.raises(error):
+        list(Loader([0], num_workers=0))
 
 
 def test_a_killed_loader_process_is_one_line(tmp_path, glyphs):

@@ -1,7 +1,6 @@
 """The rules of the house: imports point down, files stay short."""
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,19 +113,3 @@ def test_public_calls_exist():
         assert callable(getattr(bags, name))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = bags.nonsense
-
-
-def test_readme_has_a_line_for_each_file():
-    """In the tree: the packages' and scripts' modules and the notebooks, each once."""
-    tree = re.search(r"```\n(bags/\n.*?)```", (ROOT / "README.md").read_text(), re.S)
-    listed, folder = [], ""
-    for line in tree[1].splitlines():
-        if not line.startswith(" "):
-            folder = line.split()[0]
-        elif name := re.match(r"  (\S+\.(py|ipynb))\s+\S", line):
-            listed.append(folder + name[1])
-    modules = [path for path in (ROOT / "bags").rglob("*.py") if path.name != "__init__.py"]
-    files = [*modules, *(ROOT / "scripts").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
-    # Two may be missing: CONTRIBUTING's examples, whose own test runs this one, add files.
-    there = {path.relative_to(ROOT).as_posix() for path in files}
-    assert len(listed) == len(set(listed)) and set(listed) <= there and len(there - set(listed)) <= 2

@@ -27,7 +27,7 @@ from bags.errors import UserError
 from bags.files import write_text
 
 DIGITS = 5  # of a number in 0..1
-KEPT = ("revision", "python", "packages", "device", "cores", "threads", "ranks")  # of environment.json
+KEPT = ("python", "packages", "device", "cores", "threads", "ranks")  # of environment.json
 HEAD = r"<!-- (?P<file>[\w./-]+\.json)(: (?P<chosen>[^\n]*?))? -->\n"
 TABLE = re.compile(rf"(?P<head>{HEAD})(?:(?!<!-- ).)*(?P<end><!-- end -->)", re.S)
 
@@ -71,7 +71,7 @@ def save_results(
     content = {
         "title": title,
         "command": command,
-        "environment": {key: made[0][key] for key in KEPT if key in made[0] and key != "revision"},
+        "environment": {key: made[0][key] for key in KEPT if key in made[0]},
         "revisions": list(dict.fromkeys(e["revision"] for e in made if e.get("revision"))),  # that the runs began at
         "rows": {
             name: [{k: None if math.isnan(v) else round(v, DIGITS) for k, v in run.items()} for run in own]

@@ -243,6 +243,11 @@ class Loader(DataLoader):
             if message.startswith("Caught "):  # in a loader process: its traceback is the message
                 message = message.strip().splitlines()[-1].partition(": ")[2]
             raise UserError(message) from None
+        except (EOFError, ConnectionError) as error:
+            if not self.num_workers:
+                raise
+            # A process that ends while it hands over a batch; torch sees by itself only one that has ended.
+            raise RuntimeError("DataLoader worker exited unexpectedly while it handed over a batch") from error
 
     def _count(self, targets: list[dict]) -> None:
         """Takes `unread` out of targets. Raises UserError where there are too many."""
