@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import run_script
+from conftest import fork_script, run_script
 
 import bags
 from bags.data.statistics import training_of
@@ -166,5 +166,5 @@ def test_compare_on_the_command_line(tmp_path):
         ([], "expected a checkpoint or a results file"),
         ([tmp_path / "a.json", *files, *truth], "a.json: --compare takes two results files and options"),
     ):
-        done = run_script("evaluate", *arguments)
+        done = fork_script("evaluate", *arguments)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

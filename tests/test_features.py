@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run_script, write_configs
+from conftest import ROOT, fork_script, run_script, write_configs
 
 import bags
 from bags import build, cached
@@ -336,11 +336,11 @@ def test_a_live_run_ends_where_a_stored_one_does(swept, tmp_path):
 def test_a_job_that_needs_two_stores_in_one_place_is_not_begun(swept, tmp_path):
     configs, folder = swept
     over = ["--over", "store.negatives", "5", "6", f"detector.init_from={folder}/tiny/softmax/last.pth"]
-    done = run_script("sweep", configs / "bags.yaml", f"output={tmp_path}", over[-1], *over[:-1])
+    done = fork_script("sweep", configs / "bags.yaml", f"output={tmp_path}", over[-1], *over[:-1])
     assert done.returncode == 2 and "needs another store of features than bags,negatives=5" in done.stderr
     assert not list(tmp_path.iterdir())
     over = ["--over", "detector.init_from", f"{folder}/tiny/softmax/last.pth", "row:nothing"]
-    done = run_script("sweep", configs / "bags.yaml", f"output={tmp_path}", *over)
+    done = fork_script("sweep", configs / "bags.yaml", f"output={tmp_path}", *over)
     assert done.returncode == 2 and "run the row nothing first" in done.stderr and not list(tmp_path.iterdir())
 
 
@@ -450,10 +450,10 @@ def test_a_sweep_of_scores_runs_the_detector_once(job, tmp_path):
 )
 def test_mistakes_in_a_sweep(swept, arguments, message):
     configs, folder = swept
-    done = run_script("sweep", configs / "bags.yaml", f"output={folder}", "data.flip=0.5", *arguments)
+    done = fork_script("sweep", configs / "bags.yaml", f"output={folder}", "data.flip=0.5", *arguments)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_sweep_whose_configuration_comes_last():
-    done = run_script("sweep", "--over", "classifier.others_ratio", "2", "8", "configs/glyphs-100/bags.yaml")
+    done = fork_script("sweep", "--over", "classifier.others_ratio", "2", "8", "configs/glyphs-100/bags.yaml")
     assert done.returncode == 2 and "no configuration: put CONFIG and section.key=value before --over" in done.stderr

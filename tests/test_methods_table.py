@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, metrics, read_lines, run_script, write_configs
+from conftest import ROOT, fork_script, metrics, read_lines, run_script, write_configs
 
 import bags
 from bags.analysis.paper import METHODS
@@ -80,7 +80,7 @@ def test_rows_without_a_file_are_left_out(table, tmp_path):
         "softmax", "NorCal", "softmax, retrained", "BAGS", "Seesaw",
     ]  # fmt: skip
     (configs / "bags.yaml").unlink()
-    done = run_script("tables", "--paper", "4", configs, f"output={runs}")
+    done = fork_script("tables", "--paper", "4", configs, f"output={runs}")
     assert done.returncode == 2 and "this table needs that row" in done.stderr
 
 
@@ -160,10 +160,10 @@ def test_impossible_groups_are_refused_before_anything_is_trained(glyphs, tmp_pa
         key, _, value = setting.partition("=")
         row = configs / "bags.yaml"
         row.write_text(f"base: _base.yaml\nclassifier: {{name: group_softmax, {key.split('.')[1]}: {value}}}\n")
-        done = run_script("train", configs / "softmax.yaml", row, f"output={tmp_path}")
+        done = fork_script("train", configs / "softmax.yaml", row, f"output={tmp_path}")
         assert done.returncode == 2 and message in done.stderr
         assert not list(tmp_path.glob("**/log.jsonl"))
-        done = run_script("prepare_data", "check", row)
+        done = fork_script("prepare_data", "check", row)
         assert done.returncode == 2 and message in done.stderr
 
 

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, metrics, run_script
+from conftest import ROOT, fork_script, metrics, run_script
 from PIL import Image
 
 from bags.analysis.plots import plot_weight_norms
@@ -98,7 +98,7 @@ def test_pages_that_ask_for_what_is_not_there(tmp_path, marker, message):
     with pytest.raises(UserError, match=message):
         render_page(f"<!-- {marker} -->\n<!-- end -->", tmp_path)
     (tmp_path / "page.md").write_text(f"<!-- {marker} -->\n<!-- end -->\n")
-    done = run_script("tables", "--render", tmp_path / "page.md")
+    done = fork_script("tables", "--render", tmp_path / "page.md")
     assert done.returncode == 2 and message in done.stderr
 
 

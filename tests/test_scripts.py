@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, ROWS, metrics, read_lines, run_script
+from conftest import ROOT, ROWS, fork_script, metrics, read_lines, run_script
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -234,5 +234,5 @@ def test_overfit_says_what_failed():
     done = run_script("overfit", "faster_rcnn", "--classifiers", "group_softmax", "train.epochs=1", "device=cpu")
     assert done.returncode == 1, done.stderr
     assert done.stdout.startswith("faster_rcnn group_softmax: AP50 0.") and done.stdout.endswith("FAILED\n")
-    done = run_script("overfit", "fast_rcnn")
+    done = fork_script("overfit", "fast_rcnn")
     assert done.returncode == 2 and "fast_rcnn: expected one of faster_rcnn, mask_rcnn" in done.stderr

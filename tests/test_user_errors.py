@@ -17,13 +17,13 @@ def test_a_row_whose_baseline_was_trained_anew_is_refused(job, tmp_path):
     assert "complete, not run again" in done.stdout
     shutil.rmtree(tmp_path / "tiny/softmax")
     assert run_script("train", configs / "softmax.yaml", f"output={tmp_path}", "seed=1").returncode == 0
-    done = run_script("train", configs / "bags.yaml", f"output={tmp_path}")
+    done = fork_script("train", configs / "bags.yaml", f"output={tmp_path}")
     assert done.returncode == 2 and "started from other weights than" in done.stderr
 
 
 def test_other_settings_in_the_same_run_folder_are_refused(job):
     configs, runs, _ = job
-    done = run_script("train", configs, f"output={runs}", "train.lr=0.5")
+    done = fork_script("train", configs, f"output={runs}", "train.lr=0.5")
     assert done.returncode == 2 and "trained with train.lr=0.01, now it is 0.5" in done.stderr
 
 
@@ -38,7 +38,7 @@ def test_changed_annotations_under_a_complete_run_are_refused(job, glyphs, tmp_p
     done = run_script(*command)
     assert done.returncode == 0 and done.stdout.count("complete") == 3, done.stderr
     edit(data / "train.json", lambda c: c["annotations"].pop())
-    done = run_script(*command)
+    done = fork_script(*command)
     assert done.returncode == 2 and "train.json has changed since this run was trained" in done.stderr
 
 
