@@ -2,7 +2,7 @@
 
     python scripts/overfit.py                               # 5 frameworks x 2 classifiers, 40 minutes on one core
     python scripts/overfit.py htc mask_rcnn --classifiers group_softmax
-    python scripts/overfit.py faster_rcnn train.lr=0.0005   # section.key=value, as everywhere
+    python scripts/overfit.py faster_rcnn train.lr=0.0005   # section.key=value, as everywhere; data.* take other images
 
 A detector that cannot do this has a fault. Exit code 1 if one fails.
 """
@@ -21,6 +21,7 @@ from bags.errors import UserError, run_script
 ROWS = {"faster_rcnn": "softmax", "mask_rcnn": "paper/mask", "cascade_rcnn": "paper/cascade",
         "cascade_mask_rcnn": "paper/cascade_mask", "htc": "paper/htc"}  # fmt: skip
 CLASSIFIERS = {"softmax": [], "group_softmax": ["classifier.name=group_softmax", "classifier.boundaries=[2, 3]"]}
+CONFIGS = Path(__file__).resolve().parent.parent / "configs/glyphs-100"
 IMAGES = 8
 SCHEDULE = ["train.epochs=200", "train.batch_size=4", "train.optimizer=adamw", "train.lr=0.002",
             "train.milestones=[160]", "train.warmup_iterations=50", "train.checkpoint_every=100000",
@@ -40,21 +41,24 @@ def main() -> None:
         if name not in known:
             raise UserError(f"{name}: expected one of {', '.join(known)}")
     with tempfile.TemporaryDirectory() as folder:
-        data = few_images(Path(folder))
+        data = few_images(Path(folder), overrides)
         results = [
-            overfit(framework, classifier, [*data, f"output={folder}/runs", *SCHEDULE, *overrides])
+            overfit(framework, classifier, [f"output={folder}/runs", *SCHEDULE, *overrides, *data])
             for framework in frameworks
             for classifier in classifiers
         ]
     sys.exit(0 if all(results) else 1)
 
 
-def few_images(folder: Path) -> list[str]:
-    """Writes annotations of the first images of glyphs-100's training set; returns the overrides that use them."""
+def few_images(folder: Path, overrides: list[str]) -> list[str]:
+    """Writes annotations of the training set's first images; returns the overrides that use them."""
+    from bags.config import load_config
     from bags.data.glyphs import PRESETS, make_glyphs
 
-    root = make_glyphs(Path("data/glyphs-100"), PRESETS["glyphs-100"])
-    content = json.loads((root / "train.json").read_text())
+    data = load_config(CONFIGS / "softmax.yaml", overrides).data
+    if data.glyphs:
+        make_glyphs(data.root, PRESETS[data.glyphs])
+    content = json.loads((Path(data.root) / data.train).read_text())
     content["images"] = content["images"][:IMAGES]
     kept = {image["id"] for image in content["images"]}
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
@@ -69,8 +73,9 @@ def overfit(framework: str, classifier: str, overrides: list[str]) -> bool:
     from bags.distributed import distributed
     from scripts.train import run
 
-    file = Path(__file__).parents[1] / "configs/glyphs-100" / f"{ROWS[framework]}.yaml"
-    config = load_config(file, [*CLASSIFIERS[classifier], f"name={framework}-{classifier}", *overrides])
+    config = load_config(
+        CONFIGS / f"{ROWS[framework]}.yaml", [*CLASSIFIERS[classifier], f"name={framework}-{classifier}", *overrides]
+    )
     start = time.perf_counter()
     with distributed(config.device) as device:
         run([config], device)

@@ -229,9 +229,18 @@ def test_an_override_may_be_longer_than_a_path():
     assert split_arguments([str(ROOT), long]) == ([ROOT], [long])
 
 
-def test_overfit_says_what_failed():
+def test_overfit_says_what_failed(glyphs):
     """One epoch is not enough; the script itself is what is tested here."""
-    done = run_script("overfit", "faster_rcnn", "--classifiers", "group_softmax", "train.epochs=1", "device=cpu")
+    done = run_script(
+        "overfit",
+        "faster_rcnn",
+        "--classifiers",
+        "group_softmax",
+        "train.epochs=1",
+        "device=cpu",
+        f"data.root={glyphs}",
+        "data.glyphs=null",
+    )
     assert done.returncode == 1, done.stderr
     assert done.stdout.startswith("faster_rcnn group_softmax: AP50 0.") and done.stdout.endswith("FAILED\n")
     done = fork_script("overfit", "fast_rcnn")
