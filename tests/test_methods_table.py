@@ -101,10 +101,11 @@ def test_seconds_are_of_the_own_steps(table):
 
 @pytest.mark.parametrize("dataset", ["glyphs-100", "lvis_v1", "glyphs-1230", "muscima"])
 def test_rows_of_the_table_are_shipped(dataset):
-    """Each with its command on top; published numbers fit their columns. Two datasets have those of a stage alone."""
-    folder, partly = ROOT / "configs" / dataset, dataset in ("glyphs-1230", "muscima")
+    """Each with its command on top; published numbers fit their columns. Two datasets lack rows of whole detectors."""
+    folder = ROOT / "configs" / dataset
     for row in METHODS.rows:
-        if partly and (row.config == "rfs" or row.config.endswith("_all")):
+        whole = row.config.endswith("_all")
+        if (dataset == "muscima" and whole) or (dataset == "glyphs-1230" and (whole or row.config == "rfs")):
             continue
         [path] = [p for p in (folder / i / f"{row.config}.yaml" for i in ("", "paper", "more")) if p.exists()]
         config, text = bags.load_config(path), path.read_text()
