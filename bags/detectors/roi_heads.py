@@ -29,10 +29,10 @@ class Samples(NamedTuple):
 
     def foreground(self) -> "Samples":
         """Those of label 1 and above."""
-        return self.take([labels > 0 for labels in self.labels])
+        return self.take([torch.where(labels > 0)[0] for labels in self.labels])
 
     def take(self, chosen: list[Tensor]) -> "Samples":
-        """Some of each image: masks [R_i] or positions."""
+        """Some of each image, by their positions (of masks, a GPU would have to be waited for by each field)."""
         return Samples(*([v[own] for v, own in zip(values, chosen, strict=True)] for values in self))
 
 
