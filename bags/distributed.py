@@ -5,6 +5,7 @@ gloo on CPU); started plainly it is one process and every helper below is a no-o
 """
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -14,25 +15,30 @@ import torch.distributed as dist
 
 from bags.errors import LostRank, UserError
 
+ALONE = datetime.timedelta(hours=1)  # that ranks wait while the main one makes a dataset, fetches weights or scores
+
 
 @contextlib.contextmanager
 def distributed(device: str = "auto") -> Iterator[torch.device]:
     """Joins and leaves the process group; gives this rank's device.
 
     A rank that fails leaves without ceremony, which ends the others: they raise LostRank.
-    Raises UserError for device "cuda" where torch sees no GPU.
+    Raises UserError for device "cuda" where torch sees no GPU, and for more ranks than GPUs.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: torch sees no GPU here; use device=auto or device=cpu")
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"{os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1)} ranks, but torch sees "
+                        f"{torch.cuda.device_count()} GPU(s) here: GPUS= takes at most as many")  # fmt: skip
     if use_cuda:
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield chosen
         return
-    dist.init_process_group("nccl" if use_cuda else "gloo", device_id=chosen if use_cuda else None)
+    dist.init_process_group("nccl" if use_cuda else "gloo", timeout=ALONE, device_id=chosen if use_cuda else None)
     try:
         yield chosen
     except RuntimeError as error:

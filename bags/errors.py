@@ -49,10 +49,16 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         _end(f"error: {' '.join(str(error).split())}", 2)
     except RuntimeError as error:  # torch raises it wherever the main process is at that moment
-        if "DataLoader worker" not in str(error):
-            raise
-        mend = "is the memory full? Fewer data.workers need less; the same command goes on from the last checkpoint"
-        _end(f"error: a loader process has ended ({' '.join(str(error).split()).rstrip('.')}): {mend}", 2)
+        text, again = " ".join(str(error).split()).rstrip("."), "the same command goes on from the last checkpoint"
+        if "DataLoader worker" in text:
+            mend = "is the memory full? Fewer data.workers need less"
+            _end(f"error: a loader process has ended ({text}): {mend}; {again}", 2)
+        if type(error).__name__ == "OutOfMemoryError":
+            mend = "train.accumulate=2 (and another output=) takes half a batch at a time, test.batch_size=1 one image"
+            _end(f"error: the GPU's memory is full: {mend}. {text}", 2)
+        if "does not have a deterministic implementation" in text:
+            _end(f"error: --deterministic: {text.partition(' does not')[0]} is not deterministic here: leave it out", 2)
+        raise
     except OSError as error:  # a folder where a file should be, no permission, a full disk
         _end(f"error: {error}", 2)
     finally:

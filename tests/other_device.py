@@ -1,7 +1,8 @@
 """A second device without a GPU: tensors that say they are on `meta` and hold their numbers on the CPU.
 
-What a GPU refuses is refused here: operations on tensors of both devices, and NumPy arrays of the other one. What a
-GPU is waited for is counted. So the code that a GPU runs, but for its kernels, runs here, with the CPU's numbers.
+What a GPU refuses is refused here: operations on tensors of both devices, NumPy arrays of the other one, kernels that
+add up in any order. What a GPU is waited for is counted. So the code that a GPU runs, but for its kernels, runs here,
+with the CPU's numbers.
 """
 
 import contextlib
@@ -21,6 +22,8 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
          aten._unique2.default, aten.unique_dim.default, aten.repeat_interleave.Tensor, aten.bincount.default,
          }  # fmt: skip
+# What --deterministic refuses on a GPU, and can be done otherwise.
+UNORDERED = {aten._adaptive_avg_pool2d_backward.default, aten.nll_loss2d_forward.default, aten.histc.default}
 PROJECT = f"{Path(__file__).resolve().parents[1] / 'bags'}/"
 waits: Counter[str] = Counter()  # lines of this project or of torchvision -> how often the device was waited for there
 
@@ -90,6 +93,8 @@ def _inner(tree):
 
 def _check(function, args, tensors) -> None:
     """A CPU tensor may only be a number among others, or what indexes one."""
+    if function in UNORDERED:
+        raise RuntimeError(f"{function} does not have a deterministic implementation")
     numbers = torch.Tag.pointwise in function.tags or function in INDEXING
     indices = args[1] if function in INDEXING and isinstance(args[0], OtherTensor) else ()
     for tensor in tensors:

@@ -1,5 +1,6 @@
 """What goes wrong while nobody looks: damaged files, full disks, dead processes, odd data, malice."""
 
+import datetime
 import json
 import os
 import pickle
@@ -25,8 +26,10 @@ from torch.utils.data import DataLoader
 
 import bags
 from bags.data.dataset import DetectionDataset, Loader, read_image
+from bags.distributed import distributed
 from bags.engine.checkpoint import load_checkpoint, load_latest, save_checkpoint, write_file
 from bags.errors import UserError
+from bags.errors import run_script as run_script_here
 
 
 class Malice:
@@ -168,6 +171,54 @@ def test_a_loader_process_that_ends_while_it_hands_over_a_batch(monkeypatch, err
         list(Loader([0], num_workers=1))
     with pytest.raises(error):
         list(Loader([0], num_workers=0))
+
+
+ONE_LINE = {
+    "memory": (torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate 2 GiB"), "GPU's memory is full: .*2 GiB"),
+    "kernel": (
+        RuntimeError("histc does not have a deterministic implementation, but"),
+        "--deterministic: histc is not deterministic here: leave it out",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ONE_LINE)
+def test_what_a_gpu_says_is_one_line(case, capsys, monkeypatch):
+    error, words = ONE_LINE[case]
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process goes on
+    with pytest.raises(SystemExit) as end:
+        run_script_here(raising(error))
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and re.search(f"error: .*{words}", lines[0])
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_script_here(raising(RuntimeError("shapes")))
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
+
+
+def test_ranks_on_gpus(monkeypatch):
+    """nccl, each on its own GPU, with patience for what the main rank does alone; no more ranks than GPUs."""
+    joined = {}
+    for name, value in (("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: joined.update(device=device))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *args, **kwargs: joined.update(kwargs, args=args)
+    )
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: joined.update(left=True))
+    with distributed("auto") as device:
+        assert device == torch.device("cuda", 1) == joined["device"] == joined["device_id"]
+    assert joined["args"] == ("nccl",) and joined["timeout"] >= datetime.timedelta(hours=1) and joined["left"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"2 ranks, but torch sees 1 GPU\(s\) here"), distributed("cuda"):
+        pass
 
 
 def test_a_killed_loader_process_is_one_line(tmp_path, glyphs):

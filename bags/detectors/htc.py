@@ -75,7 +75,8 @@ class SemanticBranch(nn.Module):
                 labels = painted(target["masks"], target["labels"])
             own[: labels.shape[0], : labels.shape[1]] = labels[: own.shape[0], : own.shape[1]]
         goals = batch[:, :: self.stride, :: self.stride]
-        total = F.cross_entropy(logits.float(), goals, ignore_index=IGNORED, reduction="sum")
+        pixels = logits.float().permute(0, 2, 3, 1).flatten(0, 2)  # as maps, GPUs add them up in any order
+        total = F.cross_entropy(pixels, goals.flatten(), ignore_index=IGNORED, reduction="sum")
         return SEMANTIC_WEIGHT * total / (goals != IGNORED).sum().clamp(min=1)
 
 
@@ -98,7 +99,7 @@ class FusedRoIAlign(nn.Module):
         """[all boxes, width, side, side]."""
         pooled = self.pyramid(features, boxes, image_shapes)
         context = self.semantic(features, boxes, image_shapes)
-        return pooled + F.adaptive_avg_pool2d(context, pooled.shape[-2:])
+        return pooled + F.avg_pool2d(context, context.shape[-1] // pooled.shape[-1])  # 14 x 14 -> 7 x 7, or itself
 
 
 class HTCRoIHeads(CascadeRoIHeads):
