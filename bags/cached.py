@@ -5,6 +5,7 @@ on is in its header: weights, annotations, settings.
 """
 
 import contextlib
+import gc
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, fields
@@ -93,7 +94,7 @@ def training_loader(config: Config, runs: list[Run], live: DataLoader, device) -
     batches: Any = live.batch_sampler
     assert isinstance(runs[0].model, FasterRCNN) and isinstance(live.dataset, DetectionDataset)
     store = training_store(config, runs[0].model, live.dataset, device)
-    resident = device.type == "cuda" and 2 * store.nbytes() < torch.cuda.mem_get_info(device)[0]
+    resident = device.type == "cuda" and 2 * store.nbytes() < _free_memory(device)
     whole = store.whole(device) if resident else None
     for run in runs:
         assert isinstance(run.model, FasterRCNN)
@@ -109,6 +110,13 @@ def validation_loader(config: Config, detector: FasterRCNN, dataset: DetectionDa
     store = validation_store(config, detector, dataset, device)
     sampler = ShardSampler(len(dataset), config.test.batch_size)
     return build.loader(config, SeenFeatures(store, Seen, dataset.target), sampler)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that nobody uses; what torch holds back of earlier runs is given up first."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def store_folder(config: Config) -> Path:

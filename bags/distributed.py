@@ -114,11 +114,11 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
-    """Whether a flag is set on any rank; the same answer on all of them."""
+def any_rank(flag: bool | torch.Tensor, device: torch.device | str = "cpu") -> bool:
+    """Whether a flag is set on any rank; the same answer on all of them. A flag on a GPU is waited for once."""
     if not dist.is_initialized():
-        return flag
-    return bool(total(torch.tensor(float(flag), device=device)))
+        return bool(flag)
+    return bool(total(torch.as_tensor(flag, dtype=torch.float32, device=device)))
 
 
 def gather_objects(value: object) -> list:

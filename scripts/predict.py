@@ -28,6 +28,9 @@ def main() -> None:
     parser.add_argument("--score", type=float, default=0.3, help="least score (default 0.3)")
     parser.add_argument("--min-size", type=int, help="shorter side in pixels (default: as trained)")
     parser.add_argument("--max-size", type=int, help="longer side in pixels (default: as trained)")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
     arguments = parser.parse_intermixed_args()
     for name in ("min_size", "max_size"):
         value = getattr(arguments, name)
@@ -36,7 +39,11 @@ def main() -> None:
     if not 0 <= arguments.score <= 1:
         raise UserError(f"--score {arguments.score}: expected 0 to 1")
     files = _image_files(arguments.images)
-    detect(arguments.checkpoint, files, arguments.output, arguments.score, arguments.min_size, arguments.max_size)
+    from bags import distributed
+
+    sizes = arguments.min_size, arguments.max_size
+    with distributed.distributed(arguments.device) as device:
+        detect(arguments.checkpoint, files, arguments.output, arguments.score, *sizes, device)
 
 
 def _image_files(paths: list[Path]) -> list[Path]:
@@ -53,7 +60,7 @@ def _image_files(paths: list[Path]) -> list[Path]:
     return files
 
 
-def detect(checkpoint: Path, files: list[Path], output: Path, least_score: float, min_size, max_size) -> None:
+def detect(checkpoint: Path, files: list[Path], output: Path, least_score: float, min_size, max_size, device) -> None:
     """Writes drawings and predictions.json to `output`."""
     import matplotlib
     import torch
@@ -67,7 +74,6 @@ def detect(checkpoint: Path, files: list[Path], output: Path, least_score: float
 
     detector, meta = load_detector(checkpoint, min_size, max_size)
     stats = meta["stats"]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector.to(device)
     detector.transform.encode_masks = True
     name_of = dict(zip(stats.category_ids, stats.names, strict=True))

@@ -58,7 +58,7 @@ class Called:
 
 
 def train_some(config, at_batch=None):
-    """Trains as the configuration says: {start, end: state dicts, graphs: number captured by torch.compile}."""
+    """Trains as the configuration says: {start, end: state dicts, graphs: number captured by torch.compile, run}."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     index = build.open_index(config, "train")
@@ -73,7 +73,7 @@ def train_some(config, at_batch=None):
     run = Run(detector, config.train, config.run_folder, config.seed, config.name, about)
     train([run], Called(loader, at_batch or {}), torch.device("cpu"))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    return {"start": start, "end": detector.state_dict(), "graphs": graphs}
+    return {"start": start, "end": detector.state_dict(), "graphs": graphs, "run": run}
 
 
 if __name__ == "__main__":

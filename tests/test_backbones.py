@@ -9,7 +9,7 @@ from torchvision.models.detection.image_list import ImageList
 
 import bags
 from bags.data.dataset import read_image
-from bags.detectors.anchors import FixedStrideAnchors
+from bags.detectors.anchors import FixedStrideAnchors, PreciseAnchors
 from bags.detectors.backbones import STRIDES, DeformableConv, build_backbone, load_backbone_weights
 from bags.engine.optim import set_trained_part, train_mode
 
@@ -92,7 +92,8 @@ def test_anchors_lie_on_their_strides():
 
 def test_strides_are_a_choice(tmp_path):
     assert type(detector(tmp_path).rpn.anchor_generator) is FixedStrideAnchors
-    assert type(detector(tmp_path, "detector.conventions=torchvision").rpn.anchor_generator) is AnchorGenerator
+    assert type(detector(tmp_path, "detector.conventions=torchvision").rpn.anchor_generator) is PreciseAnchors
+    assert PreciseAnchors.forward is AnchorGenerator.forward
 
 
 # --------------------------------------------------------------------------- weights

@@ -12,15 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, read_lines, write_configs
 from steps import agree_on_samples, pieces, train_some
+from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
 import bags
 from bags.build import load_detector
 from bags.config import override_config
+from bags.detectors.backbones import FrozenBatchNorm
+from bags.detectors.conventions import mask_targets
 from bags.engine import train as engine
-from bags.engine.metrics import Clock, Monitor
-from bags.engine.optim import learning_rate, set_trained_part, train_mode
+from bags.engine.checkpoint import load_checkpoint, save_checkpoint
+from bags.engine.metrics import PHASES, Clock, Monitor
+from bags.engine.optim import build_optimizer, learning_rate, set_trained_part, train_mode
 from bags.errors import Stopped, UserError
 
 CPU = torch.device("cpu")
@@ -240,6 +245,72 @@ def test_a_gpu_that_waits_is_told_of(tmp_path, glyphs, capsys):
     clock.lap("data")
     seconds = clock.read()
     assert seconds["data"] > 0 and seconds["step"] > 0 and seconds["forward"] == 0 and sum(clock.read().values()) == 0
+    time.sleep(0.05)  # a checkpoint
+    clock.leave_out()
+    clock.lap("data")
+    assert set(clock.read()) == set(PHASES) and sum(seconds.values()) < 0.05
+
+
+@pytest.mark.parametrize("conventions", ["standard", "torchvision", "released"])
+def test_boxes_are_not_rounded_in_half_precision(tmp_path, glyphs, conventions):
+    """Proposals, goals and moved boxes are float32 under autocast: bfloat16 counts in fours from 512 pixels on."""
+    keys = [f"detector.conventions={conventions}", "detector.framework=cascade_mask_rcnn"]
+    detector, loader = pieces(tiny(tmp_path, glyphs, *keys, "detector.min_size=800", "detector.max_size=800"))
+    images, targets = next(iter(loader))
+    seen = []
+    detector.rpn.register_forward_hook(lambda *call: seen.append(call[2][0][0]))
+    detector.rpn.anchor_generator.register_forward_hook(lambda *call: seen.append(call[2][0]))
+    first, stages = detector.roi_heads.box_stages[0], detector.roi_heads.box_stages
+    for stage in stages[:2]:
+        moved = stage.refine
+        stage.refine = lambda *given, plain=moved: (found := plain(*given), seen.append(found[0]))[0]
+    drawn, goals = first.sample, []
+    first.sample = lambda *given: (found := drawn(*given), goals.append(found.goals[0][found.labels[0] > 0]))[0]
+    objects = []
+    detector.transform.register_forward_hook(lambda *call: objects.append(call[2][1][0]["boxes"]))
+    with torch.autocast("cpu", torch.bfloat16):
+        detector.train()(images[:1], targets[:1])
+    assert len(seen) == 4 and all(boxes.dtype == torch.float32 and len(boxes) for boxes in seen)
+    assert all((goal == objects[0]).all(1).any() for goal in goals[0]) and len(goals[0])
+
+
+def test_mask_targets_are_torchvisions():
+    masks, boxes = torch.rand(3, 40, 50).round(), torch.rand(5, 4) * 20
+    boxes[:, 2:] += boxes[:, :2] + 1
+    matched = torch.tensor([0, 2, 1, 1, 0])
+    assert mask_targets(masks, boxes, matched, 28).equal(project_masks_on_boxes(masks, boxes, matched, 28))
+
+
+def test_fused_kernels(tmp_path, glyphs, monkeypatch):
+    """On a GPU, but for SGD in fp16, whose first momenta an overflow leaves unwritten; a checkpoint brings none."""
+    detector, _ = pieces(tiny(tmp_path, glyphs))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for optimizer, precision, fused in (("sgd", "fp32", True), ("sgd", "bf16", True), ("sgd", "fp16", None),
+                                        ("adamw", "fp16", True)):  # fmt: skip
+        config = tiny(tmp_path, glyphs, f"train.optimizer={optimizer}", f"train.precision={precision}").train
+        assert build_optimizer(detector, config).param_groups[0]["fused"] is fused
+    monkeypatch.undo()
+    config = tiny(tmp_path, glyphs, "train.optimizer=adamw", "train.epochs=1")
+    train_some(config)
+    saved = load_checkpoint(config.run_folder / "last.pth")
+    saved["optimizer"]["param_groups"][0]["fused"] = True
+    saved["iteration"] -= 1
+    save_checkpoint(config.run_folder / "last.pth", saved)
+    run = train_some(config)["run"]
+    assert run.optimizer.param_groups[0]["fused"] is None and run.done == saved["iteration"]
+
+
+def test_frozen_statistics_keep_half_precision():
+    """What torchvision's makes of float32, and close to it, in the input's type, of bfloat16."""
+    norm, plain = FrozenBatchNorm(4), torchvision.ops.FrozenBatchNorm2d(4)
+    state = {name: torch.rand(4) + 0.5 for name in norm.state_dict()}
+    norm.load_state_dict(state)
+    plain.load_state_dict(state)
+    x = torch.randn(2, 4, 5, 6)
+    assert norm(x).equal(plain(x))
+    for dtype in (torch.bfloat16, torch.float16):
+        half = norm(x.to(dtype))
+        assert half.dtype == dtype and torch.allclose(half.float(), plain(x.to(dtype)), rtol=0.01, atol=0.02)
 
 
 def test_a_run_through_the_script_stops_with_its_own_code(tmp_path, glyphs):

@@ -1,4 +1,4 @@
-"""Anchors at fixed strides."""
+"""Anchors in single precision at least, and at fixed strides."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,18 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 
-class FixedStrideAnchors(AnchorGenerator):
+class PreciseAnchors(AnchorGenerator):
+    """torchvision's anchors, in float32 where autocast gives feature maps in half precision.
+
+    bfloat16 counts in steps of 4 pixels from 512 on, and proposals have their anchors' type.
+    """
+
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Moves the anchors of a cell to a device."""
+        super().set_cell_anchors(torch.promote_types(dtype, torch.float32), device)
+
+
+class FixedStrideAnchors(PreciseAnchors):
     """torchvision's anchors, centred on multiples of each level's own stride.
 
     torchvision derives strides from the sizes of image and feature map, rounded down: at a side of 800

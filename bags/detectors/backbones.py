@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
@@ -47,7 +48,7 @@ def build_backbone(
     """
     if name == "small":
         return SmallFPN(channels, levels)
-    kinds = {True: torchvision.ops.FrozenBatchNorm2d, False: nn.BatchNorm2d, "statistics": FixedStatistics}
+    kinds = {True: FrozenBatchNorm, False: nn.BatchNorm2d, "statistics": FixedStatistics}
     norm = kinds[frozen_batch_norm]
     family = "mobilenet" if name.startswith("mobilenet") else "resnet"
     if family == "resnet":
@@ -105,6 +106,16 @@ class FixedStatistics(nn.BatchNorm2d):
     def train(self, mode: bool = True) -> "FixedStatistics":
         """Always in evaluation mode."""
         return super().train(False)
+
+
+class FrozenBatchNorm(torchvision.ops.FrozenBatchNorm2d):
+    """torchvision's, whose outputs under autocast stay in the half precision of its inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W], as it is."""
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 class DeformableConv(DeformConv2d):

@@ -8,18 +8,37 @@ code that puts a detector together takes the parts from it and asks no further q
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image
 
+from bags.classifiers.base import at_least_float32
 from bags.detectors import released
-from bags.detectors.anchors import FixedStrideAnchors
+from bags.detectors.anchors import FixedStrideAnchors, PreciseAnchors
 from bags.detectors.masks import crops, encode
+
+
+class PreciseBoxCoder(BoxCoder):
+    """Boxes in float32 at least, also from the half-precision deltas of autocast."""
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        """Deltas [R, 4 * L] of boxes [R, 4] (pixels) -> boxes [R, 4 * L]."""
+        return super().decode_single(at_least_float32(rel_codes), boxes)
+
+
+def mask_targets(masks: Tensor, boxes: Tensor, matched: Tensor, side: int) -> Tensor:
+    """Masks [K, H, W] of objects -> what is in boxes [R, 4] of the objects `matched` [R], [R, side, side] in 0..1.
+
+    As torchvision's `project_masks_on_boxes`, which takes a gigantic detour where deterministic kernels are asked
+    for on a GPU: those are for gradients, and targets have none.
+    """
+    regions = torch.cat([matched[:, None].to(boxes), boxes], dim=1)
+    return torch.ops.torchvision.roi_align(masks[:, None].to(boxes), regions, 1.0, side, side, -1, False)[:, 0]
 
 
 class Transform(GeneralizedRCNNTransform):
@@ -92,21 +111,21 @@ class Conventions:
     rpn: type[RegionProposalNetwork] = RegionProposalNetwork
     matcher: Callable[[float, float], Matcher] = Matcher
     matches_objects: bool = True
-    box_coder: Callable[[tuple[float, ...]], BoxCoder] = BoxCoder
+    box_coder: Callable[[tuple[float, ...]], BoxCoder] = PreciseBoxCoder
     clip: Callable[[Tensor, tuple[int, int]], Tensor] = clip_boxes_to_image
     least_side: float = 1e-2
     suppressed_as: Callable[[Tensor, tuple[int, int]], Tensor] = _as_they_are
     roi_align: Callable[..., nn.Module] = _roi_align
     transform: type[GeneralizedRCNNTransform] = Transform
     augments: bool = False
-    mask_targets: Callable[[Tensor, Tensor, Tensor, int], Tensor] = project_masks_on_boxes
+    mask_targets: Callable[[Tensor, Tensor, Tensor, int], Tensor] = mask_targets
     box_beta: float = 1.0
     semantic_padding: int = 255
 
 
 def _torchvision_anchors(sizes, aspect_ratios, strides) -> AnchorGenerator:
     """Strides are derived from the sizes of image and feature maps, rounded down."""
-    return AnchorGenerator(sizes, aspect_ratios)
+    return PreciseAnchors(sizes, aspect_ratios)
 
 
 STANDARD = Conventions()

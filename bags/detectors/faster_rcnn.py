@@ -11,7 +11,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
-from bags.classifiers.base import BoxFeatures, ProposalClassifier
+from bags.classifiers.base import BoxFeatures, ProposalClassifier, at_least_float32
 from bags.detectors.backbones import Backbone
 from bags.detectors.cascade import STAGES, CascadeRoIHeads, Stage
 from bags.detectors.conventions import CONVENTIONS, Conventions
@@ -189,6 +189,15 @@ def _mask_branch(parts: Conventions, backbone: Backbone, labels: int, strides) -
     }
 
 
+class PreciseRPNHead(RPNHead):
+    """torchvision's, whose outputs are in float32 at least: proposals are computed, sorted and suppressed in it."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Feature maps -> objectness [B, A, H, W] and deltas [B, 4 * A, H, W] of each level."""
+        logits, deltas = super().forward(x)
+        return [at_least_float32(level) for level in logits], [at_least_float32(level) for level in deltas]
+
+
 def _region_proposal_network(
     parts: Conventions, channels: int, anchors, batch_size: int, train_proposals: int, test_proposals: int
 ) -> RegionProposalNetwork:
@@ -198,7 +207,7 @@ def _region_proposal_network(
     kept = {"training": train_proposals, "testing": test_proposals}
     return parts.rpn(
         anchors,
-        RPNHead(channels, per_cell[0]),
+        PreciseRPNHead(channels, per_cell[0]),
         fg_iou_thresh=0.7,
         bg_iou_thresh=0.3,
         batch_size_per_image=batch_size,

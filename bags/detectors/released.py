@@ -46,10 +46,6 @@ class ReleasedAnchors(FixedStrideAnchors):
         levels = zip(self.sizes, self.aspect_ratios, strides, strict=True)
         self.cell_anchors = [_cell_anchors(*level) for level in levels]
 
-    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Moves the anchors of a cell; they stay float32 at least, as half precision rounds large coordinates."""
-        super().set_cell_anchors(torch.promote_types(dtype, torch.float32), device)
-
 
 def _cell_anchors(sizes, aspect_ratios, stride: int) -> Tensor:
     """[ratios * sizes, 4]; the order of the float32 operations decides ties of the rounding."""

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -158,23 +159,36 @@ def open_store(
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One run at a time makes a store; the others wait, and find it made. The main process holds the lock."""
-    if not distributed.is_main():
-        yield
-        return
+    lock = _opened(folder) if distributed.is_main() else -1
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error}): set store.folder to another one") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"note: {folder}: another run is at this store: waiting for it", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        told = False
+        while distributed.gather_objects(lock >= 0 and not _locked(lock))[0]:  # ranks ask together: none waits for long
+            if lock >= 0 and not told:
+                print(f"note: {folder}: another run is at this store: waiting for it", file=sys.stderr)
+            told = True
+            time.sleep(1)
         yield
     finally:
-        os.close(lock)
+        if lock >= 0:
+            os.close(lock)
+
+
+def _opened(folder: Path) -> int:
+    """A folder, made if need be, to be locked."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error}): set store.folder to another one") from None
+
+
+def _locked(lock: int) -> bool:
+    """Takes the lock, if it is free."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _begin(folder: Path, header: dict) -> None:

@@ -38,14 +38,19 @@ class Clock:
         """Ends a phase, one of PHASES; never waits for the GPU."""
         self.marks.append((phase, _now(self.device)))
 
+    def leave_out(self) -> None:
+        """What has passed since the last lap belongs to no phase."""
+        self.marks.append(("", _now(self.device)))
+
     def read(self) -> dict[str, float]:
         """Seconds of each phase since the last reading; on a GPU, waits for it."""
-        seconds = dict.fromkeys(PHASES, 0.0)
+        seconds = dict.fromkeys(("", *PHASES), 0.0)
         if self.on_gpu:
             torch.cuda.synchronize()
         for (_, start), (phase, end) in itertools.pairwise(self.marks):
             seconds[phase] += start.elapsed_time(end) / 1000 if self.on_gpu else end - start
         del self.marks[:-1]
+        del seconds[""]
         return seconds
 
 
@@ -134,7 +139,7 @@ class Monitor:
         )
         self.smoothed_loss: float | None = None
         self.waited = False
-        self.last_time, self.last_steps = time.perf_counter(), done
+        self.last_time, self.last_steps, self.first_steps = time.perf_counter(), done, done
 
     def __enter__(self) -> "Monitor":
         return self
@@ -151,7 +156,7 @@ class Monitor:
         if steps % self.config.log_every and steps != self.total:
             return
         values = distributed.average({"loss": sum(losses.values(), torch.tensor(0.0)), **losses})
-        times = self._times(max(steps - self.last_steps, 1))
+        times, seconds = self._times(max(steps - self.last_steps, 1)), self.stopwatch.seconds()
         if self.log:
             now = time.perf_counter()
             rate = (steps - self.last_steps) * self.config.batch_size / (now - self.last_time)
@@ -161,7 +166,7 @@ class Monitor:
                 epoch=epoch,
                 lr=lr,
                 images_per_s=rate,
-                seconds=self.stopwatch.seconds(),
+                seconds=seconds,
                 **times,
                 **values,
             )
@@ -177,7 +182,8 @@ class Monitor:
             return {}
         seconds = self.clock.read()
         share = seconds["data"] / max(sum(seconds.values()), 1e-9)
-        if self.clock.on_gpu and share > WAITS and not self.waited and distributed.is_main():
+        begun = self.last_steps > self.first_steps  # at first, loader processes start
+        if self.clock.on_gpu and share > WAITS and begun and not self.waited and distributed.is_main():
             self.waited = True
             tqdm.write(f"warning: {self.title}: the GPU waits for data {share:.0%} of the time: raise data.workers",
                        file=sys.stderr)  # fmt: skip

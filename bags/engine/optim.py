@@ -43,9 +43,13 @@ def train_mode(model: nn.Module) -> None:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD with momentum, or AdamW, over the trainable parameters; in one kernel (fused) on a GPU."""
+    """SGD with momentum, or AdamW, over the trainable parameters; in one kernel (fused) on a GPU.
+
+    Not so SGD in fp16: where its first step overflows, the fused kernel leaves momenta that nobody has written.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    fused = True if parameters[0].is_cuda else None
+    spoilt = config.optimizer == "sgd" and config.precision == "fp16"
+    fused = True if parameters[0].is_cuda and not spoilt else None
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay, fused=fused)

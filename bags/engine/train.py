@@ -134,7 +134,7 @@ def optimisation_step(
             run.scaler.scale(sum(losses.values()) / parts).backward()
             clock.lap("backward")
         means = {name: means.get(name, 0) + value.detach() / parts for name, value in losses.items()}
-    if distributed.any_rank(not torch.stack(list(means.values())).isfinite().all(), device):
+    if distributed.any_rank(~torch.stack(list(means.values())).isfinite().all(), device):
         _leave_out(run, means, images, targets, iteration, lr, device)
     else:
         run.skipped = 0
@@ -215,6 +215,8 @@ def _resume(run: Run) -> bool:
         raise UserError(f"{run.folder}: its checkpoint is not a run's own (no iteration or optimizer in it): remove it")
     run.model.load_state_dict(saved["model"])
     if run.optimizer:
+        for theirs, ours in zip(saved["optimizer"]["param_groups"], run.optimizer.param_groups, strict=False):
+            theirs["fused"] = ours["fused"]  # this device's kernel
         run.optimizer.load_state_dict(saved["optimizer"])
         if run.scaler and "scaler" in saved:
             run.scaler.load_state_dict(saved["scaler"])
@@ -266,6 +268,7 @@ def train(runs: Sequence[Run], loader: DataLoader, device: torch.device) -> None
             monitor_of[id(run)].step(iteration, epoch_at(epochs, steps), losses, lr)
             if steps % run.save_every == 0 and steps < total:
                 run.save(steps)
+                clock.leave_out()
             if run is runs[-1] and distributed.any_rank(bool(signals), device):
                 for own in runs:
                     if own.done <= iteration:
@@ -303,6 +306,7 @@ def _start(run: Run, loader: DataLoader, device: torch.device) -> None:
     if not _resume(run) and not trainable:
         fit_classifiers(run.model, loader, device, run.seed, run.title)
     if config.compile and run.losses is None:
+        torch._dynamo.config.optimize_ddp = False  # it cuts the graph at buckets, anew for every shape of images
         run.model.get_submodule("backbone").compile()
     run.losses, run.stopwatch.device = run.losses or run.model, device
     if trainable and ranks > 1:

@@ -127,35 +127,33 @@ def train_once(config, name: str, live: bool, epochs: int, device, mirrored: boo
     end = time.perf_counter()
     fc = sorted((Path(folder) / "train").glob("*.fc"))
     return {"s": end - start, "extraction_s": extracted - start, "training_s": end - extracted,
-            "bytes": sum(path.stat().st_size for path in fc), "files": fc, "loader": loader, "runs": runs}  # fmt: skip
+            "bytes": sum(path.stat().st_size for path in fc), "files": fc, "loader": loader, "runs": runs,
+            "config": config}  # fmt: skip
 
 
 def reading(stage: dict, device) -> dict:
     """An epoch from a store that is on disk alone, against the slower of reading the store and computing in memory."""
+    from bags import build
+    from bags.engine.features import TrainingFeatures, collate_samples
     from bags.engine.metrics import Clock
     from bags.engine.train import train_one_epoch
 
-    runs, loader = stage["runs"], stage["loader"]
+    runs, config, data = stage["runs"], stage["config"], stage["loader"].dataset
+    roi, batches = config.detector.roi, stage["loader"].batch_sampler
+    data = TrainingFeatures(data.store, data.flip, roi.batch_size, roi.positive_fraction, resident=False)
+    loader = build.loader(config, data, batches, collate_samples)  # on a GPU the other one reads nothing
 
     def after_step(run, iteration: int, losses: dict, lr: float) -> None:
         """Waits for the step."""
         float(sum(losses.values()))
 
-    def epoch(batches) -> float:
-        loader.batch_sampler.start(0)
+    def epoch(source) -> float:
+        batches.start(0)
         start = time.perf_counter()
-        train_one_epoch(
-            runs,
-            batches,
-            device,
-            0,
-            [0, len(kept)],
-            after_step,
-            Clock(device),
-        )
+        train_one_epoch(runs, source, device, 0, [0, len(kept)], after_step, Clock(device))
         return time.perf_counter() - start
 
-    loader.batch_sampler.start(0)
+    batches.start(0)
     kept = list(loader)
     runs[0].done, times = 0, []
     for _ in range(5):
