@@ -182,6 +182,7 @@ def _check_schedule(config: Config, need: Need) -> None:
     for key in ("epochs", "batch_size", "accumulate", "log_every"):
         need(1 <= getattr(train, key) < 10**6, f"train.{key}", f"1 to 999999, got {getattr(train, key)}")
     every = train.checkpoint_every
+    need(train.evaluate_every >= 0, "train.evaluate_every", f"0 or more epochs, got {train.evaluate_every}")
     need(every is None or 1 <= every < 10**6, "train.checkpoint_every", f"1 to 999999, or null, got {every}")
     need(train.batch_size % train.accumulate == 0, "train.accumulate",
          f"a divisor of train.batch_size={train.batch_size}, got {train.accumulate}")  # fmt: skip

@@ -144,6 +144,7 @@ class TrainConfig:
     nonfinite: Literal["stop", "skip"] = "stop"  # what a loss that is not finite does to the run, or to its step
     log_every: int = 20  # iterations
     checkpoint_every: int | None = None  # iterations; and at the end; null: 200, and 2000 of stored features
+    evaluate_every: int = 0  # epochs between validations, the best of which keeps its weights in best.pth; 0: none
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,18 @@ def run(configs: list[Config], device) -> None:
         loader = cached.training_loader(first, runs, loader, device)
     elif first.train.part == "cls" and first.train.features is None and distributed.is_main():
         print(f"note: {first.name}: data.short_sides draws sizes anew, so nothing is stored: train.features=live")
-    train(runs, loader, device)
+
+    def validate(one, epoch: int) -> None:
+        """Scores a run between epochs, if that is asked for."""
+        config = config_of[id(one)]
+        if config.train.evaluate_every and epoch % config.train.evaluate_every == 0:
+            file = config.run_folder / "validation.predictions.json"
+            metrics, _ = build.predict_and_evaluate(one.model, config, stats, validation, file, device)
+            file.unlink(missing_ok=True)
+            _keep(one, epoch, metrics)
+
+    config_of = {id(one): config for config, one in zip(configs, runs, strict=True)}
+    train(runs, loader, device, validate)
 
     stored = None
     if first.shares_features and len(runs) > 1 and not first.detector.has_masks:  # masks need the whole detector
@@ -220,7 +231,19 @@ def run(configs: list[Config], device) -> None:
         if distributed.is_main():
             write_scores(config.run_folder, config.name, scores, config.test.bins)
             write_metrics(config.run_folder, metrics)
+            if config.train.evaluate_every:
+                _keep(one, config.train.epochs, metrics)
     distributed.barrier()
+
+
+def _keep(one, epoch: int, metrics: dict[str, float]) -> None:
+    """Notes a validation, in the main process, which alone has metrics; keeps the weights of the best one."""
+    from bags.analysis.tables import without_nan
+    from bags.engine.checkpoint import keep_best
+
+    if metrics:
+        content = {**one.about, "model": one.model.state_dict()}
+        keep_best(one.folder, content, {"epoch": epoch, **without_nan(metrics)})
 
 
 def _begin(config: Config, index, stats, device):
@@ -264,7 +287,8 @@ def _is_complete(folder: Path, config: Config) -> bool:
     ours = config_to_dict(config)
     for tree in (other, ours):  # these do not change a result
         del tree["output"], tree["device"], tree["data"]["workers"], tree["train"]["log_every"], tree["store"]["folder"]
-        del tree["train"]["checkpoint_every"], tree["train"]["nonfinite"], tree["test"]["batch_size"]
+        del tree["train"]["checkpoint_every"], tree["train"]["nonfinite"], tree["train"]["evaluate_every"]
+        del tree["test"]["batch_size"]
         del tree["data"]["max_bad_images"]
     change = _first_difference(other, ours)
     if change:

@@ -19,6 +19,7 @@ from conftest import ROOT, ROWS, fork_script, metrics, read_lines, run_script
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from bags.engine.checkpoint import keep_best, load_checkpoint
 from scripts.train import in_order, split_arguments
 
 
@@ -131,6 +132,39 @@ def test_mask_rcnn_by_one_key(job, tmp_path):
     assert all("classifier" in key for key in moved)
     done = run_script("evaluate", tmp_path / "tiny/bags/last.pth", "--json", "--output", tmp_path / "again")
     assert json.loads(done.stdout) == pytest.approx(numbers)
+
+
+def test_validation_between_epochs(job, tmp_path):
+    """It changes nothing of the run; the best weights are kept, and score what was noted."""
+    configs, runs, _ = job
+    done = run_script("train", configs, f"output={tmp_path}", "train.evaluate_every=1")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "tiny/softmax"
+    assert all(metrics(tmp_path, row) == metrics(runs, row) for row in ROWS)
+    assert all((tmp_path / "tiny" / row / "best.pth").exists() for row in ROWS)
+    noted = json.loads((folder / "validation.json").read_text())
+    assert [entry["epoch"] for entry in noted] == [1, 2] and noted[1] == {"epoch": 2} | metrics(runs, "softmax")
+    assert not list(folder.glob("validation.pred*")) and noted[0] != {**noted[1], "epoch": 1}
+    best = max(noted, key=lambda entry: entry["AP"])
+    done = run_script("evaluate", folder / "best.pth", "--json", "--output", tmp_path / "again")
+    assert json.loads(done.stdout)["AP"] == pytest.approx(best["AP"])
+    again = run_script("train", configs / "softmax.yaml", f"output={tmp_path}")
+    assert again.returncode == 0 and "complete, not run again" in again.stdout
+
+
+def test_the_best_weights_are_kept(tmp_path):
+    """By hand: 0.2, 0.5, 0.5, then a run that was killed repeats its third validation; no AP is no record."""
+
+    def kept():
+        return int(load_checkpoint(tmp_path / "best.pth")["model"]["epoch"])
+
+    for epoch, ap, best in ((1, 0.2, 1), (2, 0.5, 2), (3, 0.5, 2), (3, 0.5, 2), (4, None, 2), (5, 0.6, 5)):
+        keep_best(
+            tmp_path, {"config": {}, "stats": {}, "model": {"epoch": torch.tensor(epoch)}}, {"epoch": epoch, "AP": ap}
+        )
+        assert kept() == best
+    noted = json.loads((tmp_path / "validation.json").read_text())
+    assert [(entry["epoch"], entry["AP"]) for entry in noted] == [(1, 0.2), (2, 0.5), (3, 0.5), (4, None), (5, 0.6)]
 
 
 def test_seeds_give_mean_and_deviation(job, tmp_path):

@@ -8,6 +8,7 @@ comment of the zip file that torch writes: zip's own checksums do not cover all 
 
 import contextlib
 import hashlib
+import json
 import os
 import pickle
 import sys
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from bags.errors import UserError
+from bags.files import write_text
 
 FORMAT = 2  # 1 had no seal
 SEAL = b"sha256:"  # and the digest of all before it, as the comment that ends a zip file
@@ -34,6 +36,20 @@ def save_checkpoint(path: Path, content: dict) -> None:
 def write_checkpoint(path: Path, content: dict, previous: Path | None = None) -> None:
     """`write_file` of a checkpoint's content."""
     write_file(path, {"format": FORMAT, **content}, previous)
+
+
+def keep_best(folder: Path, content: dict, entry: dict) -> None:
+    """Adds {epoch, AP, ...} of a validation to `validation.json`; if no AP before it was as high, writes `best.pth`.
+
+    AP is None where there is none. A run that was killed repeats validations, which replace their former selves.
+    """
+    path, before = folder / "validation.json", []
+    if path.exists():
+        with contextlib.suppress(ValueError):  # damaged: begun again
+            before = [old for old in json.loads(path.read_text()) if old["epoch"] < entry["epoch"]]
+    if (entry["AP"] or 0.0) > max((old["AP"] or 0.0 for old in before), default=-1.0):
+        write_checkpoint(folder / "best.pth", content)
+    write_text(path, json.dumps([*before, entry], indent=1))
 
 
 def write_file(path: Path, content: dict, previous: Path | None = None) -> None:

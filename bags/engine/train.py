@@ -238,8 +238,15 @@ def is_trained(runs: Sequence[Run], loader: DataLoader) -> bool:
     return all(saved is not None and saved.get("iteration") == total for saved in latest)
 
 
-def train(runs: Sequence[Run], loader: DataLoader, device: torch.device) -> None:
+def train(
+    runs: Sequence[Run],
+    loader: DataLoader,
+    device: torch.device,
+    after_epoch: Callable[[Run, int], None] | None = None,
+) -> None:
     """Trains to the last epoch, from each folder's checkpoint if there is one; part `none` is fitted instead.
+
+    after_epoch(run, epochs done) is called on all ranks after each epoch but the last.
 
     All runs see the same batches, so their epochs and batch size are the same; each draws its random numbers as
     it would alone. `loader.batch_sampler` has `start(epoch, first_batch)` and `batches_in(epoch)`. Writes
@@ -281,6 +288,10 @@ def train(runs: Sequence[Run], loader: DataLoader, device: torch.device) -> None
             sampler.start(epoch, done - epochs[epoch])
             train_one_epoch(runs, loader, device, done, epochs, after_step, clock)
             done = epochs[epoch + 1]
+            for run in runs:
+                if after_epoch and run.done < done < total:
+                    after_epoch(run, epoch + 1)
+                    clock.leave_out()
     for run in runs:
         distributed.share_buffers(run.model)
         if run.done < total or not (run.folder / "last.pth").exists():
