@@ -290,8 +290,14 @@ def train(
             done = epochs[epoch + 1]
             for run in runs:
                 if after_epoch and run.done < done < total:
+                    distributed.share_buffers(run.model)
                     after_epoch(run, epoch + 1)
                     clock.leave_out()
+    _finish(runs, total)
+
+
+def _finish(runs: Sequence[Run], total: int) -> None:
+    """Saves what is not yet; all ranks then have the same weights and statistics."""
     for run in runs:
         distributed.share_buffers(run.model)
         if run.done < total or not (run.folder / "last.pth").exists():
