@@ -1,8 +1,8 @@
 """Configuration -> objects: data, detectors, detections on disk."""
 
+import dataclasses
 import hashlib
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from bags import distributed
 from bags.config import config_from_dict, override_config
+from bags.data.checks import why_nothing_scores, why_nothing_trains
 from bags.data.dataset import DetectionDataset, Loader, collate
 from bags.data.index import AnnotationIndex
+from bags.data.json_files import read_annotations
 from bags.data.samplers import (
     ClassBalancedSampler,
     RepeatFactorSampler,
@@ -38,8 +40,9 @@ from bags.sections import ClassBalancedConfig, Config, DetectorConfig, RepeatFac
 
 
 def open_index(config: Config, split: str) -> AnnotationIndex:
-    """The annotations of split "train" or "val"."""
-    return AnnotationIndex.open(Path(config.data.root) / getattr(config.data, split))
+    """The annotations of split "train" or "val"; those of "train" know whether masks are learnt."""
+    index = AnnotationIndex.open(Path(config.data.root) / getattr(config.data, split))
+    return dataclasses.replace(index, for_masks=config.detector.has_masks) if split == "train" else index
 
 
 def build_val_dataset(config: Config) -> DetectionDataset:
@@ -55,11 +58,9 @@ def build_train_loader(config: Config, index: AnnotationIndex, stats: CategorySt
     """
     data = config.data
     if not data.empty_images:
-        index = index.take(np.unique(index.owners[~index.crowd]))
+        index = index.take(np.unique(index.owners[index.trained]))
     if isinstance(config.sampler, TailOnlyConfig):
         index = index.only(np.array([0, *stats.instance_counts]) < config.sampler.below)
-        if not len(index):
-            raise UserError(f"{index.path}: no category has fewer than sampler.below={config.sampler.below} instances")
     wide = index.image_sizes[:, 1] > index.image_sizes[:, 0] if data.aspect_batches else None
     batch_size, seed = config.train.batch_size, config.seed
     sampler: TrainSampler
@@ -77,21 +78,10 @@ def build_train_loader(config: Config, index: AnnotationIndex, stats: CategorySt
     images = Path(data.root) / data.train_images
     semantic = Path(data.root) / data.train_semantic if data.train_semantic else None
     masks = config.detector.has_masks
-    if masks:
-        _check_masks(index, config.detector.framework)
     dataset = DetectionDataset(
         index, images, transform, masks, data.exif, semantic, data.semantic_classes, data.max_bad_images
     )
     return loader(config, dataset, sampler)
-
-
-def _check_masks(index: AnnotationIndex, framework: str) -> None:
-    """Says how many objects have no segmentation. Raises UserError where none has one."""
-    objects, bare = (~index.crowd).sum(), (~index.crowd & ~index.has_segmentation).sum()
-    if bare == objects:
-        raise UserError(f"{index.path}: no annotation has a segmentation; detector.framework={framework} learns masks")
-    if bare and distributed.is_main():
-        print(f"note: {index.path}: {bare} of {objects} objects have no segmentation: left out", file=sys.stderr)
 
 
 def build_val_loader(config: Config, dataset: DetectionDataset) -> DataLoader:
@@ -225,6 +215,44 @@ def _check_same_images(theirs: DetectorConfig, ours: DetectorConfig, path: Path)
                 f"{path}: was trained with detector.{key}={getattr(theirs, key)}, now it is {getattr(ours, key)}: "
                 "what is not trained again needs the same"
             )
+
+
+def check_data(configs: Iterable[Config]) -> None:
+    """Refuse data that a row could not be trained on or scored with. Raises UserError.
+
+    `prepare_data.py check` and the start of a training both call it, so that the first foresees the second.
+    """
+    checked: set[tuple] = set()
+    for config in configs:
+        index = open_index(config, "train")
+        stats = CategoryStats.from_index(index)
+        check_row(config, index, stats)
+        pair = (config.data.root, config.data.train, config.data.val)
+        if pair not in checked:
+            check_validation(config, stats)
+        checked.add(pair)
+
+
+def check_row(config: Config, index: AnnotationIndex, stats: CategoryStats) -> None:
+    """Refuse what the training data does not allow. Raises UserError."""
+    if reason := why_nothing_trains(index):
+        raise UserError(f"{index.path}: {reason}")
+    columns(config.classifier, stats)  # refuses impossible groups
+    tail = isinstance(config.sampler, TailOnlyConfig) and config.sampler.below
+    if tail and not any(0 < count < tail for count in stats.instance_counts):
+        raise UserError(f"{index.path}: no category has fewer than sampler.below={tail} instances")
+    folder = Path(config.data.root) / config.data.train_semantic if config.data.train_semantic else None
+    if folder and not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of label maps; set data.root or data.train_semantic")
+
+
+def check_validation(config: Config, stats: CategoryStats) -> None:
+    """Refuse validation data that the scorer would refuse after training, or that gives no AP. Raises UserError."""
+    path = Path(config.data.root) / config.data.val
+    content = read_annotations(path)
+    if reason := why_nothing_scores(content["annotations"]):
+        raise UserError(f"{path}: {reason}")
+    check_categories(stats, open_index(config, "val"), Path(config.data.root) / config.data.train)
 
 
 def check_categories(stats: CategoryStats, index: AnnotationIndex, source: Path) -> None:

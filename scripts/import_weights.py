@@ -25,7 +25,7 @@ from bags.build import build_detector, load_detector
 from bags.classifier_sections import NCMConfig, NorCalConfig, ReweightedSoftmaxConfig, SoftmaxConfig, TauNormConfig
 from bags.config import config_to_dict, load_config, override_config
 from bags.data.index import AnnotationIndex
-from bags.data.packing import read_json
+from bags.data.json_files import read_json
 from bags.data.statistics import CategoryStats
 from bags.detectors.weights import (
     describe,

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bags.data.glyphs import PRESETS, make_glyphs
 from bags.errors import UserError, run_script
+from bags.sections import Config
 
 
 def main() -> None:
@@ -76,34 +77,32 @@ def _coco_lt(arguments) -> None:
 
 
 def _check(arguments) -> None:
-    from bags.classifier_sections import ClassifierConfig
     from bags.data.checks import STOP, as_dicts, check_annotations, check_images, check_splits, render
     from bags.data.index import AnnotationIndex
-    from bags.data.statistics import CategoryStats
-    from bags.methods import columns
 
-    classifiers: list[ClassifierConfig] = []
+    configs: list[Config] = []
     if arguments.source.suffix == ".json":
         if arguments.overrides:
             raise UserError(f"{arguments.overrides[0]}: overrides are for a configuration, not for an annotation file")
-        sources, exif = [(arguments.source, arguments.images, None, True)], False
+        sources = [(arguments.source, arguments.images, None, True)]
     else:
         if arguments.images:
             raise UserError("--images goes with an annotation file; a configuration takes data.train_images=...")
-        sources, exif, classifiers = _sources(arguments.source, arguments.overrides)
+        configs, sources = _sources(arguments.source, arguments.overrides)
+    masks, exif = any(config.detector.has_masks for config in configs), any(config.data.exif for config in configs)
     findings, indices = [], []
     for path, images, boundaries, training in sources:
-        own = check_annotations(path, boundaries, training)
-        if not any(finding.level == STOP for finding in own):
+        in_file = check_annotations(path, boundaries, training, masks)
+        if not any(finding.level == STOP for finding in in_file):
             indices.append(AnnotationIndex.open(path))
-            for classifier in classifiers if training else ():
-                columns(classifier, CategoryStats.from_index(indices[-1]))  # refuses impossible groups
             if images is not None and not images.is_dir():
                 raise UserError(f"{images}: no such image folder; set data.root, data.*_images or --images")
-            own += check_images(indices[-1], images, arguments.decode, exif) if images is not None else []
-        findings += own
+            in_file += check_images(indices[-1], images, arguments.decode, exif) if images is not None else []
+        findings += in_file
     if len(sources) == len(indices) == 2:
         findings += check_splits(*indices)
+    if not any(finding.level == STOP for finding in findings):
+        _check_rows(configs)
     if arguments.json:
         print(json.dumps(as_dicts(findings), indent=1))
     else:
@@ -111,21 +110,28 @@ def _check(arguments) -> None:
     sys.exit(1 if any(finding.level == STOP for finding in findings) else 0)
 
 
-def _sources(path: Path, overrides: list[str]) -> tuple[list[tuple], bool, list]:
-    """(annotation file, image folder, group borders, is it trained on) of train and val; data.exif; classifiers."""
+def _check_rows(configs: list[Config]) -> None:
+    """Raise the error that the start of the rows' training would raise: impossible groups, for example."""
+    if configs:
+        from bags.build import check_data
+
+        check_data(configs)
+
+
+def _sources(path: Path, overrides: list[str]) -> tuple[list[Config], list[tuple]]:
+    """The rows; (annotation file, image folder, group borders, is it trained on) of train and val."""
     from bags.config import load_config
 
     files = sorted(path.glob("[!_]*.yaml")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: no configuration in there")
-    config = load_config(files[0], overrides)
-    data, root = config.data, Path(config.data.root)
-    borders = getattr(config.classifier, "boundaries", config.test.bins)
-    sources = [
+    configs = [load_config(file, overrides) for file in files]
+    data, root = configs[0].data, Path(configs[0].data.root)
+    borders = getattr(configs[0].classifier, "boundaries", configs[0].test.bins)
+    return configs, [
         (root / data.train, root / data.train_images, borders, True),
         (root / data.val, root / data.val_images, None, False),
     ]
-    return sources, data.exif, [load_config(file, overrides).classifier for file in files]
 
 
 if __name__ == "__main__":

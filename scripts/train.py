@@ -59,7 +59,7 @@ def make_deterministic() -> None:
 
 def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], None]) -> None:
     """Runs what is not complete, then `show`s the run folders of each row (one per job) in the main process."""
-    from bags import cached, distributed
+    from bags import build, cached, distributed
     from bags.data import glyphs
 
     folders: dict[Path, Config] = {}
@@ -85,7 +85,7 @@ def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], N
         for root, preset in sorted(embedded) if distributed.is_main() else ():
             glyphs.make_glyphs(root, glyphs.PRESETS[preset])
         distributed.barrier()
-        _check_groups([config for config in waiting if not _is_complete(config.run_folder, config)])
+        build.check_data([config for config in waiting if not _is_complete(config.run_folder, config)])
         while waiting:
             config = waiting[0]
             together = [other for other in waiting if other is config or _share_a_pass(config, other)]
@@ -96,20 +96,6 @@ def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], N
             for config in (config for configs in jobs for config in configs):
                 rows.setdefault(config.name, []).append(config.run_folder)
             show(rows)
-
-
-def _check_groups(configs: list[Config]) -> None:
-    """Raises UserError for groups that the training categories do not allow, before the first row is trained."""
-    from bags import build
-    from bags.data.statistics import CategoryStats
-    from bags.methods import columns
-
-    stats: dict[Path, CategoryStats] = {}
-    for config in configs:
-        path = Path(config.data.root) / config.data.train
-        if path not in stats:
-            stats[path] = CategoryStats.from_index(build.open_index(config, "train"))
-        columns(config.classifier, stats[path])
 
 
 def _share_a_pass(first: Config, other: Config) -> bool:
@@ -177,6 +163,7 @@ def run(configs: list[Config], device) -> None:
     """
     from bags import build, cached, distributed
     from bags.analysis.tables import write_metrics, write_scores
+    from bags.data.checks import what_does_not_train
     from bags.data.statistics import CategoryStats, disagreement
     from bags.engine.train import is_trained, train
 
@@ -189,15 +176,11 @@ def run(configs: list[Config], device) -> None:
     first = configs[0]
     index = build.open_index(first, "train")
     stats = CategoryStats.from_index(index)
-    if not sum(stats.instance_counts):
-        raise UserError(f"{index.path}: `annotations` is empty: there is nothing to train on")
-    if distributed.is_main() and (line := disagreement(index, stats)):
-        print(f"note: {line}", file=sys.stderr)
+    for line in (what_does_not_train(index), disagreement(index, stats)):
+        if line and distributed.is_main():
+            print(f"note: {line}", file=sys.stderr)
     loader = build.build_train_loader(first, index, stats)
     validation = build.build_val_dataset(first)
-    build.check_categories(stats, validation.index, index.path)
-    if not len(validation.index.labels):
-        raise UserError(f"{validation.index.path}: `annotations` is empty: there is nothing to evaluate on")
     runs = []
     for config in configs:
         runs.append(_begin(config, index, stats, device))

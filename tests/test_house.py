@@ -27,7 +27,7 @@ ALLOWED = {
         "errors",
     },
     "engine": {"config", "sections", "distributed", "data", "classifiers.base", "files", "errors"},
-    "evaluation": {"data.packing", "data.statistics", "errors"},
+    "evaluation": {"data.json_files", "data.packing", "data.statistics", "errors"},
     "detectors": {"classifiers.base", "errors"},
     "data": {"distributed", "files", "errors"},
     "classifiers": {"errors"},

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from bags.data.dataset import image_path, leads_out, read_image
-from bags.data.index import AnnotationIndex
-from bags.data.packing import POLYGON_LIMIT, file_name_of, is_box, is_number, read_annotations, rle_fits
+from bags.data.index import AnnotationIndex, inside_image
+from bags.data.json_files import is_box, is_number, read_annotations, shown
+from bags.data.packing import POLYGON_LIMIT, file_name_of, rle_fits
 from bags.data.statistics import instance_bin
 from bags.errors import UserError
 
@@ -35,8 +36,13 @@ DEFECTS = {  # kind -> (level, what training does)
     "bad box": (STOP, "training refuses the file: bbox is [x, y, width, height], finite"),
     "bad field": (STOP, "training refuses the file"),
     "bad segmentation": (STOP, "training refuses the file"),
-    "empty box": (DROP, "the object is left out: no width or no height"),
-    "box outside image": (DROP, "the object is left out"),
+    "nothing to train on": (STOP, "training refuses the file"),
+    "nothing to evaluate on": (STOP, "training refuses the file"),
+    "crowd region": (NOTE, "not trained on, and in evaluation neither found nor missed"),
+    "no segmentation": (DROP, "the object is left out of training with masks, and masks of val are not scored"),
+    "impossible area": (NOTE, "evaluation takes the area of the mask or box instead"),
+    "empty box": (DROP, "not trained on; in val it counts as missed, as in the official tools"),
+    "box outside image": (DROP, "not trained on; in val it counts as missed, as in the official tools"),
     "box across border": (NOTE, "the box is clipped to the image"),
     "polygon off the image": (NOTE, "none: what lies outside is not drawn"),
     "short polygon": (DROP, "the polygon, of fewer than three points, is left out"),
@@ -88,11 +94,45 @@ class Findings:
         return sorted(self.by_kind.values(), key=lambda f: ([STOP, DROP, NOTE].index(f.level), -f.count))
 
 
-def check_annotations(path: Path, boundaries: tuple[int, ...] | None = None, training: bool = True) -> list[Finding]:
+def why_nothing_trains(index: AnnotationIndex) -> str | None:
+    """Why no object of an index trains, or None if one does (see `AnnotationIndex.trained`)."""
+    number = len(index.labels)
+    if not number:
+        return "`annotations` is empty: there is nothing to train on"
+    if index.trained.any():
+        return None
+    reasons = _left_out(index)
+    return f"none of {number} objects trains: {', '.join(f'{count} {why}' for why, count in reasons.items())}"
+
+
+def what_does_not_train(index: AnnotationIndex) -> str | None:
+    """One sentence about the objects that do not train; None where all of them do."""
+    reasons = _left_out(index)
+    if not reasons:
+        return None
+    listed = ", ".join(f"{count} {why}" for why, count in reasons.items())
+    return f"{index.path}: {sum(reasons.values())} of {len(index.labels)} objects are not trained on: {listed}"
+
+
+def _left_out(index: AnnotationIndex) -> dict[str, int]:
+    """Reason -> number of objects that do not train for it; each object has one reason."""
+    outside = ~inside_image(index.boxes, index.image_sizes[index.owners])[1] & ~index.crowd
+    bare = ~index.crowd & ~outside & ~index.has_segmentation if index.for_masks else np.zeros(len(outside), bool)
+    counts = {
+        "are crowd regions (iscrowd 1)": index.crowd,
+        "have boxes without area in the image": outside,
+        "have no segmentation, which masks need": bare,
+    }
+    return {why: int(which.sum()) for why, which in counts.items() if which.any()}
+
+
+def check_annotations(
+    path: Path, boundaries: tuple[int, ...] | None = None, training: bool = True, masks: bool = False
+) -> list[Finding]:
     """Everything that can be seen in the JSON.
 
     boundaries: group borders. training: also what matters only where one trains on it: counts, groups,
-    images without objects.
+    images without objects. masks: whether masks are learnt.
     """
     found = Findings(path)
     try:
@@ -110,8 +150,8 @@ def check_annotations(path: Path, boundaries: tuple[int, ...] | None = None, tra
     instances: Counter[object] = Counter()
     in_images: set[tuple] = set()
     for annotation in content["annotations"]:
-        _check_annotation(annotation, images, categories, found)
-        if annotation.get("iscrowd", 0) in (0, 1) and not annotation.get("iscrowd", 0):
+        trains = _check_annotation(annotation, images, categories, masks, found)
+        if trains:
             instances[_hashable(annotation.get("category_id"))] += 1
             in_images.add((_hashable(annotation.get("image_id")), _hashable(annotation.get("category_id"))))
         key = tuple(_hashable(annotation.get(k)) for k in ("image_id", "category_id", "bbox"))
@@ -124,7 +164,25 @@ def check_annotations(path: Path, boundaries: tuple[int, ...] | None = None, tra
             found.add("image without objects", f"image {image}")
     if training:
         _check_counts(categories, instances, Counter(category for _, category in in_images), boundaries, found)
+    stops = any(finding.level == STOP for finding in found.list())
+    if not stops and training and (reason := why_nothing_trains(_index(path, masks))):
+        found.add("nothing to train on", reason)
+    if not stops and not training and (reason := why_nothing_scores(content["annotations"])):
+        found.add("nothing to evaluate on", reason)
     return found.list()
+
+
+def _index(path: Path, masks: bool) -> AnnotationIndex:
+    return replace(AnnotationIndex.open(path), for_masks=masks)
+
+
+def why_nothing_scores(annotations: list[dict]) -> str | None:
+    """Why there would be no AP, or None."""
+    if not annotations:
+        return "`annotations` is empty: there is nothing to evaluate on"
+    if all(annotation.get("iscrowd", 0) for annotation in annotations):
+        return f"all {len(annotations)} objects are crowd regions (iscrowd 1), which are not scored: no AP exists"
+    return None
 
 
 def _hashable(value: object) -> object:
@@ -163,39 +221,59 @@ def _check_images(path: Path, images: dict[int, dict], found: Findings) -> None:
             found.add("duplicated file name", f"image {key}: {name}")
 
 
-def _check_annotation(annotation: dict, images: dict, categories: dict, found: Findings) -> None:
+def _check_annotation(annotation: dict, images: dict, categories: dict, masks: bool, found: Findings) -> bool:
+    """Add an annotation's defects; return whether the object trains."""
     where = f"annotation {annotation.get('id')!s:.30}"
     image = annotation.get("image_id")
     image = images.get(image) if type(image) is int else None
-    if image is None:
-        found.add("dangling image_id", f"{where}: image {annotation.get('image_id')!r}")
-    category = annotation.get("category_id")
-    if type(category) is not int or category not in categories:
-        found.add("dangling category_id", f"{where}: category {category!r}")
-    if annotation.get("iscrowd", 0) not in (0, 1):
-        found.add("bad field", f"{where}: iscrowd {annotation['iscrowd']!r}")
-    area = annotation.get("area")
-    if area is not None and not (is_number(area) and abs(area) < 1e18):
-        found.add("bad field", f"{where}: area {area!r}")
+    for name, known in (("image_id", images), ("category_id", categories)):
+        value = annotation.get(name)
+        if type(value) is not int:
+            found.add("bad field", f"{where}: {name}: expected a whole number, got {shown(value)}")
+        elif value not in known:
+            found.add(f"dangling {name}", f"{where}: {name} {value}")
+    crowd, area = annotation.get("iscrowd", 0), annotation.get("area")
+    if crowd not in (0, 1):
+        found.add("bad field", f"{where}: iscrowd: expected 0 or 1, got {shown(crowd)}")
+    if area is not None and not (is_number(area) and 0 < area < 1e10):
+        found.add("impossible area", f"{where}: area {shown(area)}")
     width, height = (image.get("width"), image.get("height")) if image else (None, None)
     size = (width, height) if type(width) is int and type(height) is int else None
-    _check_box(annotation.get("bbox"), size, where, found)
-    _check_segmentation(annotation.get("segmentation"), size, where, found)
+    inside = _check_box(annotation.get("bbox"), size, where, found)
+    segmentation = annotation.get("segmentation")
+    _check_segmentation(segmentation, size, where, found)
+    if crowd == 1:
+        found.add("crowd region", where)
+    bare = masks and crowd == 0 and not _draws(segmentation)
+    if bare:
+        found.add("no segmentation", where)
+    return crowd == 0 and inside and not bare
 
 
-def _check_box(box: object, size: tuple[int, int] | None, where: str, found: Findings) -> None:
+def _draws(segmentation: object) -> bool:
+    """Whether a segmentation is a mask: an RLE, or polygons, one of which has three points or more."""
+    if isinstance(segmentation, list):
+        return any(isinstance(ring, list) and len(ring) >= 6 for ring in segmentation)
+    return isinstance(segmentation, dict)
+
+
+def _check_box(box: object, size: tuple[int, int] | None, where: str, found: Findings) -> bool:
+    """Add a box's defects; return whether something of it lies in the image."""
     if not is_box(box) or not all(abs(value) < 1e9 for value in box):
         found.add("bad box", f"{where}: {box!r}")
-        return
+        return False
     x, y, width, height = box
     if width <= 0 or height <= 0:
         found.add("empty box", f"{where}: {box}")
-    elif size:
-        inside = [min(x + width, size[0]) - max(x, 0), min(y + height, size[1]) - max(y, 0)]
-        if min(inside) < 1e-3:
+        return False
+    if size:
+        corners = np.array([[x, y, x + width, y + height]]).astype(np.float32)
+        if not inside_image(corners, np.array(size[::-1]))[1][0]:
             found.add("box outside image", f"{where}: {box} in {size[0]} x {size[1]}")
-        elif x < -1 or y < -1 or x + width > size[0] + 1 or y + height > size[1] + 1:
+            return False
+        if x < -1 or y < -1 or x + width > size[0] + 1 or y + height > size[1] + 1:
             found.add("box across border", f"{where}: {box} in {size[0]} x {size[1]}")
+    return True
 
 
 def _check_segmentation(value: object, size: tuple[int, int] | None, where: str, found: Findings) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bags.data.packing import read_annotations, read_json, unique_ids
+from bags.data.json_files import read_annotations, read_json
+from bags.data.packing import unique_ids
 from bags.errors import UserError
 from bags.files import write_text
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from bags.data.index import AnnotationIndex
+from bags.data.index import AnnotationIndex, inside_image
 from bags.data.transforms import training_transform
 from bags.errors import UnreadableImage, UserError
 
@@ -109,10 +109,8 @@ class DetectionDataset(Dataset):
 
     def _target(self, position: int) -> tuple[dict, np.ndarray]:
         first, last = self.index.starts[position : position + 2]
-        height, width = self.index.image_sizes[position].tolist()
-        limits = np.array([width, height] * 2, np.float32)
-        boxes = np.clip(self.index.boxes[first:last], 0, limits)
-        kept = ~self.index.crowd[first:last] & (boxes[:, 2:] - boxes[:, :2] >= 1e-3).all(1)
+        boxes, kept = inside_image(self.index.boxes[first:last], self.index.image_sizes[position])
+        kept &= ~self.index.crowd[first:last]
         if self.masks:
             kept &= np.array([self.index.segmentation(a) is not None for a in range(first, last)], bool)
         annotations = first + np.flatnonzero(kept)

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bags.data.packing import gather, offsets, pack, ranges
+from bags.data.packing import category_name, gather, offsets, pack, ranges
 from bags.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
+LEAST_SIDE = 1e-3  # pixels of a box inside its image
 ARRAYS = {  # name -> (type, columns); lengths: I images, A annotations, C categories, see AnnotationIndex
     "category_ids": (np.int64, 0),
     "image_ids": (np.int64, 0),
@@ -32,7 +33,6 @@ ARRAYS = {  # name -> (type, columns); lengths: I images, A annotations, C categ
     "starts": (np.int64, 0),
     "annotation_ids": (np.int64, 0),
     "boxes": (np.float32, 4),
-    "areas": (np.float32, 0),
     "labels": (np.int64, 0),
     "crowd": (np.bool_, 0),
     "points": (np.float32, 0),
@@ -53,10 +53,11 @@ class AnnotationIndex:
     image_ids       int64 [I]; image_sizes: int32 [I, 2] height, width (pixels)
     starts          int64 [I + 1]; annotations of image i are starts[i] .. starts[i + 1]
     annotation_ids  int64 [A]
-    boxes           float32 [A, 4] x1, y1, x2, y2 (pixels); areas float32 [A] (pixels); labels int64 [A]
+    boxes           float32 [A, 4] x1, y1, x2, y2 (pixels); labels int64 [A]
     crowd           bool [A]
     name_bytes, name_starts, points, rings, ring_starts, rle_bytes, rle_starts
                     see `file_name` and `segmentation`
+    for_masks       whether masks are learnt, so that an object without a segmentation does not train: see `trained`
     """
 
     path: Path
@@ -69,7 +70,6 @@ class AnnotationIndex:
     starts: np.ndarray
     annotation_ids: np.ndarray
     boxes: np.ndarray
-    areas: np.ndarray
     labels: np.ndarray
     crowd: np.ndarray
     points: np.ndarray
@@ -78,6 +78,7 @@ class AnnotationIndex:
     rle_bytes: np.ndarray
     rle_starts: np.ndarray
     cache: Path | None = None
+    for_masks: bool = False
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -85,7 +86,7 @@ class AnnotationIndex:
     def __reduce__(self):
         """A process that is not forked maps the same folder again."""
         if self.cache is not None:
-            return _map, (self.cache, self.path)
+            return _map, (self.cache, self.path, self.for_masks)
         return AnnotationIndex, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     @classmethod
@@ -112,8 +113,18 @@ class AnnotationIndex:
 
     @property
     def category_names(self) -> list[str]:
-        """C names."""
-        return [str(category.get("name", category["id"])) for category in self.categories]
+        """C names, see `category_name`."""
+        return [category_name(category) for category in self.categories]
+
+    @property
+    def trained(self) -> np.ndarray:
+        """Which annotations are objects that train, bool [A]: the rule for statistics, groups, samplers and checks.
+
+        Left out are crowd regions, boxes that are less than `LEAST_SIDE` pixels wide or high inside the image, and,
+        where masks are learnt, objects without a segmentation.
+        """
+        trained = ~self.crowd & inside_image(self.boxes, self.image_sizes[self.owners])[1]
+        return trained & self.has_segmentation if self.for_masks else trained
 
     @property
     def owners(self) -> np.ndarray:
@@ -142,7 +153,7 @@ class AnnotationIndex:
 
     def only(self, wanted: np.ndarray) -> "AnnotationIndex":
         """The images and annotations of some labels alone. wanted: bool [C + 1]; labels keep their numbers."""
-        kept = wanted[self.labels] & ~self.crowd
+        kept = wanted[self.labels] & self.trained
         per_image = np.diff(np.concatenate([[0], np.cumsum(kept)])[self.starts])
         return self.take(np.flatnonzero(per_image), kept)
 
@@ -167,7 +178,6 @@ class AnnotationIndex:
             starts=offsets(per_image),
             annotation_ids=self.annotation_ids[annotations],
             boxes=self.boxes[annotations],
-            areas=self.areas[annotations],
             labels=self.labels[annotations],
             crowd=self.crowd[annotations],
             points=points,
@@ -177,6 +187,15 @@ class AnnotationIndex:
             rle_starts=rle_starts,
             cache=None,
         )
+
+
+def inside_image(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(boxes float32 [A, 4] clipped to their images, whether anything of them is left, bool [A]).
+
+    boxes: x1, y1, x2, y2 in pixels; sizes: [A, 2] or [2], height and width of their images.
+    """
+    clipped = np.clip(boxes, 0, np.tile(sizes[..., ::-1], 2).astype(np.float32))
+    return clipped, (clipped[:, 2:] - clipped[:, :2] >= LEAST_SIDE).all(1)
 
 
 # --------------------------------------------------------------------------- cache
@@ -227,13 +246,14 @@ def _write(folder: Path, about: dict) -> None:
     os.replace(temporary, folder / "about.json")
 
 
-def _map(folder: Path, path: Path) -> AnnotationIndex:
+def _map(folder: Path, path: Path, for_masks: bool = False) -> AnnotationIndex:
     about = json.loads((folder / "about.json").read_text())
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS if name in about["files"]}
     empty: dict[str, np.ndarray] = {
         name: np.zeros((0, columns) if columns else (0,), kind) for name, (kind, columns) in ARRAYS.items()
     }
-    return AnnotationIndex(path=path, categories=about["categories"], cache=folder, **{**empty, **arrays})
+    known = {"categories": about["categories"], "cache": folder, "for_masks": for_masks}
+    return AnnotationIndex(path=path, **known, **{**empty, **arrays})
 
 
 def _make(folder: Path, path: Path) -> AnnotationIndex:

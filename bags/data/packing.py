@@ -1,149 +1,17 @@
 """Annotation JSON -> checked, flat arrays (what `index.py` keeps on disk)."""
 
 import array
-import json
-import re
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeGuard
 
 import numpy as np
-import orjson
 from pycocotools import mask as coco_mask
 
+from bags.data.json_files import EMPTY, NUMBERS, is_box, shown, stream
 from bags.errors import UserError
 
-LISTS = ("images", "annotations", "categories")
-NUMBERS = {int, float}
 LIMIT = 1e9  # coordinates of boxes beyond this are no pixels
 POLYGON_LIMIT = 2**17  # ... of polygons: drawing one takes memory in proportion to its length
-
-# --------------------------------------------------------------------------- JSON
-
-
-def read_json(path: Path) -> Any:
-    """Parses a JSON file; every way in which that fails is one UserError that names the file."""
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check data.root and the names below it") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        if not text.strip():
-            raise UserError(f"{path}: the file is empty") from None
-        reason: Exception = error
-    if any(word in text for word in (b"NaN", b"Infinity")):  # Python writes these, though JSON has no such numbers
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            reason = error
-    raise UserError(f"{path}: not valid JSON ({' '.join(str(reason).split())})") from None
-
-
-def read_annotations(path: Path) -> dict:
-    """The three lists of an annotation file; UserError where they are not there, or hold no objects."""
-    content: dict[str, list[dict]] = {key: [] for key in LISTS}
-    for key, entry in stream(path):
-        content[key].append(entry)
-    for key in ("images", "categories"):
-        if not content[key]:
-            raise UserError(f"{path}: {EMPTY.format(key)}")
-    return content
-
-
-NO_LIST = "no list `{}`: this is not a COCO or LVIS annotation file"
-EMPTY = "`{}` is empty: nothing to train on or to evaluate"
-
-
-def _need_object(path: Path, key: str, position: int, entry: object) -> None:
-    if not isinstance(entry, dict):
-        raise UserError(f"{path}: `{key}`: entry {position}: expected an object, found {entry!r:.60}")
-
-
-def stream(path: Path) -> Iterator[tuple[str, dict]]:
-    """The entries of the three lists one by one, as (list, entry), so that only the text is held as a whole.
-
-    Raises UserError for a file that is no annotation file.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    try:
-        yield from _stream(path, text)
-    except (ValueError, IndexError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        found = "the file is empty" if not text.strip() else f"not valid JSON ({error})"
-        raise UserError(f"{path}: {found}") from None
-
-
-def _stream(path: Path, text: str) -> Iterator[tuple[str, dict]]:
-    decode = json.JSONDecoder().raw_decode
-    blanks = re.compile(r"[ \t\r\n]*")
-
-    def skip(at: int) -> int:
-        """The place after blanks."""
-        found = blanks.match(text, at)
-        return found.end() if found else at
-
-    def expect(characters: str, at: int) -> tuple[str, int]:
-        """The next character, one of these, and the place after it."""
-        at = skip(at)
-        if text[at : at + 1] not in tuple(characters):
-            raise json.JSONDecodeError(f"expected {' or '.join(characters)}", text, at)
-        return text[at], skip(at + 1)
-
-    at = skip(0)
-    if text[at : at + 1] != "{":
-        value, _ = decode(text, at)
-        raise UserError(f"{path}: expected a COCO or LVIS annotation object, found a {type(value).__name__}")
-    seen = set()
-    mark, at = expect("{", at)
-    if text[at : at + 1] == "}":
-        mark, at = expect("}", at)
-    while mark != "}":
-        key, at = decode(text, at)
-        _, at = expect(":", at)
-        if key in seen or not isinstance(key, str):
-            raise json.JSONDecodeError(f"key {key!r:.40} is given twice, or is no text", text, at)
-        seen.add(key)
-        if key not in LISTS:
-            _, at = decode(text, at)
-        elif text[at : at + 1] != "[":
-            raise UserError(f"{path}: {NO_LIST.format(key)}")
-        else:
-            position = 0
-            mark, at = expect("[", at)
-            if text[at : at + 1] == "]":
-                mark, at = expect("]", at)
-            while mark != "]":
-                entry, at = decode(text, at)
-                _need_object(path, key, position, entry)
-                yield key, entry
-                position += 1
-                mark, at = expect(",]", at)
-        mark, at = expect(",}", at)
-    if at != len(text):
-        raise json.JSONDecodeError("more than one value", text, at)
-    for key in LISTS:
-        if key not in seen:
-            raise UserError(f"{path}: {NO_LIST.format(key)}")
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """True for a finite or infinite number; bool is none."""
-    return type(value) in NUMBERS
-
-
-def is_box(value: object) -> TypeGuard[list[float]]:
-    """True for a list of four numbers."""
-    return isinstance(value, list) and len(value) == 4 and NUMBERS.issuperset(map(type, value))
-
 
 # --------------------------------------------------------------------------- packing
 
@@ -182,10 +50,17 @@ def pack(path: Path) -> dict:
 KEPT = ("id", "name", "instance_count", "image_count", "frequency")  # of a category
 
 
+def category_name(category: dict) -> str:
+    """A category's name, or its id where it has none. Lone surrogates, which no encoding has, are escaped."""
+    name = category.get("name")
+    text = str(category["id"] if name is None else name)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _id(path: Path, kind: str, entry: dict) -> int:
     value = entry.get("id")
     if type(value) is not int or abs(value) >= 2**63:
-        raise UserError(f"{path}: `{kind}`: expected a whole-number id, found {value!r:.60}")
+        raise UserError(f"{path}: `{kind}`: expected a whole-number id, got {shown(value)}")
     return value
 
 
@@ -253,30 +128,25 @@ class _Annotations:
     def __init__(self, path: Path):
         self.path = path
         self.ids, self.images, self.categories = (array.array("q") for _ in range(3))
-        self.boxes, self.areas, self.crowd = array.array("d"), array.array("d"), array.array("b")
+        self.boxes, self.crowd = array.array("d"), array.array("b")
         self.points, self.ring_lengths, self.ring_counts = array.array("f"), array.array("q"), array.array("q")
         self.rle, self.rle_lengths, self.rle_sizes = bytearray(), array.array("q"), array.array("q")
 
     def add(self, annotation: dict) -> None:
         """Takes in one annotation, or raises UserError."""
-        key, box, area = _id(self.path, "annotations", annotation), annotation.get("bbox"), annotation.get("area")
+        key, box = _id(self.path, "annotations", annotation), annotation.get("bbox")
         for name, column in (("category_id", self.categories), ("image_id", self.images)):
             value = annotation.get(name)
             if type(value) is not int or abs(value) >= 2**63:
-                raise self._error(key, f"{name}: expected a whole number, got {value!r:.60}")
+                raise self._error(key, f"{name}: expected a whole number, got {shown(value)}")
             column.append(value)
         if not is_box(box):
             raise self._error(key, f"bbox: expected [x, y, width, height], got {box!r:.80}")
-        if area is None:
-            area = max(box[2], 0) * max(box[3], 0)
-        elif not is_number(area) or not abs(area) < LIMIT**2:
-            raise self._error(key, f"area: expected a number of pixels, got {area!r:.60}")
         if annotation.get("iscrowd", 0) not in (0, 1):
-            raise self._error(key, f"iscrowd: expected 0 or 1, got {annotation['iscrowd']!r:.60}")
+            raise self._error(key, f"iscrowd: expected 0 or 1, got {shown(annotation['iscrowd'])}")
         self.ids.append(key)
         self.crowd.append(int(annotation.get("iscrowd", 0)))
         try:
-            self.areas.append(area)
             self.boxes.extend(box)
             self._add_segmentation(key, annotation.get("segmentation"))
         except OverflowError:
@@ -341,7 +211,6 @@ class _Annotations:
             "starts": np.searchsorted(owners[order], np.arange(len(sizes) + 1)),
             "annotation_ids": ids[order],
             "boxes": boxes[order].astype(np.float32),
-            "areas": np.asarray(self.areas, np.float32)[order],
             "labels": labels[order],
             "crowd": np.asarray(self.crowd, np.bool_)[order],
             "points": points,

@@ -105,7 +105,8 @@ class ClassBalancedSampler(TrainSampler):
 
     def __init__(self, index: AnnotationIndex, batch_size: int, seed: int):
         super().__init__(len(index), batch_size, seed)
-        labels, owners = index.labels[~index.crowd], index.owners[~index.crowd]
+        trained = index.trained
+        labels, owners = index.labels[trained], index.owners[trained]
         pairs = np.unique(labels.astype(np.int64) * len(index) + owners)
         self.labels, first = np.unique(pairs // len(index), return_index=True)
         self.images = np.split(pairs % len(index), first[1:])
@@ -138,12 +139,12 @@ def repeat_factors(index: AnnotationIndex, threshold: float, released: bool = Fa
     """How often each image is shown per epoch in the mean, float32 [images].
 
     r(c) = max(1, sqrt(threshold / f(c))), f(c) the fraction of images with category c; an image takes
-    the largest r of its categories, 1 without any. Crowd regions do not count.
+    the largest r of its categories, 1 without any. Only objects that train count (`AnnotationIndex.trained`).
     released: the paper's code adds ceil(r) copies to every image with r > 1, which so occurs
     1 + ceil(r) times.
     """
-    labels = index.labels[~index.crowd]
-    owners = index.owners[~index.crowd]
+    trained = index.trained
+    labels, owners = index.labels[trained], index.owners[trained]
     size = len(index.category_ids) + 1
     images_with = np.bincount(np.unique(owners * size + labels) % size, minlength=size)
     of_category = np.maximum(1, np.sqrt(threshold / (np.maximum(images_with, 1) / len(index))))

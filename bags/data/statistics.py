@@ -14,7 +14,8 @@ from bags.errors import UserError
 class CategoryStats:
     """C categories in label order (label c + 1 is entry c), counted over the training annotations.
 
-    instance_counts: boxes; image_counts: images with at least one box; crowd regions do not count.
+    instance_counts: objects; image_counts: images with at least one. Only objects that train are counted: see
+    `AnnotationIndex.trained`.
     """
 
     category_ids: tuple[int, ...]
@@ -24,10 +25,9 @@ class CategoryStats:
 
     @classmethod
     def from_index(cls, index: AnnotationIndex) -> "CategoryStats":
-        """Counts an index."""
-        size = len(index.category_ids) + 1
-        labels = index.labels[~index.crowd]
-        owners = index.owners[~index.crowd]
+        """Count the objects of an index that train (see `AnnotationIndex.trained`)."""
+        size, trained = len(index.category_ids) + 1, index.trained
+        labels, owners = index.labels[trained], index.owners[trained]
         pairs = np.unique(owners * size + labels)
         return cls(
             tuple(index.category_ids.tolist()),

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import hotcoco
 import numpy as np
 
-from bags.data.packing import POLYGON_LIMIT, is_box, is_number, read_annotations, read_json, unique_ids
+from bags.data.json_files import is_box, is_number, read_annotations, read_json
+from bags.data.packing import POLYGON_LIMIT, unique_ids
 from bags.data.statistics import Training, training_of
 from bags.errors import UserError
 from bags.evaluation import official

@@ -1,0 +1,152 @@
+"""Annotation files as JSON: read entry by entry, and errors that name the file."""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import orjson
+
+from bags.errors import UserError
+
+LISTS = ("images", "annotations", "categories")
+NUMBERS = {int, float}
+
+
+def read_json(path: Path) -> Any:
+    """Parses a JSON file; every way in which that fails is one UserError that names the file."""
+    try:
+        text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; check data.root and the names below it") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        if not text.strip():
+            raise UserError(f"{path}: the file is empty") from None
+        reason: Exception = error
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path}: {UTF_16}")
+    if any(word in text for word in (b"NaN", b"Infinity")):  # Python writes these, though JSON has no such numbers
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            reason = error
+    raise UserError(f"{path}: not valid JSON ({' '.join(str(reason).split())})") from None
+
+
+def read_annotations(path: Path) -> dict:
+    """The three lists of an annotation file; UserError where they are not there, or hold no objects."""
+    content: dict[str, list[dict]] = {key: [] for key in LISTS}
+    for key, entry in stream(path):
+        content[key].append(entry)
+    for key in ("images", "categories"):
+        if not content[key]:
+            raise UserError(f"{path}: {EMPTY.format(key)}")
+    return content
+
+
+UTF_16 = "is UTF-16 text: save it as UTF-8"
+NO_LIST = "no list `{}`: this is not a COCO or LVIS annotation file"
+EMPTY = "`{}` is empty: nothing to train on or to evaluate"
+
+
+def _need_object(path: Path, key: str, position: int, entry: object) -> None:
+    if not isinstance(entry, dict):
+        raise UserError(f"{path}: `{key}`: entry {position}: expected an object, found {entry!r:.60}")
+
+
+def stream(path: Path) -> Iterator[tuple[str, dict]]:
+    """The entries of the three lists one by one, as (list, entry), so that only the text is held as a whole.
+
+    Raises UserError for a file that is no annotation file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except UnicodeDecodeError as error:
+        with path.open("rb") as file:
+            marked = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        raise UserError(f"{path}: {UTF_16 if marked else f'is not UTF-8 text ({error})'}") from None
+    try:
+        yield from _stream(path, text)
+    except (ValueError, IndexError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        found = "the file is empty" if not text.strip() else f"not valid JSON ({error})"
+        raise UserError(f"{path}: {found}") from None
+
+
+def _stream(path: Path, text: str) -> Iterator[tuple[str, dict]]:
+    decode = json.JSONDecoder().raw_decode
+    blanks = re.compile(r"[ \t\r\n]*")
+
+    def skip(at: int) -> int:
+        """The place after blanks."""
+        found = blanks.match(text, at)
+        return found.end() if found else at
+
+    def expect(characters: str, at: int) -> tuple[str, int]:
+        """The next character, one of these, and the place after it."""
+        at = skip(at)
+        if text[at : at + 1] not in tuple(characters):
+            raise json.JSONDecodeError(f"expected {' or '.join(characters)}", text, at)
+        return text[at], skip(at + 1)
+
+    at = skip(0)
+    if text[at : at + 1] != "{":
+        value, _ = decode(text, at)
+        raise UserError(f"{path}: expected a COCO or LVIS annotation object, found a {type(value).__name__}")
+    seen = set()
+    mark, at = expect("{", at)
+    if text[at : at + 1] == "}":
+        mark, at = expect("}", at)
+    while mark != "}":
+        key, at = decode(text, at)
+        _, at = expect(":", at)
+        if key in seen or not isinstance(key, str):
+            raise json.JSONDecodeError(f"key {key!r:.40} is given twice, or is no text", text, at)
+        seen.add(key)
+        if key not in LISTS:
+            _, at = decode(text, at)
+        elif text[at : at + 1] != "[":
+            raise UserError(f"{path}: {NO_LIST.format(key)}")
+        else:
+            position = 0
+            mark, at = expect("[", at)
+            if text[at : at + 1] == "]":
+                mark, at = expect("]", at)
+            while mark != "]":
+                entry, at = decode(text, at)
+                _need_object(path, key, position, entry)
+                yield key, entry
+                position += 1
+                mark, at = expect(",]", at)
+        mark, at = expect(",}", at)
+    if at != len(text):
+        raise json.JSONDecodeError("more than one value", text, at)
+    for key in LISTS:
+        if key not in seen:
+            raise UserError(f"{path}: {NO_LIST.format(key)}")
+
+
+def shown(value: object) -> str:
+    """A value of a wrong type in a message: text in quotes, cut to 60 characters, with its JSON type."""
+    kinds = {str: "text", bool: "true or false", list: "a list", dict: "an object", float: "a number with a fraction"}
+    kind = kinds.get(type(value))
+    return f"{value!r:.60}" + (f" ({kind})" if kind else "")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """True for a finite or infinite number; bool is none."""
+    return type(value) in NUMBERS
+
+
+def is_box(value: object) -> TypeGuard[list[float]]:
+    """True for a list of four numbers."""
+    return isinstance(value, list) and len(value) == 4 and NUMBERS.issuperset(map(type, value))
