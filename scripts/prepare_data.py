@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bags.data.glyphs import PRESETS, make_glyphs
 from bags.errors import UserError, run_script
+from bags.terminal import printable
 
 
 def main() -> None:
@@ -107,7 +108,7 @@ def _check(arguments) -> None:
     if arguments.json:
         print(json.dumps(as_dicts(findings), indent=1))
     else:
-        print(render(findings) or "no defects")
+        print("\n".join(map(printable, render(findings).split("\n"))) or "no defects")
     sys.exit(1 if any(finding.level == STOP for finding in findings) else 0)
 
 

@@ -82,9 +82,7 @@ def compare(
     weights = weights.astype(np.int16)
     intervals = {}
     if draws:
-        drawn = [
-            ap_of(file, objects, weights, f"bootstrap, {name}") for file, name in zip(files, names, strict=True)
-        ]
+        drawn = [ap_of(file, objects, weights, f"bootstrap, {name}") for file, name in zip(files, names, strict=True)]
         before, after = (means(ap, sets) for ap in drawn)
         intervals = {name: interval(after[name] - before[name]) for name in before}
     rows = []

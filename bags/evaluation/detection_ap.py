@@ -50,10 +50,10 @@ def evaluate(
 ) -> dict[str, float]:
     """AP AP50 AP75 APs APm APl AR, APr APc APf, AP1 AP2 ..., AP_tail AP_head, AP_fixed: floats in 0..1.
 
-    annotations: a COCO or LVIS JSON file, or what `read_truth` made of it; predictions: a results file, a list of
-    {image_id, category_id, bbox, score}, for iou_type "segm" with a segmentation (RLE), or its `read_results`. The other settings are those of `score`; AP_fixed
-    is there with `fixed` alone, APr to AP_head where training counts are known. Raises UserError for a file that
-    cannot be used.
+    annotations: a COCO or LVIS JSON file, or the result of `read_truth`; predictions: a results file, which is a
+    list of {image_id, category_id, bbox, score}, for iou_type "segm" with a segmentation (RLE), or the result of
+    `read_results`. The other settings are those of `score`; AP_fixed is there only with `fixed`, APr to AP_head
+    where training counts are known. Raises UserError for a file that cannot be used.
     """
     return score(
         annotations, predictions, iou_type, instance_counts, image_counts, boundaries, max_detections, engine, fixed
@@ -105,7 +105,7 @@ def score(
     curves = {
         name: _mean_curve(precision[[0, 5]][:, :, chosen, 0]) for name, chosen in {"AP": everything, **sets}.items()
     }
-    notes = _notes(truth, results, iou_type, engine, instance_counts is None or image_counts is None)
+    notes = notes_of(truth, results, iou_type, engine, instance_counts is None or image_counts is None)
     return Scores(numbers, _rows(truth, training, precision), curves, truth.lacks_masks() is None, notes)
 
 
@@ -145,8 +145,13 @@ def _inputs(
     return truth, results, max_detections or (300 if truth.lvis else 100)
 
 
-def _notes(truth: Truth, results: Results, iou_type: str, engine: str, own_counts: bool) -> list[str]:
-    """Sentences for the user about what the numbers do not show. own_counts: those of the file are used."""
+def notes_of(
+    truth: Truth, results: Results, iou_type: str = "bbox", engine: str = "hotcoco", own_counts: bool = False
+) -> list[str]:
+    """Sentences for the user about what the numbers do not show.
+
+    own_counts: the training counts are those in the annotation file.
+    """
     notes = [*truth.notes, *results.notes, *(truth.count_notes if own_counts else ())]
     if results.tied >= TIES:
         notes.append(

@@ -1,6 +1,7 @@
 """Results files: a list of {image_id, category_id, bbox, score, segmentation?} -> checked arrays in canonical order."""
 
 import codecs
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterator
@@ -64,9 +65,15 @@ class Results:
 
     def take(self, rows: np.ndarray) -> "Results":
         """Some detections: rows are ascending positions, so that the order stays."""
-        masks = None if self.masks is None else [self.masks[row] for row in rows.tolist()]
-        arrays = (values[rows] for values in (self.images, self.categories, self.boxes, self.scores))
-        return Results(self.path, *arrays, masks, self.positions[rows], self.tied, self.notes)
+        return dataclasses.replace(
+            self,
+            images=self.images[rows],
+            categories=self.categories[rows],
+            boxes=self.boxes[rows],
+            scores=self.scores[rows],
+            masks=None if self.masks is None else [self.masks[row] for row in rows.tolist()],
+            positions=self.positions[rows],
+        )
 
     def entries(self, masks: bool) -> list[dict]:
         """Detections as the official tools take them, with or without segmentations."""
@@ -211,9 +218,7 @@ def _check_detection(where: str, entry: object, images: dict[int, int], categori
         raise UserError(f"{where}: bbox: expected finite numbers below {LIMIT:g} pixels, got {box!r:.80}")
 
 
-def canonical_order(
-    ids: np.ndarray, boxes: np.ndarray, scores: np.ndarray, masks: list
-) -> tuple[np.ndarray, int]:
+def canonical_order(ids: np.ndarray, boxes: np.ndarray, scores: np.ndarray, masks: list) -> tuple[np.ndarray, int]:
     """(order, number of exact duplicates): by falling score, then image, category, box and mask.
 
     ids: int64 [D, 2] image and category; boxes float64 [D, 4]; scores float64 [D]; masks: D segmentations or None.

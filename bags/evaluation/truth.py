@@ -253,7 +253,7 @@ def _area(where: str, entry: dict, area: object, size: tuple[int, int], notes: N
 
 def _counts(category: dict, notes: Notes) -> dict:
     """What the file says of a category's frequency in training, where it can be used."""
-    counts = {}
+    counts: dict[str, int | str] = {}
     for name in ("instance_count", "image_count"):
         value = category.get(name)
         if type(value) is int and 0 <= value < 2**62:
@@ -316,7 +316,7 @@ def mask_area(value: Any, size: tuple[int, int]) -> float | None:
         return None
     runs: Any = value
     if not isinstance(value, dict):
-        runs = coco_mask.merge(coco_mask.frPyObjects(value, *size))  # type: ignore[call-overload]
+        runs = coco_mask.merge(coco_mask.frPyObjects(value, *size))
     elif isinstance(value["counts"], list):
         runs = coco_mask.frPyObjects(value, *size)  # type: ignore[call-overload]
     return float(coco_mask.area(runs))
