@@ -16,7 +16,6 @@ from bags.config import config_from_dict, override_config
 from bags.data.checks import why_nothing_scores, why_nothing_trains
 from bags.data.dataset import DetectionDataset, Loader, collate
 from bags.data.index import AnnotationIndex
-from bags.data.json_files import read_annotations
 from bags.data.samplers import (
     ClassBalancedSampler,
     RepeatFactorSampler,
@@ -35,6 +34,7 @@ from bags.engine.predict import predict
 from bags.errors import UserError
 from bags.evaluation.detection_ap import Scores, score
 from bags.evaluation.proposal_accuracy import ProposalAccuracy
+from bags.evaluation.truth import read_truth
 from bags.methods import build_classifier, columns
 from bags.sections import ClassBalancedConfig, Config, DetectorConfig, RepeatFactorConfig, TailOnlyConfig, UniformConfig
 
@@ -248,10 +248,9 @@ def check_row(config: Config, index: AnnotationIndex, stats: CategoryStats) -> N
 
 def check_validation(config: Config, stats: CategoryStats) -> None:
     """Refuse validation data that the scorer would refuse after training, or that gives no AP. Raises UserError."""
-    path = Path(config.data.root) / config.data.val
-    content = read_annotations(path)
-    if reason := why_nothing_scores(content["annotations"]):
-        raise UserError(f"{path}: {reason}")
+    truth = read_truth(Path(config.data.root) / config.data.val)
+    if reason := why_nothing_scores(truth.content["annotations"]):
+        raise UserError(f"{truth.path}: {reason}")
     check_categories(stats, open_index(config, "val"), Path(config.data.root) / config.data.train)
 
 

@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from bags.terminal import printable, tolerate_any_text
+
 STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that was asked to stop or lost a rank: the same command goes on
 PATIENCE = 2.0  # seconds that a rank's message waits for that of its node's first one
 
@@ -36,6 +38,7 @@ def run_script(main: Callable[[], None]) -> None:
     Ctrl-C elsewhere. Under torchrun an error that all ranks have is printed once for each node, and torchrun adds
     its own report and exit code.
     """
+    tolerate_any_text()
     try:
         main()
     except KeyboardInterrupt:
@@ -47,7 +50,7 @@ def run_script(main: Callable[[], None]) -> None:
     except LostRank as lost:
         _end(f"{lost}; the same command goes on from the last checkpoint", STOPPED)
     except UserError as error:
-        _end(f"error: {' '.join(str(error).split())}", 2)
+        _end(f"error: {printable(' '.join(str(error).split()))}", 2)
     except RuntimeError as error:  # torch raises it wherever the main process is at that moment
         text, again = " ".join(str(error).split()).rstrip("."), "the same command goes on from the last checkpoint"
         if "DataLoader worker" in text:

@@ -3,13 +3,17 @@
     python scripts/evaluate.py runs/glyphs-100/bags/last.pth              # predicts on its validation set
     python scripts/evaluate.py last.pth data.root=elsewhere --output out    # the same, other place
     python scripts/evaluate.py predictions.json --annotations val.json    # a results file, no model and no torch needed
+    python scripts/evaluate.py predictions.json --annotations val.json --train train.json   # bins by training counts
     python scripts/evaluate.py predictions.json --annotations val.json --bins 20,400,8000 --engine pycocotools
     python scripts/evaluate.py --compare old.json new.json --annotations val.json   # differences, by how much luck
 
-Bins come from the training counts in the checkpoint, or from `instance_count` in the annotations. The numbers of a
-results file include AP_fixed (Dave et al. 2021). What is written: metrics.json, categories.csv (counts, bin and AP
-of each category) and figures/ (precision and recall by bin; AP by training instances), in --output or in the folder
-NAME_evaluation beside the file. The intervals of --compare are a bootstrap over the images.
+A checkpoint has its training counts. For results files, --train takes them from training annotations, a checkpoint,
+or a run folder (its categories.csv); without --train they are the `instance_count` of the annotations, where there
+is one, and otherwise there are no bins. Detections with equal scores are ordered by image, category and box.
+
+The numbers of a results file include AP_fixed (Dave et al. 2021). What is written: metrics.json, categories.csv
+(counts, bin and AP of each category) and figures/ (precision and recall by bin; AP by training instances), in
+--output or in the folder NAME_evaluation beside the file. The intervals of --compare are a bootstrap over the images.
 """
 
 import argparse
@@ -22,9 +26,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bags.errors import UserError, run_script
+from bags.terminal import printable
 
 MOST = 8  # categories that --compare names on each side
-OF_RESULTS = ("annotations", "bins", "engine")
+OF_RESULTS = ("annotations", "bins", "engine", "train")
+TRAIN = "--train takes training counts from train.json, a checkpoint (.pth) or a run folder"
 
 
 def main() -> None:
@@ -35,6 +41,7 @@ def main() -> None:
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results files: B minus A")
     parser.add_argument("--draws", type=int, default=1000, help="of --compare's bootstrap (default 1000; 0: none)")
     parser.add_argument("--annotations", type=Path, help="ground truth of a results file")
+    parser.add_argument("--train", type=Path, help="training counts of results files: train.json, last.pth, run folder")
     parser.add_argument("--bins", help="of a results file: rising training counts, default 10,100,1000")
     parser.add_argument("--engine", help="of a results file: hotcoco (default), or the official lvis or pycocotools")
     parser.add_argument("--output", type=Path, help="folder for what is written")
@@ -82,23 +89,56 @@ def boundaries(text: str | None) -> tuple[int, ...]:
     return bins
 
 
+def training_counts(source: Path | None, truth) -> dict[str, list[int]]:
+    """`instance_counts` and `image_counts` of the ground truth's categories, from --train; nothing without it."""
+    from bags.data.index import AnnotationIndex
+    from bags.data.statistics import CategoryStats
+
+    if source is None:
+        return {}
+    if source.is_dir() or source.suffix.lower() == ".csv":
+        from bags.analysis.tables import read_categories
+
+        rows = read_categories(source if source.is_dir() else source.parent)
+        columns = ("id", "name", "training_instances", "training_images")
+        stats = CategoryStats(*(tuple(row[column] for row in rows) for column in columns))
+    elif source.suffix.lower() == ".json":
+        stats = CategoryStats.from_index(AnnotationIndex.open(source))
+    else:
+        from bags.engine.checkpoint import load_checkpoint
+
+        stats = CategoryStats.from_dict(load_checkpoint(source)["stats"], source)
+    return truth.training_counts(stats, f"--train {source}")
+
+
+def say(notes: list[str], truth, counts: dict) -> None:
+    """Print notes, each once, and where the bins come from."""
+    if not counts and all("instance_count" in category for category in truth.counts):
+        notes = [*notes, f"{truth.path}: its own instance_count makes the bins; {TRAIN}"]
+    elif not counts:
+        notes = [*notes, f"{truth.path}: no instance_count, so there are no bins and no AP_tail; {TRAIN}"]
+    for note in dict.fromkeys(notes):
+        print(f"note: {printable(note)}", file=sys.stderr)
+
+
 def evaluate_results(arguments: argparse.Namespace) -> dict[str, float]:
-    """The numbers of boxes and, if the file has them, of masks (`mask_AP`, ...); also written."""
+    """The numbers of boxes and, if both files have them, of masks (`mask_AP`, ...); also written."""
     from bags.analysis.tables import write_metrics, write_scores
-    from bags.evaluation.detection_ap import has_masks, score
+    from bags.evaluation.detection_ap import score
+    from bags.evaluation.results_file import read_results
+    from bags.evaluation.truth import read_truth
 
     source, bins = arguments.source, boundaries(arguments.bins)
-    settings: dict[str, Any] = {"boundaries": bins, "engine": arguments.engine or "hotcoco", "fixed": True}
-    scores = {"bbox": score(arguments.annotations, source, **settings)}
+    truth = read_truth(arguments.annotations)
+    results = read_results(source, truth)
+    counts: dict[str, Any] = training_counts(arguments.train, truth)
+    settings = {"boundaries": bins, "engine": arguments.engine or "hotcoco", "fixed": True, **counts}
+    scores = {"bbox": score(truth, results, **settings)}
     metrics = dict(scores["bbox"].numbers)
-    if has_masks(source) and not scores["bbox"].has_masks:
-        print(
-            f"note: {arguments.annotations}: not all objects have a segmentation: boxes alone are scored",
-            file=sys.stderr,
-        )
-    elif has_masks(source):
-        scores["segm"] = score(arguments.annotations, source, "segm", **settings)
+    if results.masks is not None and not (truth.lacks_masks() or results.lacks_masks()):
+        scores["segm"] = score(truth, results, "segm", **settings)
         metrics |= {f"mask_{name}": value for name, value in scores["segm"].numbers.items()}
+    say(scores["bbox"].notes, truth, counts)
     folder = arguments.output or source.with_name(f"{source.stem}_evaluation")
     folder.mkdir(parents=True, exist_ok=True)
     write_metrics(folder, metrics)
@@ -111,17 +151,23 @@ def compare_results(arguments: argparse.Namespace) -> None:
     """Prints what changed from A to B: means with their intervals, and the categories that changed most."""
     from bags.analysis.tables import as_table, write_comparison
     from bags.evaluation.comparison import compare
-    from bags.evaluation.detection_ap import has_masks
+    from bags.evaluation.detection_ap import notes_of
+    from bags.evaluation.results_file import read_results
+    from bags.evaluation.truth import read_truth
 
     if arguments.annotations is None:
         raise UserError("--compare needs --annotations, the ground truth of both files")
     if arguments.engine:
-        raise UserError("--compare takes --annotations, --bins, --draws, --output and --json")
-    kinds = ["bbox", "segm"] if all(map(has_masks, arguments.compare)) else ["bbox"]
-    (first, second), bins = arguments.compare, boundaries(arguments.bins)
+        raise UserError("--compare takes --annotations, --train, --bins, --draws, --output and --json")
+    bins, truth = boundaries(arguments.bins), read_truth(arguments.annotations)
+    files = [read_results(path, truth) for path in arguments.compare]
+    counts: dict[str, Any] = training_counts(arguments.train, truth)
+    masks = not truth.lacks_masks() and not any(file.masks is None or file.lacks_masks() for file in files)
     found = {
-        kind: compare(arguments.annotations, first, second, kind, arguments.draws, boundaries=bins) for kind in kinds
+        kind: compare(truth, files[0], files[1], kind, arguments.draws, boundaries=bins, **counts)
+        for kind in (["bbox", "segm"] if masks else ["bbox"])
     }
+    say([note for file in files for note in notes_of(truth, file, own_counts=not counts)], truth, counts)
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         write_comparison(arguments.output, found)
@@ -136,7 +182,9 @@ def print_comparison(kind: str, result, names: list[str]) -> None:
     """One table of means, one of categories."""
     from bags.evaluation.comparison import changed_most
 
-    print(f"\n{'boxes' if kind == 'bbox' else 'masks'}, A = {names[0]}, B = {names[1]}, in percent")
+    print(
+        f"\n{'boxes' if kind == 'bbox' else 'masks'}, A = {printable(names[0])}, B = {printable(names[1])}, in percent"
+    )
     print(f"{'':<10}{'A':>8}{'B':>8}{'B - A':>8}   95 % of the draws")
     for name, first in result.first.items():
         second, low_high = result.second[name], result.intervals.get(name, (math.nan, math.nan))
@@ -149,7 +197,7 @@ def print_comparison(kind: str, result, names: list[str]) -> None:
         for row in rows:
             count = f"{row['training_instances']} instances" if "training_instances" in row else ""
             print(f"{100 * row['difference']:+8.2f}  {100 * row['first']:6.2f} -> {100 * row['second']:6.2f}  "
-                  f"{row['name']}  {count}".rstrip())  # fmt: skip
+                  f"{printable(row['name'])}  {count}".rstrip())  # fmt: skip
 
 
 def evaluate_checkpoint(path: Path, overrides: list[str], output: Path | None) -> tuple[dict | None, str]:
@@ -172,6 +220,8 @@ def evaluate_checkpoint(path: Path, overrides: list[str], output: Path | None) -
         )
         if not distributed.is_main():
             return None, config.name
+        for note in dict.fromkeys(note for kind in scores.values() for note in kind.notes):
+            print(f"note: {printable(note)}", file=sys.stderr)
         write_metrics(folder, metrics)
         write_scores(folder, config.name, scores, config.test.bins)
         return metrics, config.name

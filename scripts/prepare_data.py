@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bags.data.glyphs import PRESETS, make_glyphs
 from bags.errors import UserError, run_script
 from bags.sections import Config
+from bags.terminal import printable
 
 
 def main() -> None:
@@ -106,7 +107,7 @@ def _check(arguments) -> None:
     if arguments.json:
         print(json.dumps(as_dicts(findings), indent=1))
     else:
-        print(render(findings) or "no defects")
+        print("\n".join(map(printable, render(findings).split("\n"))) or "no defects")
     sys.exit(1 if any(finding.level == STOP for finding in findings) else 0)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bags.errors import UserError, run_script
+from bags.terminal import printable
 
 CROWDED = 25  # in an image with more boxes only tail categories are named
 
@@ -135,7 +136,7 @@ def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None
     table = render_table(numbers)
     norms, correlations, stats, config = weight_norms(rows)
     print(f"\n{table}\n\nrank correlation of classifier weight norm and training instances:")
-    print("\n".join(f"  {name}: {spread(own, '.2f')}" for name, own in correlations.items()))
+    print("\n".join(f"  {printable(name)}: {spread(own, '.2f')}" for name, own in correlations.items()))
     if save:
         for name, own in correlations.items():
             for folder, run, value in zip(rows[name], numbers[name], own, strict=True):

@@ -89,7 +89,7 @@ def test_few_images_and_no_detections(tmp_path):
 @pytest.mark.parametrize("lvis", [True, False])
 def test_a_weighted_image_is_a_repeated_one(tmp_path, lvis):
     content, results = write_case(tmp_path, lvis)
-    entries, _ = match(tmp_path / "truth.json", tmp_path / "a.json", max_detections=100)
+    entries = match(tmp_path / "truth.json", tmp_path / "a.json", max_detections=100)
     labels = {c["id"]: k for k, c in enumerate(content["categories"])}
     images = {image["id"]: k for k, image in enumerate(content["images"])}
     weights = np.random.default_rng(0).multinomial(IMAGES, np.full(IMAGES, 1 / IMAGES), 6)

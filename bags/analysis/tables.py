@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ from bags.errors import UserError
 from bags.evaluation.comparison import Comparison
 from bags.evaluation.detection_ap import Scores
 from bags.files import replacing, write_text
+from bags.terminal import printable
 
 COLUMNS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf", "AP50", "AP_tail", "AP_head", "AP_fixed",
            "mask_AP", "mask_AP_tail", "mask_AP_head")  # fmt: skip
 TITLES = {"AP": "mAP", "AP_tail": "tail", "AP_head": "head", "mask_AP": "mask mAP"}
+FORMULA = re.compile("'*[=+\\-@\t\r\n]")
 AGAIN = "remove it and give the training command again: only the evaluation is run"
 
 
@@ -52,12 +55,12 @@ def read_categories(folder: Path) -> list[dict]:
     path = folder / "categories.csv"
     whole, text = ("id", "training_instances", "training_images", "bin"), ("name", "frequency")
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8", errors="surrogatepass") as file:
             rows = list(csv.DictReader(file))
         return [  # a KeyError where a column is missing
             {k: int(v) if k in whole else v if k in text else float(v or "nan") for k, v in row.items()}
             | {key: int(row[key]) for key in whole}
-            | {"name": row["name"], "AP": float(row["AP"] or "nan")}
+            | {"name": from_cell(row["name"]), "AP": float(row["AP"] or "nan")}
             for row in rows
         ]
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
@@ -116,12 +119,23 @@ def as_table(result: Comparison) -> dict[str, dict]:
 
 
 def _write_csv(path: Path, rows: list[dict]) -> Path:
-    """Rows with equal keys; NaN becomes empty."""
-    with replacing(path, newline="") as file:
+    """Rows with equal keys; NaN becomes empty, and text is escaped as in `to_cell`."""
+    with replacing(path, newline="", errors="surrogatepass") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows({k: "" if v != v else v for k, v in row.items()} for row in rows)
+        for row in rows:
+            writer.writerow({k: to_cell(v) if isinstance(v, str) else "" if v != v else v for k, v in row.items()})
     return path
+
+
+def to_cell(text: str) -> str:
+    """A text that spreadsheets do not take for a formula: a quotation mark precedes = + - @, tab and line ends."""
+    return f"'{text}" if FORMULA.match(text) else text
+
+
+def from_cell(cell: str) -> str:
+    """The inverse of `to_cell`."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
 
 
 def render_paper_table(table: PaperTable, runs: dict[str, list[dict[str, float]]], published: bool) -> str:
@@ -147,9 +161,8 @@ def render_table(rows: dict[str, list[dict[str, float]]], columns: Sequence[str]
     columns = [c for c in columns if any(c in run for runs in rows.values() for run in runs)]
     table = [["method", *(column_title(c) for c in columns)]]
     for name, runs in rows.items():
-        table.append(
-            [name, *(_cell([run.get(column, math.nan) for run in runs], column, decimals) for column in columns)]
-        )
+        cells = (_cell([run.get(column, math.nan) for run in runs], column, decimals) for column in columns)
+        table.append([printable(name).replace("|", "\\|"), *cells])
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = ["| " + " | ".join(_pad(row, widths)) + " |" for row in table]
     lines.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")

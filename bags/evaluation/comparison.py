@@ -15,6 +15,8 @@ from tqdm import tqdm
 from bags.data.statistics import training_of
 from bags.errors import UserError
 from bags.evaluation.detection_ap import match
+from bags.evaluation.results_file import Results, read_results
+from bags.evaluation.truth import Truth, read_truth
 
 RECALLS = np.linspace(0, 1, 101)
 IOUS = 10  # thresholds 0.5, 0.55, ..., 0.95
@@ -39,9 +41,9 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    annotations: str | Path,
-    first: str | Path,
-    second: str | Path,
+    annotations: str | Path | Truth,
+    first: str | Path | Results,
+    second: str | Path | Results,
     iou_type: str = "bbox",
     draws: int = 1000,
     seed: int = 0,
@@ -57,17 +59,21 @@ def compare(
     """
     if draws < 0:
         raise UserError(f"draws={draws}: expected 0 or more")
+    truth = annotations if isinstance(annotations, Truth) else read_truth(annotations)
+    labels = {key: k for k, key in enumerate(truth.category_ids.tolist())}
+    ids = truth.image_ids.tolist()
+    images = {ids[image["id"] - 1]: k for k, image in enumerate(truth.content["images"])}  # in the file's order
     files: list[list[Detections | None]] = []
     objects: list[np.ndarray] = []
-    for path in (first, second):
-        entries, content = match(annotations, path, iou_type, max_detections)
-        categories = sorted(content["categories"], key=lambda c: c["id"])
-        labels = {category["id"]: k for k, category in enumerate(categories)}
-        images = {image["id"]: k for k, image in enumerate(content["images"])}
+    names: list[str] = []
+    for source in (first, second):
+        results = source if isinstance(source, Results) else read_results(source, truth)
+        names.append(results.path.name)
+        entries = match(truth, results, iou_type, max_detections)
         objects = objects or objects_of(entries, labels, images)  # those of any file: entries without detections, too
         files.append(detections_of(entries, labels, images))
         del entries  # a kilobyte for each detection
-    training = training_of(content, instance_counts, image_counts, boundaries)
+    training = training_of({"categories": truth.category_counts()}, instance_counts, image_counts, boundaries)
     sets = {"AP": np.ones(len(labels), bool), **training.sets()}
 
     whole = [ap_of(file, objects, np.ones((1, len(images)))) for file in files]
@@ -76,17 +82,15 @@ def compare(
     weights = weights.astype(np.int16)
     intervals = {}
     if draws:
-        drawn = [ap_of(file, objects, weights, f"bootstrap, {Path(path).name}")
-                 for file, path in zip(files, (first, second), strict=True)]  # fmt: skip
+        drawn = [ap_of(file, objects, weights, f"bootstrap, {name}") for file, name in zip(files, names, strict=True)]
         before, after = (means(ap, sets) for ap in drawn)
         intervals = {name: interval(after[name] - before[name]) for name in before}
     rows = []
-    for k, category in enumerate(categories):
+    for key, k in labels.items():
         a, b = (float(ap[0, :, k].mean()) for ap in whole)
         counts = {} if training.instances is None else {"training_instances": training.instances[k]}
         if a == a:
-            rows.append({"id": category["id"], "name": category.get("name", category["id"]), **counts,
-                         "first": a, "second": b, "difference": b - a})  # fmt: skip
+            rows.append({"id": key, "name": truth.names[k], **counts, "first": a, "second": b, "difference": b - a})
     return Comparison(numbers[0], numbers[1], intervals, rows)
 
 

@@ -7,6 +7,7 @@ without libGL. Both are mended here, while it runs.
 import contextlib
 import io
 import sys
+import tempfile
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,24 +15,29 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import orjson
 
 from bags.errors import UserError
+from bags.evaluation.results_file import Results
+from bags.evaluation.truth import Truth
 
 
-def match(engine: str, annotations: Path, entries: list[dict], iou_type: str, lvis: bool, limit: int):
+def match(engine: str, truth: Truth, results: Results, iou_type: str, limit: int):
     """(precision [10, 101, C, areas], recall [10, C, areas]) of the official tool; -1 where there is no ground truth.
 
     engine: "lvis" or "pycocotools", which must be the protocol's own. limit: detections per image. Raises UserError
     for the other protocol, for an engine that is not installed, and where it cannot evaluate.
     """
-    if lvis != (engine == "lvis"):
-        kind = "LVIS" if lvis else "COCO"
-        raise UserError(f"{annotations}: holds {kind} annotations, which engine {engine} does not evaluate")
-    if not entries:
+    if truth.lvis != (engine == "lvis"):
+        kind = "LVIS" if truth.lvis else "COCO"
+        raise UserError(f"{truth.path}: holds {kind} annotations, which engine {engine} does not evaluate")
+    if not len(results):
         raise UserError(f"no detections: {engine} cannot evaluate none; the default engine can")
-    entries = [dict(entry) for entry in entries]  # both write into them
-    with contextlib.redirect_stdout(io.StringIO()):
-        return (_lvis if lvis else _coco)(str(annotations), entries, iou_type, limit)
+    masks = iou_type == "segm"
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        path = Path(folder, "truth.json")
+        path.write_bytes(orjson.dumps(truth.engine_content(masks)))
+        return (_lvis if truth.lvis else _coco)(str(path), results.entries(masks), iou_type, limit)
 
 
 def _coco(annotations: str, entries: list[dict], iou_type: Any, limit: int):
