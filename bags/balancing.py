@@ -80,7 +80,7 @@ def balance(
     detector.requires_grad_(False)
     weight = predictor.cls_score.weight
     classifier.to(weight.device, weight.dtype).requires_grad_(True)
-    hook = detector.register_forward_pre_hook(keep_frozen)
+    hook = detector.register_forward_pre_hook(keep_frozen, with_kwargs=True)
     detector.roi_heads = BalancedRoIHeads(roi_heads, classifier, (trained, hook))
     return detector
 
@@ -136,15 +136,29 @@ class BalancedRoIHeads(RoIHeads):
         return logits[torch.arange(len(labels), device=labels.device), labels]
 
 
-def keep_frozen(detector: Any, _inputs: tuple) -> None:
+def keep_frozen(detector: Any, inputs: tuple, named: dict) -> None:
     """A forward hook of balanced detectors: modules without anything to train work in evaluation mode.
 
     The detector itself, its RPN and RoIHeads know training mode by more than their layers: by what they return.
     """
+    targets = named.get("targets", inputs[1] if len(inputs) > 1 else None)
+    if detector.training and targets is not None:
+        _check_labels(targets, detector.roi_heads.classifier.num_categories)
     rest = [module for name, module in detector.named_children() if name not in ("transform", "rpn", "roi_heads")]
     for module in (*rest, *detector.rpn.children(), *detector.roi_heads.children()):
         if not any(parameter.requires_grad for parameter in module.parameters()):
             module.eval()
+
+
+def _check_labels(targets: Sequence[dict[str, Tensor]], number: int) -> None:
+    """Refuse labels that are not 1..C: 0 is the background, and an object cannot be that."""
+    for position, target in enumerate(targets):
+        labels = target["labels"]
+        if len(labels) and not 1 <= int(labels.min()) <= int(labels.max()) <= number:
+            raise ValueError(
+                f"targets[{position}]['labels']: expected labels of 1 to {number} (0 is the background), "
+                f"got {int(labels.min())} to {int(labels.max())}"
+            )
 
 
 def _parts(detector: nn.Module) -> tuple[torchvision_roi_heads.RoIHeads, Any]:

@@ -15,6 +15,7 @@ from bags import distributed
 from bags.config import config_from_dict, override_config
 from bags.data.checks import why_nothing_scores, why_nothing_trains
 from bags.data.dataset import DetectionDataset, Loader, collate
+from bags.data.findings import REMAP
 from bags.data.index import AnnotationIndex
 from bags.data.samplers import (
     ClassBalancedSampler,
@@ -264,7 +265,7 @@ def check_categories(stats: CategoryStats, index: AnnotationIndex, source: Path)
         raise UserError(
             f"{source}: has {len(theirs)} categories, not the {len(ours)} of {index.path}; first "
             f"difference: {theirs_first} against {ours_first}. Use the dataset it was trained on "
-            "(to start training from other categories: detector.other_categories=true)"
+            f"(to start training from other categories: detector.other_categories=true); {REMAP}"
         )
 
 

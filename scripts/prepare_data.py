@@ -6,6 +6,7 @@
     python scripts/prepare_data.py coco_lt --source instances_train2017.json --targets counts.json --output coco_lt.json
     python scripts/prepare_data.py check configs/muscima data.root=/data/muscima_tiles
     python scripts/prepare_data.py check train.json --images train2017   # an annotation file without a configuration
+    python scripts/prepare_data.py remap val.json --like train.json --output val_all.json   # categories by name
 
 check lists every defect with its count, examples by id, and what training will do about it. It ends with
 code 1 if training would stop at one of them, else 0; --json prints the list for machines.
@@ -43,6 +44,10 @@ def main() -> None:
     coco_lt.add_argument("--image-lists", type=Path, help="JSON: the authors' image ids per category id, instead")
     coco_lt.add_argument("--output", type=Path, required=True)
     coco_lt.add_argument("--seed", type=int, default=0)
+    remap = commands.add_parser("remap", help="give a file the categories of another one, by name")
+    remap.add_argument("source", type=Path, help="annotation file")
+    remap.add_argument("--like", type=Path, required=True, help="the file whose categories are taken")
+    remap.add_argument("--output", type=Path, required=True)
     check = commands.add_parser("check", help="list the defects of a dataset")
     check.add_argument("source", type=Path, help="configuration, folder of them, or annotation file")
     check.add_argument("overrides", nargs="*", help="section.key=value, for a configuration")
@@ -50,7 +55,7 @@ def main() -> None:
     check.add_argument("--decode", action="store_true", help="read every pixel, not only the images' headers")
     check.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    {"lvis": _lvis, "coco_lt": _coco_lt, "check": _check}.get(arguments.command, _glyphs)(arguments)
+    {"lvis": _lvis, "coco_lt": _coco_lt, "remap": _remap, "check": _check}.get(arguments.command, _glyphs)(arguments)
 
 
 def _glyphs(arguments) -> None:
@@ -77,8 +82,16 @@ def _coco_lt(arguments) -> None:
     print(f"{arguments.output}: {sum(counts.values())} annotations; categories per bin (1-20-400-8000): {sizes}")
 
 
+def _remap(arguments) -> None:
+    from bags.data.remap import remap_categories
+
+    annotations, categories = remap_categories(arguments.source, arguments.like, arguments.output)
+    print(f"{arguments.output}: {annotations} annotations, {categories} categories as in {arguments.like}")
+
+
 def _check(arguments) -> None:
-    from bags.data.checks import STOP, as_dicts, check_annotations, check_images, check_splits, render
+    from bags.data.checks import check_annotations, check_images, check_splits
+    from bags.data.findings import STOP, as_dicts, render
     from bags.data.index import AnnotationIndex
 
     configs: list[Config] = []
@@ -101,7 +114,7 @@ def _check(arguments) -> None:
             in_file += check_images(indices[-1], images, arguments.decode, exif) if images is not None else []
         findings += in_file
     if len(sources) == len(indices) == 2:
-        findings += check_splits(*indices)
+        findings += check_splits(indices[0], indices[1], sources[0][1], sources[1][1])
     if not any(finding.level == STOP for finding in findings):
         _check_rows(configs)
     if arguments.json:

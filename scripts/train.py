@@ -164,6 +164,7 @@ def run(configs: list[Config], device) -> None:
     from bags import build, cached, distributed
     from bags.analysis.tables import write_metrics, write_scores
     from bags.data.checks import what_does_not_train
+    from bags.data.plausibility import implausible_boxes
     from bags.data.statistics import CategoryStats, disagreement
     from bags.engine.train import is_trained, train
 
@@ -176,7 +177,11 @@ def run(configs: list[Config], device) -> None:
     first = configs[0]
     index = build.open_index(first, "train")
     stats = CategoryStats.from_index(index)
-    for line in (what_does_not_train(index), disagreement(index, stats)):
+    odd = [
+        f"{index.path}: {kind}: {seen}; prepare_data.py check says more"
+        for kind, seen in implausible_boxes(index).items()
+    ]
+    for line in (what_does_not_train(index), disagreement(index, stats), *odd):
         if line and distributed.is_main():
             print(f"note: {line}", file=sys.stderr)
     loader = build.build_train_loader(first, index, stats)

@@ -293,7 +293,8 @@ def mutated(draw):
 @given(mutated())
 def test_any_file_is_an_index_or_our_error(tmp_path_factory, content):
     """And `check` lists a defect that stops training wherever `open` refuses."""
-    from bags.data.checks import STOP, check_annotations
+    from bags.data.checks import check_annotations
+    from bags.data.findings import STOP
 
     folder = tmp_path_factory.getbasetemp() / "fuzz"
     shutil.rmtree(folder, ignore_errors=True)

@@ -8,8 +8,7 @@ occurs, examples by id, and what training will do about it.
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,81 +16,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from bags.data.dataset import image_path, leads_out, read_image
+from bags.data.findings import STOP, Finding, Findings
 from bags.data.index import AnnotationIndex, inside_image
 from bags.data.json_files import is_box, is_number, read_annotations, shown
 from bags.data.packing import POLYGON_LIMIT, file_name_of, rle_fits
+from bags.data.plausibility import implausible_boxes, shared_images, split_images
 from bags.data.statistics import instance_bin
 from bags.errors import UserError
-
-EXAMPLES = 5
-STOP, DROP, NOTE = "stops", "dropped", "note"
-DEFECTS = {  # kind -> (level, what training does)
-    "file": (STOP, "training refuses the file"),
-    "bad id": (STOP, "training refuses the file: ids are whole numbers"),
-    "duplicate id": (STOP, "training refuses the file"),
-    "image size": (STOP, "training refuses the file: width and height are whole numbers above 0"),
-    "file name": (STOP, "training refuses the file, or the image when it comes to it"),
-    "dangling image_id": (STOP, "training refuses the file: there is no such image"),
-    "dangling category_id": (STOP, "training refuses the file: there is no such category"),
-    "bad box": (STOP, "training refuses the file: bbox is [x, y, width, height], finite"),
-    "bad field": (STOP, "training refuses the file"),
-    "bad segmentation": (STOP, "training refuses the file"),
-    "nothing to train on": (STOP, "training refuses the file"),
-    "nothing to evaluate on": (STOP, "training refuses the file"),
-    "crowd region": (NOTE, "not trained on, and in evaluation neither found nor missed"),
-    "no segmentation": (DROP, "the object is left out of training with masks, and masks of val are not scored"),
-    "impossible area": (NOTE, "evaluation takes the area of the mask or box instead"),
-    "empty box": (DROP, "not trained on; in val it counts as missed, as in the official tools"),
-    "box outside image": (DROP, "not trained on; in val it counts as missed, as in the official tools"),
-    "box across border": (NOTE, "the box is clipped to the image"),
-    "polygon off the image": (NOTE, "none: what lies outside is not drawn"),
-    "short polygon": (DROP, "the polygon, of fewer than three points, is left out"),
-    "duplicated annotation": (NOTE, "the same object is learnt, and counted, more than once"),
-    "duplicated file name": (NOTE, "the image is seen more than once"),
-    "ids with gaps": (NOTE, "none: labels are 1..C by ascending id"),
-    "image without objects": (NOTE, "not trained on, unless data.empty_images is true"),
-    "category without instances": (NOTE, "its classifier learns to say no"),
-    "empty group": (NOTE, "the group's softmax has nothing but `others`"),
-    "counts disagree": (NOTE, "the annotations are counted; the file's own numbers are not used"),
-    "missing image": (STOP, "training stops when it comes to it"),
-    "unreadable image": (STOP, "training stops when it comes to it"),
-    "size differs": (STOP, "training stops when it comes to it"),
-    "EXIF rotation": (NOTE, "ignored, as COCO does; data.exif=true turns the image"),
-    "train and val share images": (NOTE, "validation is too good"),
-    "category lists differ": (STOP, "training refuses the pair"),
-}
-
-
-@dataclass
-class Finding:
-    """One kind of defect. level: "stops" training, makes it "dropped" the object, or is a "note"."""
-
-    where: str
-    kind: str
-    level: str
-    effect: str
-    count: int = 0
-    examples: list[str] = field(default_factory=list)
-
-
-class Findings:
-    """Collects defects of one file."""
-
-    def __init__(self, where: Path | str):
-        self.where = str(where)
-        self.by_kind: dict[str, Finding] = {}
-
-    def add(self, kind: str, example: object) -> None:
-        """Counts a defect; the first examples are kept."""
-        level, effect = DEFECTS[kind]
-        finding = self.by_kind.setdefault(kind, Finding(self.where, kind, level, effect))
-        finding.count += 1
-        if finding.count <= EXAMPLES:
-            finding.examples.append(f"{example!s:.120}")
-
-    def list(self) -> list[Finding]:
-        """Worst first."""
-        return sorted(self.by_kind.values(), key=lambda f: ([STOP, DROP, NOTE].index(f.level), -f.count))
 
 
 def why_nothing_trains(index: AnnotationIndex) -> str | None:
@@ -165,11 +96,21 @@ def check_annotations(
     if training:
         _check_counts(categories, instances, Counter(category for _, category in in_images), boundaries, found)
     stops = any(finding.level == STOP for finding in found.list())
-    if not stops and training and (reason := why_nothing_trains(_index(path, masks))):
-        found.add("nothing to train on", reason)
+    if not stops:
+        _check_plausibility(_index(path, masks), training, found)
     if not stops and not training and (reason := why_nothing_scores(content["annotations"])):
         found.add("nothing to evaluate on", reason)
     return found.list()
+
+
+def _check_plausibility(index: AnnotationIndex, training: bool, found: Findings) -> None:
+    """What only the index as a whole shows."""
+    if training and (reason := why_nothing_trains(index)):
+        found.add("nothing to train on", reason)
+    for kind, seen in implausible_boxes(index).items():
+        found.add(kind, seen)
+    for name in split_images(index) if training else ():
+        found.add("annotations split over entries", name)
 
 
 def _index(path: Path, masks: bool) -> AnnotationIndex:
@@ -352,34 +293,14 @@ def check_images(index: AnnotationIndex, folder: Path, decode: bool = False, exi
     return found.list()
 
 
-def check_splits(train: AnnotationIndex, val: AnnotationIndex) -> list[Finding]:
-    """What train and val have in common, and should or should not."""
+def check_splits(train: AnnotationIndex, val: AnnotationIndex, train_folder: Path, val_folder: Path) -> list[Finding]:
+    """What train and val have in common, and should or should not. Images are compared by content."""
     found = Findings(f"{train.path} and {val.path}")
     ours, theirs = (list(zip(i.category_ids.tolist(), i.category_names, strict=True)) for i in (train, val))
     for a, b in itertools.zip_longest(ours, theirs):
         if a != b:
             found.add("category lists differ", f"{a} in train, {b} in val")
-    shared = _names(train) & _names(val)
-    for name in sorted(shared):
-        found.add("train and val share images", name)
+    for ours_name, theirs_name in shared_images(train, train_folder, val, val_folder):
+        same = ours_name == theirs_name
+        found.add("train and val share images", ours_name if same else f"{ours_name} is {theirs_name} in val")
     return found.list()
-
-
-def _names(index: AnnotationIndex) -> set[str]:
-    return {index.file_name(position) for position in range(len(index))}
-
-
-def render(findings: Iterable[Finding]) -> str:
-    """A text for people."""
-    lines = []
-    for f in findings:
-        lines.append(f"[{f.level}] {f.where}: {f.kind}: {f.count}. {f.effect[0].upper()}{f.effect[1:]}.")
-        lines += [f"    {example}" for example in f.examples]
-        if f.count > len(f.examples):
-            lines.append(f"    ... and {f.count - len(f.examples)} more")
-    return "\n".join(lines)
-
-
-def as_dicts(findings: Iterable[Finding]) -> list[dict]:
-    """For machines."""
-    return [asdict(finding) for finding in findings]

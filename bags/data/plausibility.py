@@ -1,0 +1,81 @@
+"""Data that can be trained on and is still not what its author meant: boxes in other units, leaks, split images."""
+
+import hashlib
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from bags.data.dataset import image_path
+from bags.data.index import AnnotationIndex
+from bags.errors import UserError
+
+FEWEST = 5  # objects from which a habit can be told
+
+
+def implausible_boxes(index: AnnotationIndex) -> dict[str, str]:
+    """Kind of finding -> what was seen, of boxes that look like another unit or format than x, y, width, height.
+
+    Kinds: "normalised boxes" (most are smaller than a pixel, as fractions of the image are), "corner boxes" (all lie
+    in one quarter of their images, as boxes of smaller copies do) and "boxes of two corners" (x1, y1, x2, y2).
+    """
+    boxes = index.boxes[~index.crowd].astype(np.float64)  # [A, 4] x1, y1, x2, y2 as read
+    sizes = index.image_sizes[index.owners[~index.crowd]][:, ::-1].astype(np.float64)  # [A, 2] width, height
+    number = len(boxes)
+    if number < FEWEST:
+        return {}
+    sides = boxes[:, 2:] - boxes[:, :2]
+    small = (sides < 1).all(1) & (boxes[:, 2:] <= 2).all(1)
+    if small.mean() > 0.5:
+        return {"normalised boxes": f"{small.sum()} of {number} boxes are smaller than one pixel"}
+    beyond = (boxes[:, 2:] > sizes + 1).any(1)
+    as_corners = (sides > boxes[:, :2]).all(1) & (sides <= sizes + 1).all(1)
+    if as_corners.mean() > 0.95 and beyond.mean() > 0.2:
+        return {"boxes of two corners": f"{beyond.sum()} of {number} boxes leave their images; read as x1, y1, x2, y2 "
+                                        f"{as_corners.sum()} fit"}  # fmt: skip
+    if number >= 4 * FEWEST and (boxes[:, 2:] <= sizes / 2).all():
+        return {"corner boxes": f"all {number} boxes lie in the upper left quarter of their images"}
+    return {}
+
+
+def split_images(index: AnnotationIndex) -> list[str]:
+    """File names of several images that each have objects: for one entry, the others' objects are background."""
+    with_objects: defaultdict[str, int] = defaultdict(int)
+    for position in np.unique(index.owners[index.trained]).tolist():
+        with_objects[index.file_name(position)] += 1
+    return [name for name, number in with_objects.items() if number > 1]
+
+
+def shared_images(
+    train: AnnotationIndex, train_folder: Path, val: AnnotationIndex, val_folder: Path
+) -> list[tuple[str, str]]:
+    """(name in train, name in val) of images with equal content, whatever their names.
+
+    Only files of equal size are read. A file that is missing is not compared.
+    """
+    ours, theirs = _by_size(train, train_folder), _by_size(val, val_folder)
+    pairs = []
+    for size in sorted(ours.keys() & theirs.keys()):
+        digests: dict[bytes, str] = {}
+        for name, path in ours[size]:
+            digests.setdefault(_digest(path), name)
+        pairs += [(digests[d], name) for name, path in theirs[size] if (d := _digest(path)) in digests]
+    return pairs
+
+
+def _by_size(index: AnnotationIndex, folder: Path) -> dict[int, list[tuple[str, Path]]]:
+    """Size in bytes -> the (name, path) of the files of that size."""
+    found: defaultdict[int, list[tuple[str, Path]]] = defaultdict(list)
+    for name in dict.fromkeys(index.file_name(position) for position in range(len(index))):
+        try:
+            path = image_path(folder, name)
+            if path.is_file():
+                found[path.stat().st_size].append((name, path))
+        except (UserError, OSError):  # `check_images` names it
+            continue
+    return found
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
