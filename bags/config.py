@@ -1,7 +1,9 @@
 """One YAML file -> one frozen, typed `Config`.
 
 A file may name a `base` file (path relative to itself) and then holds only what differs from it;
-`section.key=value` overrides any leaf. The classifier and the sampler are chosen by `name`, and a
+`section.key=value` overrides any leaf: for a key whose type is text, such as a path or a name, the value is taken
+as it is written, so that `output=runs/exp #2` means that folder (`null`, or nothing, is none); other values are
+read as YAML. The classifier and the sampler are chosen by `name`, and a
 new name replaces the whole section, so that no key of one method leaks into another. Unknown keys,
 wrong types and impossible values raise `UserError` before any data is read.
 """
@@ -34,7 +36,7 @@ from bags.classifier_sections import (
 from bags.errors import UserError
 from bags.files import write_text
 from bags.sections import ClassBalancedConfig, Config, DetectorConfig, RepeatFactorConfig, TailOnlyConfig
-from bags.typed_yaml import convert, merge, parse_yaml, read_tree
+from bags.typed_yaml import convert, is_text, merge, parse_yaml, read_tree
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -58,16 +60,24 @@ def _resolve(tree: dict, overrides: typing.Sequence[str], source: str) -> Config
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise UserError(f"override '{override}': expected section.key=value")
-        try:
-            value = parse_yaml(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"override '{override}': the value is not YAML ({' '.join(str(error).split())})") from None
+        value = _read_value(key, text, tree)
         for part in reversed(key.split(".")):
             value = {part: value}
         merge(tree, value)
     config = config_from_dict(tree, source)
     _check(config, source)
     return config
+
+
+def _read_value(key: str, text: str, tree: dict) -> typing.Any:
+    """The value of an override. Text stays as written (null is none); everything else is read as YAML."""
+    if is_text(Config, key, tree):
+        return None if text in ("", "null") else text
+    try:
+        return parse_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"override '{key}={text}': the value is not YAML ({reason})") from None
 
 
 def config_from_dict(tree: dict, source: str = "config") -> Config:
