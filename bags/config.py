@@ -50,9 +50,9 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     return _resolve(tree, overrides, str(path))
 
 
-def override_config(config: Config, overrides: typing.Sequence[str]) -> Config:
-    """The configuration with some leaves changed, checked as `load_config` does."""
-    return _resolve(config_to_dict(config), overrides, config.name)
+def override_config(config: Config, overrides: typing.Sequence[str], source: str | None = None) -> Config:
+    """The configuration with some leaves changed, checked as `load_config` does. `source` is named in errors."""
+    return _resolve(config_to_dict(config), overrides, source or config.name)
 
 
 def _resolve(tree: dict, overrides: typing.Sequence[str], source: str) -> Config:
@@ -148,8 +148,8 @@ def _check_data(config: Config, need: Need) -> None:
 
 def _check_detector(detector: DetectorConfig, need: Need) -> None:
     rpn, roi = detector.rpn, detector.roi
-    for key in ("fpn_channels", "min_size", "max_size"):
-        need(1 <= getattr(detector, key) < 2**15, f"detector.{key}", f"1 to 32767, got {getattr(detector, key)}")
+    for key, most in (("fpn_channels", 4096), ("min_size", 32767), ("max_size", 32767)):
+        need(1 <= getattr(detector, key) <= most, f"detector.{key}", f"1 to {most}, got {getattr(detector, key)}")
     need(detector.max_size >= detector.min_size, "detector.max_size", f"min_size or more, got {detector.max_size}")
     most = 0 if detector.backbone == "small" else 3
     need(0 <= detector.frozen_stages <= most, "detector.frozen_stages", f"0 to {most}, got {detector.frozen_stages}")
@@ -181,7 +181,7 @@ def _check_detector(detector: DetectorConfig, need: Need) -> None:
     ratio = roi.sampling_ratio
     need(0 <= ratio <= 64, "detector.roi.sampling_ratio", f"0 (adaptive) to 64, got {ratio}")
     need(roi.batch_size >= 1, "detector.roi.batch_size", f"1 or more, got {roi.batch_size}")
-    need(1 <= roi.fc < 2**17, "detector.roi.fc", f"1 to 131071, got {roi.fc}")
+    need(1 <= roi.fc <= 16384, "detector.roi.fc", f"1 to 16384, got {roi.fc}")
     need(
         0 < roi.positive_fraction <= 1, "detector.roi.positive_fraction", f"above 0, to 1, got {roi.positive_fraction}"
     )
