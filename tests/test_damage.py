@@ -7,6 +7,7 @@ import resource
 import shutil
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from conftest import fork_script, run_script
@@ -14,6 +15,7 @@ from conftest import fork_script, run_script
 import bags
 from bags.detectors.weights import read_state
 from bags.engine.checkpoint import load_checkpoint, load_latest, save_checkpoint, write_checkpoint, write_file
+from bags.engine.features import FeatureStore, Layout, View, pool_row
 from bags.errors import UserError
 
 
@@ -186,3 +188,81 @@ def test_names_of_weights_must_be_text(tmp_path):
     (tmp_path / "w.pth").write_bytes(file.getvalue())
     with pytest.raises(UserError, match="w.pth: expected tensors by name, got Tensor for 3"):
         read_state(tmp_path / "w.pth")
+
+
+# --------------------------------------------------------------------------- stored features
+
+
+@pytest.fixture
+def stored(job, tmp_path):
+    """A finished job whose row `bags` is to be trained again from a store: (configs, runs, folder of the store)."""
+    configs, runs, _ = job
+    shutil.copytree(runs / "tiny", tmp_path / "runs/tiny")
+    shutil.rmtree(tmp_path / "runs/tiny/bags")
+    folder = tmp_path / "runs/tiny/softmax/last.features/train"
+    done = run_script("train", configs / "bags.yaml", f"output={tmp_path / 'runs'}", "train.epochs=1", "name=first")
+    assert done.returncode == 0 and (folder / "0.sums").exists(), done.stderr
+    return configs, tmp_path / "runs", folder
+
+
+def flip_signs(path):
+    """What a sick disk might do: the sign of every second feature."""
+    values = np.fromfile(path, np.float16)
+    values[::2] *= -1
+    values.tofile(path)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "signs": ("0.fc", flip_signs),
+    "bit of features": ("1.fc", flip_a_bit),
+    "bit of rows": ("0.rows", flip_a_bit),
+    "bit of views": ("0.views", flip_a_bit),
+    "cut": ("0.fc", lambda path: path.write_bytes(path.read_bytes()[:-2])),
+    "longer": ("0.rows", lambda path: path.write_bytes(path.read_bytes() + b"x")),
+    "empty": ("0.views", lambda path: path.write_bytes(b"")),
+    "missing": ("0.fc", lambda path: path.unlink()),
+    "checksums": ("0.sums", lambda path: path.write_text("[]")),
+}
+
+
+def test_damage_of_a_store_is_seen_and_named(stored):
+    configs, runs, folder = stored
+    command = ["train", configs / "bags.yaml", f"output={runs}", "train.epochs=1"]
+    for case, (name, change) in DAMAGE.items():
+        whole = (folder / name).read_bytes()
+        change(folder / name)
+        done = fork_script(*command)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, (case, done)
+        assert f"{folder}: shard {name[0]} is damaged" in done.stderr and "are made again" in done.stderr, (case, done)
+        (folder / name).write_bytes(whole)
+    for path in folder.glob("0.*"):
+        path.unlink()
+    assert run_script(*command).returncode == 0
+
+
+def test_a_shard_that_is_cut_while_it_is_read(stored):
+    """A short read is an error of one line, not the end of the process."""
+    _, _, folder = stored
+    row, view = pool_row(1), View
+    header = json.loads((folder / "store.json").read_text())
+    store = FeatureStore(folder, Layout("float16", row, view, header["stages"], header["width"]), header["number"])
+    features, rows = store[0, False]
+    assert len(features) == len(rows) > 0
+    with (folder / "0.fc").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(UserError, match=r"0\.fc: is cut \(100 bytes\): remove this shard's files"):
+        store[0, False]
+
+
+def test_a_store_without_checksums_is_refused(stored):
+    configs, runs, folder = stored
+    header = json.loads((folder / "store.json").read_text())
+    (folder / "store.json").write_text(json.dumps({**header, "format": 1}))
+    done = fork_script("train", configs / "bags.yaml", f"output={runs}", "train.epochs=1")
+    assert done.returncode == 2 and "of an older version, without checksums: remove the folder" in done.stderr
