@@ -177,3 +177,62 @@ def test_rows_differ_in_what_their_names_say():
         same = dataclasses.replace(rows["softmax_retrained"].detector, reset_classifier=False)
         control = dataclasses.replace(rows["softmax_retrained"], detector=same)
         assert getattr(control, field) == getattr(rows["bags"], field)
+
+
+AS_WRITTEN = [
+    "exp #2",
+    "a: b",
+    "2024",
+    "on",
+    "1e5",
+    "true",
+    "two\nlines",
+    "[x",
+    "'q'",
+    '"q"',
+    " x ",
+    "{}",
+    "~",
+    "é 🐦",
+    "%d",
+]
+
+
+@pytest.mark.parametrize("text", AS_WRITTEN)
+def test_text_on_the_command_line_stays_text(tmp_path, text):
+    """Paths and names are taken character by character, also for keys that may be null."""
+    path = write(tmp_path, "row.yaml")
+    keys = ["output", "data.root", "data.name", "detector.init_from", "store.folder", "name"]
+    config = bags.load_config(path, [f"{key}={text}" for key in keys])
+    assert (config.output, config.data.root, config.data.name, config.name) == (text,) * 4
+    assert (config.detector.init_from, config.store.folder) == (text, text)
+
+
+def test_what_is_no_text_is_read_as_yaml(tmp_path):
+    """Numbers, lists, words of a choice, null, and words beside numbers."""
+    path = write(tmp_path, "row.yaml")
+    keys = [
+        "train.lr=1e-3",
+        "train.milestones=[1, 2]",
+        "data.exif=true",
+        "train.features=null",
+        "train.optimizer=adamw",
+    ]
+    groups = ["classifier.name=group_softmax", "classifier.others_ratio=n", "classifier.boundaries=[5]"]
+    config = bags.load_config(path, [*keys, *groups, "detector.init_from=null", "store.folder="])
+    assert (config.train.lr, config.train.milestones, config.train.features) == (1e-3, (1, 2), None)
+    assert (config.data.exif, config.train.optimizer, config.classifier.others_ratio) == (True, "adamw", "n")
+    assert config.detector.init_from is None and config.store.folder is None
+    with pytest.raises(bags.UserError, match="data.root: expected text, got None"):
+        bags.load_config(path, ["data.root=null"])
+
+
+def test_merge_keys_of_yaml(tmp_path):
+    (tmp_path / "row.yaml").write_text("train: &t {lr: 0.5, epochs: 3}\n<<: {train: {lr: 1}, seed: 4}\n")
+    config = bags.load_config(tmp_path / "row.yaml")
+    assert (config.train.lr, config.train.epochs, config.seed) == (0.5, 3, 4)
+    (tmp_path / "row.yaml").write_text("train: {lr: 1, <<: {epochs: 2, lr: 5}}\n")
+    assert bags.load_config(tmp_path / "row.yaml").train.lr == 1
+    (tmp_path / "row.yaml").write_text("train: {lr: 1, lr: 2}\n")
+    with pytest.raises(bags.UserError, match="key 'lr' is given twice"):
+        bags.load_config(tmp_path / "row.yaml")
