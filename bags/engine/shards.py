@@ -108,7 +108,7 @@ def _read(path: Path, kind: np.dtype, shape: tuple[int, ...], offset: int) -> np
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(offset)
-            target, done = memoryview(values.reshape(-1).view(np.uint8)), 0
+            target, done = values.reshape(-1).view(np.uint8).data, 0
             while done < values.nbytes and (read := file.readinto(target[done:])):
                 done += read
     except OSError as error:
