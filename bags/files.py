@@ -1,13 +1,46 @@
-"""Files that are there as a whole, or as they were before.
+"""Atomic file replacement, and reading of regular files only.
 
 Checkpoints, stores of features and annotation indices have ways of their own, for what they keep beside it.
 """
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading, in binary mode. Symbolic links are followed.
+
+    A pipe, a socket or a device raises OSError, because reading it can wait for ever; a folder raises
+    IsADirectoryError, and a missing file FileNotFoundError.
+    """
+    return open(path, "rb", opener=_open_without_waiting)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """The descriptor of a regular file or folder; for a pipe, plain `os.open` waits for its writer."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "Not a regular file", path)
+    return descriptor
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a regular file; errors are those of `open_regular`."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def read_text(path: str | Path, errors: str = "strict") -> str:
+    """The content of a regular UTF-8 file, with \\n at line ends. A file that is not UTF-8 raises UnicodeDecodeError."""
+    text = read_bytes(path).decode(errors=errors)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 @contextlib.contextmanager
