@@ -38,7 +38,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_text(path: str | Path, errors: str = "strict") -> str:
-    """The content of a regular UTF-8 file, with \\n at line ends. A file that is not UTF-8 raises UnicodeDecodeError."""
+    """The content of a regular UTF-8 file, with \\n at line ends. Other encodings raise UnicodeDecodeError."""
     text = read_bytes(path).decode(errors=errors)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 

@@ -54,7 +54,7 @@ def _image_files(paths: list[Path]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise UserError(f"{path}: no such image")
+            raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such image'}")
     if not files:
         raise UserError(f"{', '.join(map(str, paths))}: no image in there ({' '.join(sorted(SUFFIXES))})")
     return files

@@ -335,7 +335,7 @@ def _write_environment(folder: Path) -> None:
 
     from bags import distributed
     from bags.analysis.results import environment
-    from bags.files import write_text
+    from bags.files import read_text, write_text
 
     content = {
         "command": sys.argv,
@@ -347,7 +347,7 @@ def _write_environment(folder: Path) -> None:
     path = folder / "environment.json"
     if path.exists() and any((folder / name).exists() for name in ("last.pth", "previous.pth")):
         with contextlib.suppress(ValueError):  # damaged: begun again
-            first = json.loads(path.read_text())
+            first = json.loads(read_text(path))
             content = first | {"resumed": [*first.get("resumed", ()), content]}
     write_text(path, json.dumps(content, indent=1))
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from bags.data.packing import gather, offsets, pack, ranges
 from bags.errors import UserError
+from bags.files import open_regular, read_text
 
 FORMAT = 2
 ARRAYS = {  # name -> (type, columns); lengths: I images, A annotations, C categories, see AnnotationIndex
@@ -96,7 +97,8 @@ class AnnotationIndex:
         """
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"{path}: no such file; check data.root and the names below it")
+            reason = "not a regular file" if path.exists() else "no such file"
+            raise UserError(f"{path}: {reason}; check data.root and the names below it")
         folders = _cache_folders(path)
         for folder in folders:
             index = _open_cache(folder, path)
@@ -198,14 +200,14 @@ def _state(path: Path) -> list[int]:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _open_cache(folder: Path, path: Path) -> AnnotationIndex | None:
     """The index in a folder, if it is whole and of this file as it is now."""
     try:
-        about = json.loads((folder / "about.json").read_text())
+        about = json.loads(read_text(folder / "about.json"))
         if about["format"] != FORMAT:
             return None
         if any((folder / f"{name}.npy").stat().st_size != size for name, size in about["files"].items()):
@@ -228,7 +230,7 @@ def _write(folder: Path, about: dict) -> None:
 
 
 def _map(folder: Path, path: Path) -> AnnotationIndex:
-    about = json.loads((folder / "about.json").read_text())
+    about = json.loads(read_text(folder / "about.json"))
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS if name in about["files"]}
     empty: dict[str, np.ndarray] = {
         name: np.zeros((0, columns) if columns else (0,), kind) for name, (kind, columns) in ARRAYS.items()

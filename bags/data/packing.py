@@ -13,6 +13,7 @@ import orjson
 from pycocotools import mask as coco_mask
 
 from bags.errors import UserError
+from bags.files import read_bytes, read_text
 
 LISTS = ("images", "annotations", "categories")
 NUMBERS = {int, float}
@@ -25,7 +26,7 @@ POLYGON_LIMIT = 2**17  # ... of polygons: drawing one takes memory in proportion
 def read_json(path: Path) -> Any:
     """Parses a JSON file; every way in which that fails is one UserError that names the file."""
     try:
-        text = path.read_bytes()
+        text = read_bytes(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check data.root and the names below it") from None
     except OSError as error:
@@ -70,7 +71,7 @@ def stream(path: Path) -> Iterator[tuple[str, dict]]:
     Raises UserError for a file that is no annotation file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     try:

@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor
 
 from bags.errors import UserError
+from bags.files import open_regular
 
 # The paper's code (mmdet 1.0). A stage's number follows bbox_head and mask_head in cascades alone.
 RELEASED = [
@@ -70,6 +71,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if not path.exists():
         raise UserError(f"{path}: no such file of weights")
     try:
+        open_regular(path).close()  # reading a pipe waits
         damaged = None
         if zipfile.is_zipfile(path):  # files from before 2020 are none
             with zipfile.ZipFile(path) as archive:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from bags import distributed
 from bags.errors import UserError
-from bags.files import write_text
+from bags.files import read_text, write_text
 
 FORMAT = 1
 MOST_IMAGES = 512  # of a shard; a killed run repeats at most one
@@ -197,7 +197,7 @@ def _begin(folder: Path, header: dict) -> None:
     mend = "remove the folder to have it made again, or set store.folder to another one"
     if path.exists():
         try:
-            old = json.loads(path.read_text())
+            old = json.loads(read_text(path))
         except ValueError:
             raise UserError(f"{path}: cannot be read: {mend}") from None
         changed = [key for key in {**header, **old} if header.get(key) != old.get(key)]

@@ -20,6 +20,7 @@ from bags.data.packing import POLYGON_LIMIT, is_box, is_number, read_annotations
 from bags.data.statistics import Training, training_of
 from bags.errors import UserError
 from bags.evaluation import official
+from bags.files import open_regular, read_bytes
 
 ENGINES = ("hotcoco", "lvis", "pycocotools")
 FIXED = 10_000  # detections of a category in AP_fixed
@@ -160,7 +161,7 @@ def _rows(content: dict, training: Training, precision: np.ndarray) -> list[dict
 def has_masks(predictions: str | Path) -> bool:
     """Whether a results file holds masks, as its beginning shows."""
     try:
-        with Path(predictions).open("rb") as file:
+        with open_regular(predictions) as file:
             return b'"segmentation"' in file.read(2**20)
     except OSError as error:
         raise UserError(f"{predictions}: cannot be read ({error})") from None
@@ -206,7 +207,7 @@ def per_category_ap(precision: np.ndarray) -> np.ndarray:
 def _detections(truth: hotcoco.COCO, path: Path, content: dict, iou_type: str) -> hotcoco.COCO:
     """The detections of a results file. Only a file that is not plainly in order is looked at one by one."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         with _quiet():
             found = truth.load_res(str(path))
         number = found.stats()["annotation_count"]
