@@ -45,7 +45,8 @@ def open_index(config: Config, split: str) -> AnnotationIndex:
 def build_val_dataset(config: Config) -> DetectionDataset:
     """All validation images, as they are."""
     data = config.data
-    return DetectionDataset(open_index(config, "val"), Path(data.root) / data.val_images, exif=data.exif)
+    folder = Path(data.root) / data.val_images
+    return DetectionDataset(open_index(config, "val"), folder, exif=data.exif, max_pixels=data.max_pixels)
 
 
 def build_train_loader(config: Config, index: AnnotationIndex, stats: CategoryStats) -> DataLoader:
@@ -80,7 +81,15 @@ def build_train_loader(config: Config, index: AnnotationIndex, stats: CategorySt
     if masks:
         _check_masks(index, config.detector.framework)
     dataset = DetectionDataset(
-        index, images, transform, masks, data.exif, semantic, data.semantic_classes, data.max_bad_images
+        index,
+        images,
+        transform,
+        masks,
+        data.exif,
+        semantic,
+        data.semantic_classes,
+        data.max_bad_images,
+        data.max_pixels,
     )
     return loader(config, dataset, sampler)
 

@@ -5,14 +5,15 @@ Checkpoints, stores of features and annotation indices have ways of their own, f
 
 import contextlib
 import errno
+import io
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> io.BufferedReader:
     """Open a regular file for reading, in binary mode. Symbolic links are followed.
 
     A pipe, a socket or a device raises OSError, because reading it can wait for ever; a folder raises

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bags.data.glyphs import PRESETS, make_glyphs
 from bags.errors import UserError, run_script
+from bags.sections import DataConfig
 
 
 def main() -> None:
@@ -83,14 +84,15 @@ def _check(arguments) -> None:
     from bags.methods import columns
 
     classifiers: list[ClassifierConfig] = []
+    data = DataConfig()
     if arguments.source.suffix == ".json":
         if arguments.overrides:
             raise UserError(f"{arguments.overrides[0]}: overrides are for a configuration, not for an annotation file")
-        sources, exif = [(arguments.source, arguments.images, None, True)], False
+        sources = [(arguments.source, arguments.images, None, True)]
     else:
         if arguments.images:
             raise UserError("--images goes with an annotation file; a configuration takes data.train_images=...")
-        sources, exif, classifiers = _sources(arguments.source, arguments.overrides)
+        sources, data, classifiers = _sources(arguments.source, arguments.overrides)
     findings, indices = [], []
     for path, images, boundaries, training in sources:
         own = check_annotations(path, boundaries, training)
@@ -100,7 +102,8 @@ def _check(arguments) -> None:
                 columns(classifier, CategoryStats.from_index(indices[-1]))  # refuses impossible groups
             if images is not None and not images.is_dir():
                 raise UserError(f"{images}: no such image folder; set data.root, data.*_images or --images")
-            own += check_images(indices[-1], images, arguments.decode, exif) if images is not None else []
+            if images is not None:
+                own += check_images(indices[-1], images, arguments.decode, data.exif, data.max_pixels)
         findings += own
     if len(sources) == len(indices) == 2:
         findings += check_splits(*indices)
@@ -111,8 +114,8 @@ def _check(arguments) -> None:
     sys.exit(1 if any(finding.level == STOP for finding in findings) else 0)
 
 
-def _sources(path: Path, overrides: list[str]) -> tuple[list[tuple], bool, list]:
-    """(annotation file, image folder, group borders, is it trained on) of train and val; data.exif; classifiers."""
+def _sources(path: Path, overrides: list[str]) -> tuple[list[tuple], DataConfig, list]:
+    """(annotation file, image folder, group borders, is it trained on) of train and val; data; classifiers."""
     from bags.config import load_config
 
     files = sorted(path.glob("[!_]*.yaml")) if path.is_dir() else [path]
@@ -125,7 +128,7 @@ def _sources(path: Path, overrides: list[str]) -> tuple[list[tuple], bool, list]
         (root / data.train, root / data.train_images, borders, True),
         (root / data.val, root / data.val_images, None, False),
     ]
-    return sources, data.exif, [load_config(file, overrides).classifier for file in files]
+    return sources, data, [load_config(file, overrides).classifier for file in files]
 
 
 if __name__ == "__main__":

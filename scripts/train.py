@@ -289,7 +289,7 @@ def _is_complete(folder: Path, config: Config) -> bool:
         del tree["output"], tree["device"], tree["data"]["workers"], tree["train"]["log_every"], tree["store"]["folder"]
         del tree["train"]["checkpoint_every"], tree["train"]["nonfinite"], tree["train"]["evaluate_every"]
         del tree["test"]["batch_size"]
-        del tree["data"]["max_bad_images"]
+        del tree["data"]["max_bad_images"], tree["data"]["max_pixels"]
     change = _first_difference(other, ours)
     if change:
         raise UserError(

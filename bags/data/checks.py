@@ -13,10 +13,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from bags.data.dataset import image_path, leads_out, read_image
+from bags.data.images import (
+    MAX_PIXELS,
+    ORIENTATION,
+    MissingImage,
+    TooManyPixels,
+    UndefinedRange,
+    check_pixels,
+    image_path,
+    leads_out,
+    name_hint,
+    open_image,
+    read_image,
+)
 from bags.data.index import AnnotationIndex
 from bags.data.packing import POLYGON_LIMIT, file_name_of, is_box, is_number, read_annotations, rle_fits
 from bags.data.statistics import instance_bin
@@ -49,6 +60,8 @@ DEFECTS = {  # kind -> (level, what training does)
     "counts disagree": (NOTE, "the annotations are counted; the file's own numbers are not used"),
     "missing image": (STOP, "training stops when it comes to it"),
     "unreadable image": (STOP, "training stops when it comes to it"),
+    "too many pixels": (STOP, "training stops when it comes to it; data.max_pixels is the limit"),
+    "pixels without a range": (STOP, "training stops when it comes to it: convert them to 8 or 16 bits, unsigned"),
     "size differs": (STOP, "training stops when it comes to it"),
     "EXIF rotation": (NOTE, "ignored, as COCO does; data.exif=true turns the image"),
     "train and val share images": (NOTE, "validation is too good"),
@@ -243,26 +256,29 @@ def _check_counts(categories, instances, in_images, boundaries, found: Findings)
                 found.add("empty group", f"no category has {low} to {high} training instances")
 
 
-def check_images(index: AnnotationIndex, folder: Path, decode: bool = False, exif: bool = False) -> list[Finding]:
-    """Every image file: its presence, its size, its EXIF orientation.
+def check_images(
+    index: AnnotationIndex, folder: Path, decode: bool = False, exif: bool = False, max_pixels: int = MAX_PIXELS
+) -> list[Finding]:
+    """Every image file: its presence, format, size, range of pixels and EXIF orientation.
 
-    decode: also all of its pixels. exif: as training does, turn it first.
+    decode: also all of its pixels. exif: as training does, turn it first. max_pixels: the limit of `data.max_pixels`.
     """
     found = Findings(folder)
     for position in tqdm(range(len(index)), desc=f"images of {index.path.name}", unit="image"):
         name, key = index.file_name(position), index.image_ids[position]
         try:
             path = image_path(folder, name)
-            with Image.open(path) as image:
-                size, orientation = image.size, image.getexif().get(0x0112, 1)
+            with open_image(path, max_pixels) as image:
+                check_pixels(path, image, max_pixels)
+                size, orientation = image.size, image.getexif().get(ORIENTATION, 1)  # decodes a PNG
             if decode:
-                read_image(path)
-        except FileNotFoundError:
-            found.add("missing image", f"image {key}: {name}")
+                read_image(path, exif, max_pixels)
+        except MissingImage:
+            found.add("missing image", f"image {key}: {name}{name_hint(folder, name)}")
         except UserError as error:
-            found.add("file name" if "leads out" in str(error) else "unreadable image", error)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            found.add("unreadable image", f"image {key}: {name} ({error})")
+            kinds: dict[type, str] = {TooManyPixels: "too many pixels", UndefinedRange: "pixels without a range"}
+            leaves = "file name" if "leads out" in str(error) else "unreadable image"
+            found.add(kinds.get(type(error), leaves), f"image {key}: {error}")
         else:
             height, width = index.image_sizes[position].tolist()
             if exif and orientation in (5, 6, 7, 8):

@@ -1,24 +1,22 @@
 """Index and image folder -> (image, target)."""
 
-import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from bags.data.images import MAX_PIXELS, MissingImage, check_pixels, image_path, name_hint, open_image, read_image
 from bags.data.index import AnnotationIndex
 from bags.data.transforms import training_transform
 from bags.errors import UnreadableImage, UserError
-
-COCO_2014 = re.compile(r"COCO_\w+2014_(\d{12}\.jpg)")  # how LVIS v0.5 names files of COCO 2017
 
 
 class DetectionDataset(Dataset):
@@ -34,6 +32,7 @@ class DetectionDataset(Dataset):
     semantic: folder of label maps, a PNG named as each image (with or without the image's folder): labels
     0 .. semantic_classes-1, and 255 for none. max_bad: for an image that cannot be read the next one stands in, with
     target["unread"], [what was wrong]; more than max_bad of them in a row raise UserError, as does the first for 0.
+    max_pixels: of an image; a larger one cannot be read (see `read_image`).
     """
 
     def __init__(
@@ -46,8 +45,9 @@ class DetectionDataset(Dataset):
         semantic: Path | None = None,
         semantic_classes: int = 183,
         max_bad: int = 0,
+        max_pixels: int = MAX_PIXELS,
     ):
-        self.max_bad = max_bad
+        self.max_bad, self.max_pixels = max_bad, max_pixels
         self.index, self.folder = index, Path(image_folder)
         self.transform = transform or training_transform()
         self.masks, self.exif = masks, exif
@@ -136,7 +136,10 @@ class DetectionDataset(Dataset):
                     "scripts/prepare_data.py check lists all such images"
                 )
 
-        image = read_image(path, self.exif, lambda size: check(size, turned=self.exif))
+        try:
+            image = read_image(path, self.exif, self.max_pixels, lambda size: check(size, turned=self.exif))
+        except MissingImage as error:
+            raise UnreadableImage(f"{error}{name_hint(self.folder, self.index.file_name(position))}") from None
         check(image.size)
         return image
 
@@ -146,13 +149,12 @@ class DetectionDataset(Dataset):
         paths = [image_path(folder, own).with_suffix(".png") for own in (name, Path(name).name)]
         path = next((path for path in paths if path.exists()), paths[0])
         try:
-            with Image.open(path) as image:
+            with open_image(path, self.max_pixels) as image:
+                check_pixels(path, image, self.max_pixels)
                 labels = np.array(image)
-        except FileNotFoundError:
+        except MissingImage:
             mend = "data.train_semantic names the folder; null paints the maps from the masks"
             raise UnreadableImage(f"{path}: no such label map; {mend}") from None
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UnreadableImage(f"{path}: not a readable image ({error})") from None
         if labels.shape != size or labels.dtype != np.uint8:
             expected = f"data.train_semantic: expected a grey 8-bit PNG of {size[1]} x {size[0]} pixels"
             raise UserError(f"{path}: {expected}; got {labels.dtype} of shape {labels.shape}")
@@ -177,43 +179,6 @@ class DetectionDataset(Dataset):
                 mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *new)))
             masks[k] = mask[:, ::-1] if mirrored else mask
         return torch.from_numpy(masks)
-
-
-def image_path(folder: Path, name: str) -> Path:
-    """The file of `name` below `folder`, also under COCO 2017's name where LVIS v0.5 gives the one of 2014."""
-    path = inside(folder, name)
-    old = COCO_2014.fullmatch(path.name)
-    return path.with_name(old[1]) if old and not path.exists() else path
-
-
-def inside(folder: Path, name: str) -> Path:
-    """The path of `name` below `folder`; a name that leads out of it raises UserError."""
-    if leads_out(name):
-        raise UserError(f"file name '{name}' leads out of the image folder {folder}")
-    return folder / name
-
-
-def leads_out(name: str) -> bool:
-    """Whether a file name is absolute or climbs. (Links that the user made inside the folder may lead anywhere.)"""
-    return Path(name).is_absolute() or ".." in Path(name).parts
-
-
-def read_image(path: Path, exif: bool = False, check: Callable[[tuple[int, int]], None] | None = None) -> Image.Image:
-    """An RGB image; a missing, truncated or foreign file raises UserError that names it.
-
-    check: is shown (width, height) before memory is taken for the pixels.
-    """
-    try:
-        with Image.open(path) as image:
-            if check:
-                check(image.size)
-            return (ImageOps.exif_transpose(image) if exif else image).convert("RGB")
-    except FileNotFoundError:
-        raise UnreadableImage(f"{path}: no such image") from None
-    except UserError:
-        raise
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{path}: not a readable image ({error})") from None
 
 
 def collate(items: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:

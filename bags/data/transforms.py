@@ -14,6 +14,14 @@ def short_sides(sides: Sequence[int], any_between: bool) -> tuple[int, ...]:
     return tuple(range(sides[0], sides[-1] + 1)) if sides and any_between else tuple(sides)
 
 
+class ShortestSize(v2.RandomShortestSize):
+    """torchvision's transform, but no side becomes shorter than one pixel."""
+
+    def make_params(self, flat_inputs: list) -> dict:
+        """The size to resize to, (height, width)."""
+        return {"size": tuple(max(1, side) for side in super().make_params(flat_inputs)["size"])}
+
+
 def training_transform(
     flip: float = 0.0, sides: Sequence[int] = (), any_between: bool = False, long_side: int = 1333
 ) -> v2.Transform:
@@ -25,7 +33,7 @@ def training_transform(
     """
     steps: list[v2.Transform] = [v2.ToImage()]
     if sides:
-        steps.append(v2.RandomShortestSize(list(short_sides(sides, any_between)), long_side))
+        steps.append(ShortestSize(list(short_sides(sides, any_between)), long_side))
     if flip > 0:
         steps.append(v2.RandomHorizontalFlip(flip))
     return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])
