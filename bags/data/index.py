@@ -97,8 +97,8 @@ class AnnotationIndex:
         """
         path = Path(path)
         if not path.is_file():
-            reason = "not a regular file" if path.exists() else "no such file"
-            raise UserError(f"{path}: {reason}; check data.root and the names below it")
+            what = "not a regular file" if path.exists() else "no such file"
+            raise UserError(f"{path}: {what}; check data.root and the names below it")
         folders = _cache_folders(path)
         for folder in folders:
             index = _open_cache(folder, path)

@@ -6,6 +6,8 @@ Normalisation, padding, and resizing where none is asked for here, are the detec
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
+from torch import Tensor
 from torchvision.transforms import v2
 
 
@@ -37,3 +39,8 @@ def training_transform(
     if flip > 0:
         steps.append(v2.RandomHorizontalFlip(flip))
     return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])
+
+
+def to_input(image: Image.Image) -> Tensor:
+    """An RGB image as a detector takes it, float32 [3, H, W] in 0..1; the numbers are those of a validation image."""
+    return training_transform()(image).as_subclass(Tensor)
