@@ -1,8 +1,16 @@
 """Index and image folder -> (image, target)."""
 
+import contextlib
+import functools
+import io
+import multiprocessing.queues
+import os
+import pickle
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +21,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from bags import distributed
 from bags.data.images import MAX_PIXELS, MissingImage, check_pixels, image_path, name_hint, open_image, read_image
 from bags.data.index import AnnotationIndex
 from bags.data.transforms import training_transform
 from bags.errors import UnreadableImage, UserError
+
+SHARED_MEMORY = "/dev/shm"
+LITTLE = 2**30  # bytes
+SPARE_FILES = 8  # of a loader process, for what serves its files to the main one
 
 
 class DetectionDataset(Dataset):
@@ -188,31 +201,40 @@ def collate(items: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]
 
 
 class Loader(DataLoader):
-    """torch's loader; what happens in its processes comes out as one clear error.
+    """torch's loader; what happens in its processes comes out as one clear error, and a process that fails ends.
 
     Images that others stand in for (see DetectionDataset) are counted and named on stderr; more than
-    `dataset.max_bad` of them raise UserError.
+    `dataset.max_bad` of them raise UserError. Little shared memory, through which the processes hand over batches,
+    is said on stderr.
     """
 
-    def __init__(self, *arguments, **settings):
+    def __init__(self, dataset: Dataset, collate_fn: Callable = collate, num_workers: int = 0, **settings):
         self.bad: set[str] = set()  # what was wrong with the images that others stood in for
-        super().__init__(*arguments, **settings)
+        if num_workers:
+            collate_fn = functools.partial(_join_shared, collate_fn)
+            settings["worker_init_fn"] = functools.partial(_begin_process, settings.get("worker_init_fn"))
+            if distributed.is_main():
+                _note_little_shared_memory(num_workers)
+        super().__init__(dataset, collate_fn=collate_fn, num_workers=num_workers, **settings)
 
     def __iter__(self) -> Iterator:  # type: ignore[override]  # a generator around torch's own iterator
         try:
             for batch in super().__iter__():
                 self._count(batch[1])
                 yield batch
-        except UserError as error:
-            message = str(error)
-            if message.startswith("Caught "):  # in a loader process: its traceback is the message
-                message = message.strip().splitlines()[-1].partition(": ")[2]
-            raise UserError(message) from None
         except (EOFError, ConnectionError) as error:
             if not self.num_workers:
                 raise
             # A process that ends while it hands over a batch; torch sees by itself only one that has ended.
             raise RuntimeError("DataLoader worker exited unexpectedly while it handed over a batch") from error
+        except (UserError, OSError, MemoryError) as error:
+            message = str(error)
+            if message.startswith("Caught "):  # in a loader process: its traceback is the message
+                raise type(error)(message.strip().splitlines()[-1].partition(": ")[2]) from None
+            if isinstance(error, OSError) and self.num_workers and error.filename is None:
+                where = "of loader processes, or of their semaphores in shared memory"
+                raise OSError(error.errno, f"{error.strerror}: {where}", SHARED_MEMORY) from error
+            raise
 
     def _count(self, targets: list[dict]) -> None:
         """Takes `unread` out of targets. Raises UserError where there are too many."""
@@ -224,6 +246,60 @@ class Loader(DataLoader):
             if count > most:
                 raise too_many(reason, most)
             print(f"warning: {reason}; another image stands in ({count} of at most {most})", file=sys.stderr)
+
+
+def _join_shared(join: Callable, items: list) -> Any:
+    """A joined batch whose tensors are in shared memory.
+
+    torch would move them there in a thread that hands over the batch. Where that fails, it drops the batch, and the
+    main process waits for ever.
+    """
+    batch, nowhere = join(items), io.BytesIO()
+    sharing = _Sharing(nowhere)
+    sharing.dump(batch)
+    with contextlib.ExitStack() as spare:  # that thread opens one more file for each tensor
+        for _ in range(sharing.tensors + SPARE_FILES):
+            spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+    return batch
+
+
+class _Sharing(pickle.Pickler):
+    """Moves all tensors that it meets to shared memory, and writes the rest to a file that nobody reads."""
+
+    tensors = 0
+
+    def persistent_id(self, value: object) -> bool | None:
+        """Not None for what is not to be written."""
+        if not isinstance(value, Tensor):
+            return None
+        value.share_memory_()
+        self.tensors += 1
+        return True
+
+
+def _begin_process(begin: Callable[[int], None] | None, number: int) -> None:
+    """Prepare a loader process: errors in its threads end it, which the main process notices; then call `begin`."""
+
+    def end(error: BaseException) -> None:
+        """Says what happened, and ends the process without waiting for its threads."""
+        print(f"loader process {number}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(  # type: ignore[attr-defined]
+        lambda error, _: end(error)
+    )
+    sys.excepthook = lambda _, error, __: end(error)
+    if begin:
+        begin(number)
+
+
+@functools.cache
+def _note_little_shared_memory(workers: int) -> None:
+    """Say once how little shared memory there is, and what to do."""
+    if os.path.isdir(SHARED_MEMORY) and (free := shutil.disk_usage(SHARED_MEMORY).free) < LITTLE:
+        note = f"{SHARED_MEMORY} has only {free / 2**20:.0f} MB for the batches of data.workers={workers} processes"
+        mend = "give it more (docker run --shm-size=2g), or set data.workers=0, which needs none"
+        print(f"note: {note}: if it becomes full, {mend}", file=sys.stderr)
 
 
 def too_many(reason: str, most: int) -> UnreadableImage:

@@ -7,6 +7,7 @@ variable BAGS_CACHE names another place for all of them. Later opens only map th
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -108,6 +109,8 @@ class AnnotationIndex:
             try:
                 return _make(folder, path)
             except OSError as error:  # a place that cannot be written, or is full
+                if error.errno == errno.EMFILE:
+                    raise
                 reason = error
         places = " or ".join(str(folder.parent) for folder in folders)
         raise UserError(f"{path}: its index cannot be written to {places} ({reason}): set BAGS_CACHE to another folder")
