@@ -104,6 +104,8 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image
     except Exception as error:  # whatever a damaged file can do to a decoder
         if isinstance(error, OSError) and error.errno in EXHAUSTED:
             raise
+        if "out of memory" in str(error):  # Pillow's words for a decoder's error
+            raise MemoryError(f"{path}: {error}") from None
         raise UnreadableImage(f"{path}: not a readable image ({error})") from None
 
 

@@ -78,6 +78,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
                 damaged = archive.testzip()  # torch does not look at the checksums
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file can do to a parser
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise
         reason = "it holds more than tensors and plain values" if "Unpickling" in type(error).__name__ else "or damaged"
         raise UserError(f"{path}: not a file of weights, {reason} ({type(error).__name__})") from None
     if damaged:

@@ -123,6 +123,8 @@ def load_checkpoint(path: str | Path) -> dict:
     except pickle.UnpicklingError:
         raise UserError(f"{path}: not a checkpoint: it holds more than tensors and plain values") from None
     except Exception as error:  # whatever a file can do to a parser
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise
         raise UserError(f"{path}: not a checkpoint, or damaged ({type(error).__name__})") from None
     lost_seal = whole is None and isinstance(content, dict) and content.get("format") == FORMAT
     if whole is False or damaged or lost_seal:
