@@ -50,14 +50,14 @@ def run_script(main: Callable[[], None]) -> None:
         _end(f"error: {' '.join(str(error).split())}", 2)
     except (RuntimeError, MemoryError, ImportError) as error:  # torch raises it wherever the main process is then
         text, again = " ".join(str(error).split()).rstrip("."), "the same command goes on from the last checkpoint"
+        if type(error).__name__ == "OutOfMemoryError":
+            mend = "train.accumulate=2 (and another output=) takes half a batch at a time, test.batch_size=1 one image"
+            _end(f"error: the GPU's memory is full: {mend}. {text}", 2)
         if line := _exhausted(error):
             _end(f"error: {line}", 2)
         if "DataLoader worker" in text:
             mend = "is the memory full, or /dev/shm? Fewer data.workers need less"
             _end(f"error: a loader process has ended ({text}): {mend}; {again}", 2)
-        if type(error).__name__ == "OutOfMemoryError":
-            mend = "train.accumulate=2 (and another output=) takes half a batch at a time, test.batch_size=1 one image"
-            _end(f"error: the GPU's memory is full: {mend}. {text}", 2)
         if "does not have a deterministic implementation" in text:
             _end(f"error: --deterministic: {text.partition(' does not')[0]} is not deterministic here: leave it out", 2)
         raise

@@ -29,7 +29,7 @@ from bags.errors import UnreadableImage, UserError
 
 SHARED_MEMORY = "/dev/shm"
 LITTLE = 2**30  # bytes
-SPARE_FILES = 8  # of a loader process, for what serves its files to the main one
+FILES = 8  # that a loader process needs to be heard, in itself and in the main one
 
 
 class DetectionDataset(Dataset):
@@ -219,6 +219,7 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Iterator:  # type: ignore[override]  # a generator around torch's own iterator
         try:
+            _need_files(FILES * self.num_workers)
             for batch in super().__iter__():
                 self._count(batch[1])
                 yield batch
@@ -257,10 +258,15 @@ def _join_shared(join: Callable, items: list) -> Any:
     batch, nowhere = join(items), io.BytesIO()
     sharing = _Sharing(nowhere)
     sharing.dump(batch)
-    with contextlib.ExitStack() as spare:  # that thread opens one more file for each tensor
-        for _ in range(sharing.tensors + SPARE_FILES):
-            spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+    _need_files(sharing.tensors + FILES)  # that thread opens one more for each tensor
     return batch
+
+
+def _need_files(number: int) -> None:
+    """Raise OSError where this process cannot open so many more files."""
+    with contextlib.ExitStack() as spare:
+        for _ in range(number):
+            spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
 
 
 class _Sharing(pickle.Pickler):
