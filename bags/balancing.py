@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import roi_heads as torchvision_roi_heads
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from bags.classifier_sections import ClassifierConfig, GroupSoftmaxConfig, SoftmaxConfig
 from bags.classifiers.base import ProposalClassifier, checked_counts
 from bags.data.statistics import CategoryStats
-from bags.detectors.conventions import CONVENTIONS
+from bags.detectors.conventions import CONVENTIONS, Transform
 from bags.detectors.roi_heads import RoIHeads
 from bags.methods import build_classifier, columns
 
@@ -81,7 +82,11 @@ def balance(
     weight = predictor.cls_score.weight
     classifier.to(weight.device, weight.dtype).requires_grad_(True)
     hook = detector.register_forward_pre_hook(keep_frozen, with_kwargs=True)
-    detector.roi_heads = BalancedRoIHeads(roi_heads, classifier, (trained, hook))
+    transform: Any = detector.transform
+    kind = type(transform)
+    if kind is GeneralizedRCNNTransform:
+        transform.__class__ = Transform  # the same settings; images whose shorter side would vanish keep one pixel
+    detector.roi_heads = BalancedRoIHeads(roi_heads, classifier, (trained, hook, kind))
     return detector
 
 
@@ -94,8 +99,9 @@ def unbalance(detector: nn.Module) -> nn.Module:
     if not isinstance(balanced, BalancedRoIHeads):
         raise ValueError("detector: bags.balance has not been called on it: there is nothing to take back")
     detector.roi_heads = balanced.original[0].train(balanced.training)
-    trained, hook = balanced.state
+    trained, hook, transform_class = balanced.state
     hook.remove()
+    typing.cast(Any, detector.transform).__class__ = transform_class
     for name, parameter in detector.named_parameters():
         parameter.requires_grad_(trained.get(name, True))
     return detector

@@ -50,7 +50,8 @@ def open_index(config: Config, split: str) -> AnnotationIndex:
 def build_val_dataset(config: Config) -> DetectionDataset:
     """All validation images, as they are."""
     data = config.data
-    return DetectionDataset(open_index(config, "val"), Path(data.root) / data.val_images, exif=data.exif)
+    folder = Path(data.root) / data.val_images
+    return DetectionDataset(open_index(config, "val"), folder, exif=data.exif, max_pixels=data.max_pixels)
 
 
 def build_train_loader(config: Config, index: AnnotationIndex, stats: CategoryStats) -> DataLoader:
@@ -81,7 +82,15 @@ def build_train_loader(config: Config, index: AnnotationIndex, stats: CategorySt
     semantic = Path(data.root) / data.train_semantic if data.train_semantic else None
     masks = config.detector.has_masks
     dataset = DetectionDataset(
-        index, images, transform, masks, data.exif, semantic, data.semantic_classes, data.max_bad_images
+        index,
+        images,
+        transform,
+        masks,
+        data.exif,
+        semantic,
+        data.semantic_classes,
+        data.max_bad_images,
+        data.max_pixels,
     )
     return loader(config, dataset, sampler)
 

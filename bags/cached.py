@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bags import build
-from bags.data.dataset import DetectionDataset, image_path
+from bags.data.dataset import DetectionDataset
+from bags.data.images import image_path
 from bags.data.index import AnnotationIndex
 from bags.data.samplers import ShardSampler
 from bags.detectors.faster_rcnn import FasterRCNN

@@ -144,6 +144,7 @@ def _check_data(config: Config, need: Need) -> None:
          f"detector.framework htc: {config.detector.framework} has no semantic branch")  # fmt: skip
     need(0 <= data.workers <= 64, "data.workers", f"0 to 64, got {data.workers}")
     need(data.max_bad_images >= 0, "data.max_bad_images", f"0 or more, got {data.max_bad_images}")
+    need(1 <= data.max_pixels < 2**40, "data.max_pixels", f"1 to {2**40 - 1}, got {data.max_pixels}")
 
 
 def _check_detector(detector: DetectorConfig, need: Need) -> None:

@@ -51,21 +51,50 @@ def run_script(main: Callable[[], None]) -> None:
         _end(f"{lost}; the same command goes on from the last checkpoint", STOPPED)
     except UserError as error:
         _end(f"error: {printable(' '.join(str(error).split()))}", 2)
-    except RuntimeError as error:  # torch raises it wherever the main process is at that moment
+    except (RuntimeError, MemoryError, ImportError) as error:  # torch raises it wherever the main process is then
         text, again = " ".join(str(error).split()).rstrip("."), "the same command goes on from the last checkpoint"
-        if "DataLoader worker" in text:
-            mend = "is the memory full? Fewer data.workers need less"
-            _end(f"error: a loader process has ended ({text}): {mend}; {again}", 2)
         if type(error).__name__ == "OutOfMemoryError":
             mend = "train.accumulate=2 (and another output=) takes half a batch at a time, test.batch_size=1 one image"
             _end(f"error: the GPU's memory is full: {mend}. {text}", 2)
+        if line := _exhausted(error):
+            _end(f"error: {line}", 2)
+        if "DataLoader worker" in text:
+            mend = "is the memory full, or /dev/shm? Fewer data.workers need less"
+            _end(f"error: a loader process has ended ({text}): {mend}; {again}", 2)
         if "does not have a deterministic implementation" in text:
             _end(f"error: --deterministic: {text.partition(' does not')[0]} is not deterministic here: leave it out", 2)
         raise
     except OSError as error:  # a folder where a file should be, no permission, a full disk
-        _end(f"error: {error}", 2)
+        _end(f"error: {_exhausted(error) or error}", 2)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python's own end is no place for a handler of ours
+
+
+EXHAUSTED = {  # what is full -> (words of an error that says so, what to do)
+    "too many files are open": (
+        ("Too many open files", "ancdata"),
+        "`ulimit -n 4096` allows more, data.workers=0 needs fewer",
+    ),
+    "the shared memory of loader processes is full": (
+        ("shared memory", "Bus error"),
+        "docker run --shm-size=2g gives /dev/shm more, data.workers=0 needs none",
+    ),
+    "the memory is full": (
+        ("DefaultCPUAllocator", "MemoryError", "bad_alloc", "allocate memory", "start new thread", "map segment"),
+        "smaller batches (train.accumulate=2 and another output=, test.batch_size=1), smaller images "
+        "(detector.max_size; predict.py --max-size) and fewer data.workers need less",
+    ),
+}
+
+
+def _exhausted(error: Exception) -> str | None:
+    """One line for an error of the machine: what is full, what to do, and the last line of torch's own words."""
+    text = f"{type(error).__name__}: {error}"
+    for what, (words, mend) in EXHAUSTED.items():
+        if any(word in text for word in words):
+            last = text.strip().splitlines()[-1]
+            return f"{what}: {mend}; the same command goes on from the last checkpoint ({last:.300})"
+    return None
 
 
 def _end(message: str, code: int) -> None:

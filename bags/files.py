@@ -1,13 +1,49 @@
-"""Files that are there as a whole, or as they were before.
+"""Atomic file replacement, and reading of regular files only.
 
 Checkpoints, stores of features and annotation indices have ways of their own, for what they keep beside it.
 """
 
 import contextlib
+import errno
+import fcntl
+import io
+import json
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
+
+
+def open_regular(path: str | Path) -> io.BufferedReader:
+    """Open a regular file for reading, in binary mode. Symbolic links are followed.
+
+    A pipe, a socket or a device raises OSError, because reading it can wait for ever; a folder raises
+    IsADirectoryError, and a missing file FileNotFoundError.
+    """
+    return open(path, "rb", opener=_open_without_waiting)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """The descriptor of a regular file or folder; for a pipe, plain `os.open` waits for its writer."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "Not a regular file", path)
+    return descriptor
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a regular file; errors are those of `open_regular`."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def read_text(path: str | Path, errors: str = "strict") -> str:
+    """The content of a regular UTF-8 file, with \\n at line ends. Other encodings raise UnicodeDecodeError."""
+    text = read_bytes(path).decode(errors=errors)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 @contextlib.contextmanager
@@ -32,3 +68,51 @@ def write_text(path: Path, text: str) -> None:
     """Writes all of `text`, or nothing."""
     with replacing(path) as file:
         file.write(text)
+
+
+class JsonList:
+    """A JSON list that is written as its entries come: after each `extend` the file holds all of them so far.
+
+    A process that is killed therefore loses nothing. What the file held before stays until the first `extend`. One
+    process at a time can write a file; for a second one the constructor raises BlockingIOError. A context manager.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.end = path, 0  # where the next entry goes
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.descriptor)
+            raise
+        except OSError:
+            pass  # a file system without locks
+
+    def __enter__(self) -> "JsonList":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if not os.fstat(self.descriptor).st_size:
+            self.path.unlink(missing_ok=True)
+        os.close(self.descriptor)
+
+    def extend(self, entries: Iterable[dict]) -> None:
+        """Append entries. Raises OSError where the disk is full; the file then holds the entries before."""
+        lines = ",\n".join(map(json.dumps, entries))
+        text = ((",\n" if self.end else "[\n") + lines).encode() if lines else b""
+        try:
+            if not self.end:
+                os.ftruncate(self.descriptor, 0)
+            self._write(text)
+        except OSError:
+            os.ftruncate(self.descriptor, self.end)
+            self._write(b"")
+            raise
+        self.end += len(text)
+
+    def _write(self, text: bytes) -> None:
+        """Write `text` at the end of the entries, and close the list."""
+        at, text = self.end, text + (b"\n]\n" if self.end or text else b"[]\n")
+        while text:
+            written = os.pwrite(self.descriptor, text, at)
+            at, text = at + written, text[written:]

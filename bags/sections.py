@@ -29,6 +29,7 @@ class DataConfig:
     flip: float = 0.5  # probability of a horizontal flip; 0 where mirrored objects change their class
     workers: int = 2  # loader processes per rank; 0 loads in the training process
     max_bad_images: int = 0  # training images, per rank, that may be unreadable: the next one stands in; 0: stop
+    max_pixels: int = 100_000_000  # of an image; a larger one is refused before its pixels are decoded
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from bags.errors import UserError
+from bags.files import read_text
 
 CHOSEN_BY_NAME = ("classifier", "sampler")  # a new `name` replaces these sections
 
@@ -43,7 +44,7 @@ def read_tree(path: Path, children: tuple[Path, ...] = ()) -> dict:
     if path.resolve() in children:
         raise UserError(f"{path}: its `base` leads back to itself")
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(read_text(path))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         hint = f"; did you mean {path.with_name(near[0])}?" if near else ""

@@ -38,6 +38,7 @@ from bags.detectors.weights import (
 )
 from bags.engine.checkpoint import write_checkpoint, write_file
 from bags.errors import UserError, run_script
+from bags.files import open_regular
 from bags.sections import Config
 
 TORCHVISION_ANCHORS = {
@@ -134,7 +135,7 @@ def read_stats(config: Config, annotations: Path | None, names: Sequence[str]) -
         ids = [label for label, name in enumerate(names) if label and name != "N/A"]
         zeros = (0,) * len(ids)
         return CategoryStats(tuple(ids), tuple(names[i] for i in ids), zeros, zeros)
-    with path.open("rb") if path.exists() else io.BytesIO() as file:
+    with open_regular(path) if path.exists() else io.BytesIO() as file:
         is_list = file.read(64).lstrip().startswith(b"[")  # annotations may be a gigabyte: not parsed for this
     if is_list:
         listed = read_json(path)

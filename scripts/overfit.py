@@ -54,11 +54,12 @@ def few_images(folder: Path, overrides: list[str]) -> list[str]:
     """Writes annotations of the training set's first images; returns the overrides that use them."""
     from bags.config import load_config
     from bags.data.glyphs import PRESETS, make_glyphs
+    from bags.data.packing import read_json
 
     data = load_config(CONFIGS / "softmax.yaml", overrides).data
     if data.glyphs:
         make_glyphs(data.root, PRESETS[data.glyphs])
-    content = json.loads((Path(data.root) / data.train).read_text())
+    content = read_json(Path(data.root) / data.train)
     content["images"] = content["images"][:IMAGES]
     kept = {image["id"] for image in content["images"]}
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bags.data.glyphs import PRESETS, make_glyphs
 from bags.errors import UserError, run_script
-from bags.sections import Config
+from bags.sections import Config, DataConfig
 from bags.terminal import printable
 
 
@@ -103,7 +103,7 @@ def _check(arguments) -> None:
         if arguments.images:
             raise UserError("--images goes with an annotation file; a configuration takes data.train_images=...")
         configs, sources = _sources(arguments.source, arguments.overrides)
-    masks, exif = any(config.detector.has_masks for config in configs), any(config.data.exif for config in configs)
+    masks, data = any(config.detector.has_masks for config in configs), configs[0].data if configs else DataConfig()
     findings, indices = [], []
     for path, images, boundaries, training in sources:
         in_file = check_annotations(path, boundaries, training, masks)
@@ -111,7 +111,8 @@ def _check(arguments) -> None:
             indices.append(AnnotationIndex.open(path))
             if images is not None and not images.is_dir():
                 raise UserError(f"{images}: no such image folder; set data.root, data.*_images or --images")
-            in_file += check_images(indices[-1], images, arguments.decode, exif) if images is not None else []
+            if images is not None:
+                in_file += check_images(indices[-1], images, arguments.decode, data.exif, data.max_pixels)
         findings += in_file
     if len(sources) == len(indices) == 2:
         findings += check_splits(indices[0], indices[1], sources[0][1], sources[1][1])

@@ -277,7 +277,7 @@ def _is_complete(folder: Path, config: Config) -> bool:
         del tree["output"], tree["device"], tree["data"]["workers"], tree["train"]["log_every"], tree["store"]["folder"]
         del tree["train"]["checkpoint_every"], tree["train"]["nonfinite"], tree["train"]["evaluate_every"]
         del tree["test"]["batch_size"]
-        del tree["data"]["max_bad_images"]
+        del tree["data"]["max_bad_images"], tree["data"]["max_pixels"]
     change = _first_difference(other, ours)
     if change:
         raise UserError(
@@ -323,7 +323,7 @@ def _write_environment(folder: Path) -> None:
 
     from bags import distributed
     from bags.analysis.results import environment
-    from bags.files import write_text
+    from bags.files import read_text, write_text
 
     content = {
         "command": sys.argv,
@@ -335,7 +335,7 @@ def _write_environment(folder: Path) -> None:
     path = folder / "environment.json"
     if path.exists() and any((folder / name).exists() for name in ("last.pth", "previous.pth")):
         with contextlib.suppress(ValueError):  # damaged: begun again
-            first = json.loads(path.read_text())
+            first = json.loads(read_text(path))
             content = first | {"resumed": [*first.get("resumed", ()), content]}
     write_text(path, json.dumps(content, indent=1))
 

@@ -8,7 +8,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 import bags
-from bags.data.dataset import read_image
+from bags.data.images import read_image
 from bags.detectors.anchors import FixedStrideAnchors, PreciseAnchors
 from bags.detectors.backbones import STRIDES, DeformableConv, build_backbone, load_backbone_weights
 from bags.engine.optim import set_trained_part, train_mode

@@ -329,3 +329,28 @@ def test_what_cannot_be_balanced(small):
         bags.balance(other, COUNTS)
     with pytest.raises(ValueError, match="got Linear: it has no roi_heads"):
         bags.balance(nn.Linear(1, 1), COUNTS)
+
+
+@pytest.mark.parametrize("size", [(64, 6400), (6400, 64), (1, 5000)])
+@pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "parts"])
+def test_thin_images(name, size):
+    """Resized to at most 96 pixels, their shorter side would vanish, for which torchvision raises a RuntimeError."""
+    detector = bags.balance(make(name), COUNTS)
+    image = torch.rand(3, *size)
+    (found,) = detector.eval()([image])
+    assert found["boxes"].isfinite().all()
+    targets = [{"boxes": torch.tensor([[0.0, 0, size[1], size[0]]]), "labels": torch.tensor([1])}]
+    losses = detector.train()([image], targets)
+    assert all(loss.isfinite() for loss in losses.values())
+    with pytest.raises(RuntimeError, match="sizes should be greater than 0"):
+        bags.unbalance(detector).eval()([image])
+
+
+def test_a_fixed_size_stays():
+    """torchvision's `fixed_size` of the transform (width, height) is kept, image after image."""
+    detector = make("parts")
+    detector.transform.fixed_size = (48, 32)
+    bags.balance(detector, COUNTS)
+    for _ in range(2):
+        batch, _ = detector.transform([torch.rand(3, 64, 6400)])
+        assert batch.image_sizes == [(32, 48)]

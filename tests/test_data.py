@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import bags
-from bags.data.dataset import DetectionDataset, inside, read_image
+from bags.data.dataset import DetectionDataset
+from bags.data.images import inside, read_image
 from bags.data.samplers import RepeatFactorSampler, ShardSampler, TrainSampler, repeat_factors, stochastic_round
 from bags.data.statistics import CategoryStats, disagreement, frequency, instance_bin
 from bags.data.transforms import training_transform

@@ -25,7 +25,8 @@ from steps import train_some
 from torch.utils.data import DataLoader
 
 import bags
-from bags.data.dataset import DetectionDataset, Loader, read_image
+from bags.data.dataset import DetectionDataset, Loader
+from bags.data.images import read_image
 from bags.distributed import distributed
 from bags.engine.checkpoint import load_checkpoint, load_latest, save_checkpoint, write_file
 from bags.errors import UserError

@@ -9,6 +9,7 @@ import orjson
 from PIL import Image
 
 from bags.errors import UserError
+from bags.files import read_bytes
 
 TRUTH, CORRECT, WRONG, ASIDE = "#1b6ca8", "#2e933c", "#d1495b", "#9a9a9a"
 LEAST_SCORE = 0.4  # of a drawn detection
@@ -32,7 +33,7 @@ def read_detections(folder: Path, categories: Container[int]) -> list[dict]:
     """`predictions.json` of a run. Raises UserError where it is none, or of other categories."""
     path = folder / "predictions.json"
     try:
-        entries = orjson.loads(path.read_bytes())
+        entries = orjson.loads(read_bytes(path))
         for entry in entries:
             _, _, score, (_, _, _, _) = (entry[key] for key in ("image_id", "category_id", "score", "bbox"))
             if not isinstance(score, float | int) or entry["category_id"] not in categories:

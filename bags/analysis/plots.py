@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from bags.analysis.weight_norms import rank_correlation
+from bags.files import replacing
 
 if "ipykernel" not in sys.modules:  # in a notebook, figures are shown below their cell
     matplotlib.use("Agg")
@@ -18,6 +19,7 @@ import matplotlib.pyplot as plt
 
 COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d5a97", "#e08e45", "#555555")
 DPI = 110
+LONGEST_SIDE = 4096  # pixels of the drawing of one image: it takes memory in proportion to its area
 MARGINS = {"left": 0.1, "right": 0.98, "bottom": 0.11, "top": 0.97}  # a layout engine takes as long as drawing
 
 
@@ -191,18 +193,32 @@ def draw_boxes(axes, image: Image.Image, boxes, names, colours, scores=None) -> 
 def save_drawing(
     path: Path | BinaryIO, image: Image.Image, boxes, names, colours, scores=None, width: int = 640, **settings
 ) -> None:
-    """One image with labelled boxes, at least `width` wide; settings: of matplotlib's savefig, such as the format."""
-    scale = max(1.0, width / image.width)
-    figure = plt.figure(figsize=(image.width * scale / DPI, image.height * scale / DPI))
+    """Draw one image with labelled boxes; settings: of matplotlib's savefig, such as the format.
+
+    The image is enlarged to `width` pixels, if it is narrower, but no side of the drawing exceeds LONGEST_SIDE: larger
+    images are reduced, and narrow ones are enlarged less.
+    """
+    scale = min(max(1.0, width / image.width), LONGEST_SIDE / max(image.size))
+    if scale < 1:
+        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+        boxes = np.asarray(boxes).reshape(-1, 4) * np.tile(np.divide(size, image.size), 2)
+        image, scale = image.resize(size), 1.0
+    # Matplotlib rounds down, and half a pixel keeps 1 from becoming 0.
+    figure = plt.figure(figsize=[max(1.5, side * scale) / DPI for side in image.size])
     axes = figure.add_axes((0, 0, 1, 1))
     draw_boxes(axes, image, boxes, names, colours, scores)
     _save(figure, path, **settings)
 
 
 def _save(figure, path: Path | BinaryIO, **settings) -> None:
-    if isinstance(path, Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that the font lacks is drawn as boxes
-        figure.savefig(path, dpi=DPI, **settings)
-    plt.close(figure)
+    """Write a figure, as a whole or not at all where `path` is a path, and close it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that the font lacks: drawn as boxes
+            if not isinstance(path, Path):
+                return figure.savefig(path, dpi=DPI, **settings)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path, "wb") as file:
+                figure.savefig(file, dpi=DPI, **{"format": path.suffix.removeprefix("."), **settings})
+    finally:
+        plt.close(figure)

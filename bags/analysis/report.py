@@ -14,6 +14,7 @@ from bags.analysis.run_results import RunResults, about, differences
 from bags.analysis.tables import column_title, tail_below
 from bags.config import config_to_dict
 from bags.evaluation.comparison import Comparison, changed_most
+from bags.files import read_bytes
 
 MOST = 8  # categories in a table
 
@@ -161,7 +162,7 @@ def _precision_recall(runs: list[RunResults]) -> str:
             path = run.folder / f"figures/{prefix}precision_recall.png"
             if path.exists():
                 alt = f"Mean precision over recall of {kind}, by bin of training instances, {run.label}"
-                figures.append(figure(path.read_bytes(), alt, f"{run.label}, {kind}"))
+                figures.append(figure(read_bytes(path), alt, f"{run.label}, {kind}"))
         parts.append(f'<div class="side">{"".join(figures)}</div>' if figures else "")
     return "".join(parts)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from bags.analysis.tables import COLUMNS, render_table
 from bags.errors import UserError
-from bags.files import write_text
+from bags.files import read_text, write_text
 
 DIGITS = 5  # of a number in 0..1
 KEPT = ("python", "packages", "device", "cores", "threads", "ranks")  # of environment.json
@@ -85,7 +85,7 @@ def save_results(
 def read_environment(run: Path) -> dict:
     """What a run was made with; nothing where its `environment.json` cannot be read."""
     try:
-        found = json.loads((run / "environment.json").read_text())
+        found = json.loads(read_text(run / "environment.json"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -104,7 +104,7 @@ def _write(path: Path, content: dict) -> None:
 def load_results(path: Path) -> dict:
     """What `save_results` or `save_benchmark` wrote; null is NaN again."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_text(path))
         if "cases" in content:
             render_cases(content["cases"])
             return content

@@ -1,6 +1,7 @@
 """Result files of runs -> the paper's tables: methods as rows, AP columns in percent."""
 
 import csv
+import io
 import json
 import math
 import re
@@ -12,7 +13,7 @@ from bags.analysis.paper import PaperTable
 from bags.errors import UserError
 from bags.evaluation.comparison import Comparison
 from bags.evaluation.detection_ap import Scores
-from bags.files import replacing, write_text
+from bags.files import open_regular, read_text, replacing, write_text
 from bags.terminal import printable
 
 COLUMNS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf", "AP50", "AP_tail", "AP_head", "AP_fixed",
@@ -26,7 +27,7 @@ def read_metrics(folder: Path) -> dict[str, float]:
     """`metrics.json` of a run; null becomes NaN. Raises UserError for anything else."""
     path = folder / "metrics.json"
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {AGAIN}") from None
     if not isinstance(values, dict) or not all(v is None or type(v) in (int, float) for v in values.values()):
@@ -37,7 +38,7 @@ def read_metrics(folder: Path) -> dict[str, float]:
 def read_log(folder: Path) -> list[dict]:
     """Objects of a run's `log.jsonl`; none where it was not trained. A line that was cut off is left out."""
     path, found = folder / "log.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for line in read_text(path, "replace").splitlines() if path.exists() else []:
         try:
             found.append(json.loads(line))
         except ValueError:
@@ -55,7 +56,7 @@ def read_categories(folder: Path) -> list[dict]:
     path = folder / "categories.csv"
     whole, text = ("id", "training_instances", "training_images", "bin"), ("name", "frequency")
     try:
-        with path.open(newline="", encoding="utf-8", errors="surrogatepass") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="surrogatepass", newline="") as file:
             rows = list(csv.DictReader(file))
         return [  # a KeyError where a column is missing
             {k: int(v) if k in whole else v if k in text else float(v or "nan") for k, v in row.items()}

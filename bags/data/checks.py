@@ -12,11 +12,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from bags.data.dataset import image_path, leads_out, read_image
 from bags.data.findings import STOP, Finding, Findings
+from bags.data.images import (
+    MAX_PIXELS,
+    ORIENTATION,
+    MissingImage,
+    TooManyPixels,
+    UndefinedRange,
+    check_pixels,
+    image_path,
+    leads_out,
+    name_hint,
+    open_image,
+    read_image,
+)
 from bags.data.index import AnnotationIndex, inside_image
 from bags.data.json_files import is_box, is_number, read_annotations, shown
 from bags.data.packing import POLYGON_LIMIT, file_name_of, rle_fits
@@ -262,26 +273,29 @@ def _check_counts(categories, instances, in_images, boundaries, found: Findings)
                 found.add("empty group", f"no category has {low} to {high} training instances")
 
 
-def check_images(index: AnnotationIndex, folder: Path, decode: bool = False, exif: bool = False) -> list[Finding]:
-    """Every image file: its presence, its size, its EXIF orientation.
+def check_images(
+    index: AnnotationIndex, folder: Path, decode: bool = False, exif: bool = False, max_pixels: int = MAX_PIXELS
+) -> list[Finding]:
+    """Every image file: its presence, format, size, range of pixels and EXIF orientation.
 
-    decode: also all of its pixels. exif: as training does, turn it first.
+    decode: also all of its pixels. exif: as training does, turn it first. max_pixels: the limit of `data.max_pixels`.
     """
     found = Findings(folder)
     for position in tqdm(range(len(index)), desc=f"images of {index.path.name}", unit="image"):
         name, key = index.file_name(position), index.image_ids[position]
         try:
             path = image_path(folder, name)
-            with Image.open(path) as image:
-                size, orientation = image.size, image.getexif().get(0x0112, 1)
+            with open_image(path, max_pixels) as image:
+                check_pixels(path, image, max_pixels)
+                size, orientation = image.size, image.getexif().get(ORIENTATION, 1)  # decodes a PNG
             if decode:
-                read_image(path)
-        except FileNotFoundError:
-            found.add("missing image", f"image {key}: {name}")
+                read_image(path, exif, max_pixels)
+        except MissingImage:
+            found.add("missing image", f"image {key}: {name}{name_hint(folder, name)}")
         except UserError as error:
-            found.add("file name" if "leads out" in str(error) else "unreadable image", error)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            found.add("unreadable image", f"image {key}: {name} ({error})")
+            kinds: dict[type, str] = {TooManyPixels: "too many pixels", UndefinedRange: "pixels without a range"}
+            leaves = "file name" if "leads out" in str(error) else "unreadable image"
+            found.add(kinds.get(type(error), leaves), f"image {key}: {error}")
         else:
             height, width = index.image_sizes[position].tolist()
             if exif and orientation in (5, 6, 7, 8):

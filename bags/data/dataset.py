@@ -1,24 +1,35 @@
 """Index and image folder -> (image, target)."""
 
-import re
+import contextlib
+import functools
+import io
+import multiprocessing.queues
+import os
+import pickle
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from bags import distributed
+from bags.data.images import MAX_PIXELS, MissingImage, check_pixels, image_path, name_hint, open_image, read_image
 from bags.data.index import AnnotationIndex, inside_image
 from bags.data.transforms import training_transform
 from bags.errors import UnreadableImage, UserError
 
-COCO_2014 = re.compile(r"COCO_\w+2014_(\d{12}\.jpg)")  # how LVIS v0.5 names files of COCO 2017
+SHARED_MEMORY = "/dev/shm"
+LITTLE = 2**30  # bytes
+FILES = 8  # that a loader process needs to be heard, in itself and in the main one
 
 
 class DetectionDataset(Dataset):
@@ -34,6 +45,7 @@ class DetectionDataset(Dataset):
     semantic: folder of label maps, a PNG named as each image (with or without the image's folder): labels
     0 .. semantic_classes-1, and 255 for none. max_bad: for an image that cannot be read the next one stands in, with
     target["unread"], [what was wrong]; more than max_bad of them in a row raise UserError, as does the first for 0.
+    max_pixels: of an image; a larger one cannot be read (see `read_image`).
     """
 
     def __init__(
@@ -46,8 +58,9 @@ class DetectionDataset(Dataset):
         semantic: Path | None = None,
         semantic_classes: int = 183,
         max_bad: int = 0,
+        max_pixels: int = MAX_PIXELS,
     ):
-        self.max_bad = max_bad
+        self.max_bad, self.max_pixels = max_bad, max_pixels
         self.index, self.folder = index, Path(image_folder)
         self.transform = transform or training_transform()
         self.masks, self.exif = masks, exif
@@ -134,7 +147,10 @@ class DetectionDataset(Dataset):
                     "scripts/prepare_data.py check lists all such images"
                 )
 
-        image = read_image(path, self.exif, lambda size: check(size, turned=self.exif))
+        try:
+            image = read_image(path, self.exif, self.max_pixels, lambda size: check(size, turned=self.exif))
+        except MissingImage as error:
+            raise UnreadableImage(f"{error}{name_hint(self.folder, self.index.file_name(position))}") from None
         check(image.size)
         return image
 
@@ -144,13 +160,12 @@ class DetectionDataset(Dataset):
         paths = [image_path(folder, own).with_suffix(".png") for own in (name, Path(name).name)]
         path = next((path for path in paths if path.exists()), paths[0])
         try:
-            with Image.open(path) as image:
+            with open_image(path, self.max_pixels) as image:
+                check_pixels(path, image, self.max_pixels)
                 labels = np.array(image)
-        except FileNotFoundError:
+        except MissingImage:
             mend = "data.train_semantic names the folder; null paints the maps from the masks"
             raise UnreadableImage(f"{path}: no such label map; {mend}") from None
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UnreadableImage(f"{path}: not a readable image ({error})") from None
         if labels.shape != size or labels.dtype != np.uint8:
             expected = f"data.train_semantic: expected a grey 8-bit PNG of {size[1]} x {size[0]} pixels"
             raise UserError(f"{path}: {expected}; got {labels.dtype} of shape {labels.shape}")
@@ -177,43 +192,6 @@ class DetectionDataset(Dataset):
         return torch.from_numpy(masks)
 
 
-def image_path(folder: Path, name: str) -> Path:
-    """The file of `name` below `folder`, also under COCO 2017's name where LVIS v0.5 gives the one of 2014."""
-    path = inside(folder, name)
-    old = COCO_2014.fullmatch(path.name)
-    return path.with_name(old[1]) if old and not path.exists() else path
-
-
-def inside(folder: Path, name: str) -> Path:
-    """The path of `name` below `folder`; a name that leads out of it raises UserError."""
-    if leads_out(name):
-        raise UserError(f"file name '{name}' leads out of the image folder {folder}")
-    return folder / name
-
-
-def leads_out(name: str) -> bool:
-    """Whether a file name is absolute or climbs. (Links that the user made inside the folder may lead anywhere.)"""
-    return Path(name).is_absolute() or ".." in Path(name).parts
-
-
-def read_image(path: Path, exif: bool = False, check: Callable[[tuple[int, int]], None] | None = None) -> Image.Image:
-    """An RGB image; a missing, truncated or foreign file raises UserError that names it.
-
-    check: is shown (width, height) before memory is taken for the pixels.
-    """
-    try:
-        with Image.open(path) as image:
-            if check:
-                check(image.size)
-            return (ImageOps.exif_transpose(image) if exif else image).convert("RGB")
-    except FileNotFoundError:
-        raise UnreadableImage(f"{path}: no such image") from None
-    except UserError:
-        raise
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{path}: not a readable image ({error})") from None
-
-
 def collate(items: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
     """A batch as torchvision's detectors take it: images of any sizes, targets."""
     images, targets = zip(*items, strict=True)
@@ -221,31 +199,41 @@ def collate(items: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]
 
 
 class Loader(DataLoader):
-    """torch's loader; what happens in its processes comes out as one clear error.
+    """torch's loader; what happens in its processes comes out as one clear error, and a process that fails ends.
 
     Images that others stand in for (see DetectionDataset) are counted and named on stderr; more than
-    `dataset.max_bad` of them raise UserError.
+    `dataset.max_bad` of them raise UserError. Little shared memory, through which the processes hand over batches,
+    is said on stderr.
     """
 
-    def __init__(self, *arguments, **settings):
+    def __init__(self, dataset: Dataset, collate_fn: Callable = collate, num_workers: int = 0, **settings):
         self.bad: set[str] = set()  # what was wrong with the images that others stood in for
-        super().__init__(*arguments, **settings)
+        if num_workers:
+            collate_fn = functools.partial(_join_shared, collate_fn)
+            settings["worker_init_fn"] = functools.partial(_begin_process, settings.get("worker_init_fn"))
+            if distributed.is_main():
+                _note_little_shared_memory(num_workers)
+        super().__init__(dataset, collate_fn=collate_fn, num_workers=num_workers, **settings)
 
     def __iter__(self) -> Iterator:  # type: ignore[override]  # a generator around torch's own iterator
         try:
+            _need_files(FILES * self.num_workers)
             for batch in super().__iter__():
                 self._count(batch[1])
                 yield batch
-        except UserError as error:
-            message = str(error)
-            if message.startswith("Caught "):  # in a loader process: its traceback is the message
-                message = message.strip().splitlines()[-1].partition(": ")[2]
-            raise UserError(message) from None
         except (EOFError, ConnectionError) as error:
             if not self.num_workers:
                 raise
             # A process that ends while it hands over a batch; torch sees by itself only one that has ended.
             raise RuntimeError("DataLoader worker exited unexpectedly while it handed over a batch") from error
+        except (UserError, OSError, MemoryError) as error:
+            message = str(error)
+            if message.startswith("Caught "):  # in a loader process: its traceback is the message
+                raise type(error)(message.strip().splitlines()[-1].partition(": ")[2]) from None
+            if isinstance(error, OSError) and self.num_workers and error.filename is None:
+                where = "of loader processes, or of their semaphores in shared memory"
+                raise OSError(error.errno, f"{error.strerror}: {where}", SHARED_MEMORY) from error
+            raise
 
     def _count(self, targets: list[dict]) -> None:
         """Takes `unread` out of targets. Raises UserError where there are too many."""
@@ -257,6 +245,65 @@ class Loader(DataLoader):
             if count > most:
                 raise too_many(reason, most)
             print(f"warning: {reason}; another image stands in ({count} of at most {most})", file=sys.stderr)
+
+
+def _join_shared(join: Callable, items: list) -> Any:
+    """A joined batch whose tensors are in shared memory.
+
+    torch would move them there in a thread that hands over the batch. Where that fails, it drops the batch, and the
+    main process waits for ever.
+    """
+    batch, nowhere = join(items), io.BytesIO()
+    sharing = _Sharing(nowhere)
+    sharing.dump(batch)
+    _need_files(sharing.tensors + FILES)  # that thread opens one more for each tensor
+    return batch
+
+
+def _need_files(number: int) -> None:
+    """Raise OSError where this process cannot open so many more files."""
+    with contextlib.ExitStack() as spare:
+        for _ in range(number):
+            spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+
+
+class _Sharing(pickle.Pickler):
+    """Moves all tensors that it meets to shared memory, and writes the rest to a file that nobody reads."""
+
+    tensors = 0
+
+    def persistent_id(self, value: object) -> bool | None:
+        """Not None for what is not to be written."""
+        if not isinstance(value, Tensor):
+            return None
+        value.share_memory_()
+        self.tensors += 1
+        return True
+
+
+def _begin_process(begin: Callable[[int], None] | None, number: int) -> None:
+    """Prepare a loader process: errors in its threads end it, which the main process notices; then call `begin`."""
+
+    def end(error: BaseException) -> None:
+        """Says what happened, and ends the process without waiting for its threads."""
+        print(f"loader process {number}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(  # type: ignore[attr-defined]
+        lambda error, _: end(error)
+    )
+    sys.excepthook = lambda _, error, __: end(error)
+    if begin:
+        begin(number)
+
+
+@functools.cache
+def _note_little_shared_memory(workers: int) -> None:
+    """Say once how little shared memory there is, and what to do."""
+    if os.path.isdir(SHARED_MEMORY) and (free := shutil.disk_usage(SHARED_MEMORY).free) < LITTLE:
+        note = f"{SHARED_MEMORY} has only {free / 2**20:.0f} MB for the batches of data.workers={workers} processes"
+        mend = "give it more (docker run --shm-size=2g), or set data.workers=0, which needs none"
+        print(f"note: {note}: if it becomes full, {mend}", file=sys.stderr)
 
 
 def too_many(reason: str, most: int) -> UnreadableImage:

@@ -37,6 +37,8 @@ DEFECTS = {  # kind -> (level, what training does)
     "counts disagree": (NOTE, "the annotations are counted; the file's own numbers are not used"),
     "missing image": (STOP, "training stops when it comes to it"),
     "unreadable image": (STOP, "training stops when it comes to it"),
+    "too many pixels": (STOP, "training stops when it comes to it; data.max_pixels is the limit"),
+    "pixels without a range": (STOP, "training stops when it comes to it: convert them to 8 or 16 bits, unsigned"),
     "size differs": (STOP, "training stops when it comes to it"),
     "EXIF rotation": (NOTE, "ignored, as COCO does; data.exif=true turns the image"),
     "annotations split over entries": (

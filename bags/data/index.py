@@ -7,6 +7,7 @@ variable BAGS_CACHE names another place for all of them. Later opens only map th
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -21,6 +22,7 @@ import numpy as np
 
 from bags.data.packing import category_name, gather, offsets, pack, ranges
 from bags.errors import UserError
+from bags.files import open_regular, read_text
 
 FORMAT = 3
 LEAST_SIDE = 1e-3  # pixels of a box inside its image
@@ -97,7 +99,8 @@ class AnnotationIndex:
         """
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"{path}: no such file; check data.root and the names below it")
+            what = "not a regular file" if path.exists() else "no such file"
+            raise UserError(f"{path}: {what}; check data.root and the names below it")
         folders = _cache_folders(path)
         for folder in folders:
             index = _open_cache(folder, path)
@@ -107,6 +110,8 @@ class AnnotationIndex:
             try:
                 return _make(folder, path)
             except OSError as error:  # a place that cannot be written, or is full
+                if error.errno == errno.EMFILE:
+                    raise
                 reason = error
         places = " or ".join(str(folder.parent) for folder in folders)
         raise UserError(f"{path}: its index cannot be written to {places} ({reason}): set BAGS_CACHE to another folder")
@@ -217,14 +222,14 @@ def _state(path: Path) -> list[int]:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _open_cache(folder: Path, path: Path) -> AnnotationIndex | None:
     """The index in a folder, if it is whole and of this file as it is now."""
     try:
-        about = json.loads((folder / "about.json").read_text())
+        about = json.loads(read_text(folder / "about.json"))
         if about["format"] != FORMAT:
             return None
         if any((folder / f"{name}.npy").stat().st_size != size for name, size in about["files"].items()):
@@ -247,7 +252,7 @@ def _write(folder: Path, about: dict) -> None:
 
 
 def _map(folder: Path, path: Path, for_masks: bool = False) -> AnnotationIndex:
-    about = json.loads((folder / "about.json").read_text())
+    about = json.loads(read_text(folder / "about.json"))
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS if name in about["files"]}
     empty: dict[str, np.ndarray] = {
         name: np.zeros((0, columns) if columns else (0,), kind) for name, (kind, columns) in ARRAYS.items()

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 import orjson
 
 from bags.errors import UserError
+from bags.files import read_bytes
 
 LISTS = ("images", "annotations", "categories")
 NUMBERS = {int, float}
@@ -18,7 +19,7 @@ NUMBERS = {int, float}
 def read_json(path: Path) -> Any:
     """Parses a JSON file; every way in which that fails is one UserError that names the file."""
     try:
-        text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        text = read_bytes(path).removeprefix(codecs.BOM_UTF8)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check data.root and the names below it") from None
     except OSError as error:
@@ -66,13 +67,15 @@ def stream(path: Path) -> Iterator[tuple[str, dict]]:
     Raises UserError for a file that is no annotation file.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+        content = read_bytes(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+    try:
+        text = content.decode("utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
-        with path.open("rb") as file:
-            marked = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        marked = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         raise UserError(f"{path}: {UTF_16 if marked else f'is not UTF-8 text ({error})'}") from None
+    del content
     try:
         yield from _stream(path, text)
     except (ValueError, IndexError, RecursionError) as error:

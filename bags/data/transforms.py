@@ -6,12 +6,22 @@ Normalisation, padding, and resizing where none is asked for here, are the detec
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
+from torch import Tensor
 from torchvision.transforms import v2
 
 
 def short_sides(sides: Sequence[int], any_between: bool) -> tuple[int, ...]:
     """The sides to draw from: those given, or every whole number from the first to the last."""
     return tuple(range(sides[0], sides[-1] + 1)) if sides and any_between else tuple(sides)
+
+
+class ShortestSize(v2.RandomShortestSize):
+    """torchvision's transform, but no side becomes shorter than one pixel."""
+
+    def make_params(self, flat_inputs: list) -> dict:
+        """The size to resize to, (height, width)."""
+        return {"size": tuple(max(1, side) for side in super().make_params(flat_inputs)["size"])}
 
 
 def training_transform(
@@ -25,7 +35,12 @@ def training_transform(
     """
     steps: list[v2.Transform] = [v2.ToImage()]
     if sides:
-        steps.append(v2.RandomShortestSize(list(short_sides(sides, any_between)), long_side))
+        steps.append(ShortestSize(list(short_sides(sides, any_between)), long_side))
     if flip > 0:
         steps.append(v2.RandomHorizontalFlip(flip))
     return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])
+
+
+def to_input(image: Image.Image) -> Tensor:
+    """An RGB image as a detector takes it, float32 [3, H, W] in 0..1; the numbers are those of a validation image."""
+    return training_transform()(image).as_subclass(Tensor)

@@ -52,13 +52,14 @@ class Transform(GeneralizedRCNNTransform):
 
     def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
         """One image [3, H, W] and its target, at the size that min_size and max_size ask for; at least a pixel."""
-        if not (self.training and self._skip_resize):
+        fixed_size = self.fixed_size
+        if fixed_size is None and not (self.training and self._skip_resize):
             height, width = image.shape[-2:]
             scale = min(self.min_size[-1] / min(height, width), self.max_size / max(height, width))
             if min(height, width) * scale < 1:  # torchvision would round to 0 pixels
                 self.fixed_size = max(1, int(width * scale)), max(1, int(height * scale))
         image, target = super().resize(image, target)
-        self.fixed_size = None
+        self.fixed_size = fixed_size
         if target is not None and "semantic" in target and target["semantic"].shape != image.shape[-2:]:
             labels = target["semantic"][None, None].float()
             target["semantic"] = F.interpolate(labels, size=image.shape[-2:])[0, 0].to(target["semantic"].dtype)

@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor
 
 from bags.errors import UserError
+from bags.files import open_regular
 from bags.tensor_files import check_archive, check_tensors
 
 # The paper's code (mmdet 1.0). A stage's number follows bbox_head and mask_head in cascades alone.
@@ -71,6 +72,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if not path.exists():
         raise UserError(f"{path}: no such file of weights")
     try:
+        open_regular(path).close()  # reading a pipe waits
         damaged = None
         if zipfile.is_zipfile(path):  # files from before 2020 are none
             check_archive(path)
@@ -80,6 +82,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     except UserError:
         raise
     except Exception as error:  # whatever a file can do to a parser
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise
         reason = "it holds more than tensors and plain values" if "Unpickling" in type(error).__name__ else "or damaged"
         raise UserError(f"{path}: not a file of weights, {reason} ({type(error).__name__})") from None
     if damaged:

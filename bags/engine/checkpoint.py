@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from bags.errors import UserError
-from bags.files import write_text
+from bags.files import open_regular, read_text, write_text
 from bags.tensor_files import check_archive, check_tensors
 
 FORMAT = 2  # 1 had no seal
@@ -59,7 +59,7 @@ def keep_best(folder: Path, content: dict, entry: dict) -> None:
     path, before = folder / "validation.json", []
     if path.exists():
         with contextlib.suppress(ValueError):  # damaged: begun again
-            before = [old for old in json.loads(path.read_text()) if old["epoch"] < entry["epoch"]]
+            before = [old for old in json.loads(read_text(path)) if old["epoch"] < entry["epoch"]]
     if (entry["AP"] or 0.0) > max((old["AP"] or 0.0 for old in before), default=-1.0):
         write_checkpoint(folder / "best.pth", content)
     write_text(path, json.dumps([*before, entry], indent=1))
@@ -117,7 +117,7 @@ def _digest(file: BinaryIO, size: int) -> str:
 
 def check_seal(path: Path) -> bool | None:
     """Whether a file is what was written, byte for byte; None for one that has no seal."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = file.seek(0, os.SEEK_END) - SEALED
         if size < 0:
             return None
@@ -131,8 +131,9 @@ def load_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; train the model it belongs to first")
-    whole, damaged, content = check_seal(path), False, None
+    whole, damaged, content = None, False, None
     try:
+        whole = check_seal(path)
         if whole is not False:
             check_archive(path)
         if whole is None:
@@ -142,9 +143,13 @@ def load_checkpoint(path: str | Path) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path}: not a checkpoint: it holds more than tensors and plain values") from None
     except Exception as error:  # whatever a file can do to a parser
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise
         raise UserError(f"{path}: not a checkpoint, or damaged ({type(error).__name__})") from None
     lost_seal = whole is None and isinstance(content, dict) and content.get("format") == FORMAT
     if whole is False or damaged or lost_seal:

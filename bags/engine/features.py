@@ -28,7 +28,7 @@ from bags import distributed
 from bags.engine import shards
 from bags.engine.shards import Layout, Record
 from bags.errors import UserError
-from bags.files import write_text
+from bags.files import read_text, write_text
 
 FORMAT = 2  # 1 had no checksums
 MOST_IMAGES = 512  # of a shard; a killed run repeats at most one
@@ -185,7 +185,7 @@ def _begin(folder: Path, header: dict) -> None:
     mend = "remove the folder to have it made again, or set store.folder to another one"
     if path.exists():
         try:
-            old = json.loads(path.read_text())
+            old = json.loads(read_text(path))
         except ValueError:
             raise UserError(f"{path}: cannot be read: {mend}") from None
         if isinstance(old, dict) and old.get("format") == 1:

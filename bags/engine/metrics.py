@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from bags import distributed
+from bags.files import read_text
 from bags.sections import TrainConfig
 
 PHASES = ("data", "forward", "backward", "step")
@@ -60,7 +61,7 @@ class JsonLog:
     def __init__(self, path: Path, first_iteration: int = 0):
         """Keeps the steps before `first_iteration`; later ones will be run, and written, again."""
         kept, self.last = [], {}
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in read_text(path).splitlines() if path.exists() else []:
             try:
                 values = json.loads(line)
                 if values["iteration"] < first_iteration:

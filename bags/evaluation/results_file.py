@@ -16,6 +16,7 @@ from bags.data.json_files import NUMBERS, is_box, is_number, read_json
 from bags.data.packing import LIMIT
 from bags.errors import UserError
 from bags.evaluation.truth import Notes, Truth, check_mask, mask_sizes, ranks_of, shown, usable_mask
+from bags.files import read_bytes
 
 AT_ONCE = 2**20  # bytes parsed at once: Python objects of a whole file would take ten times its size
 BETWEEN = re.compile(rb"\}\s*,\s*(?=\{)")
@@ -130,7 +131,7 @@ def _parts(path: Path) -> Iterator[list]:
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: expected a results file, found something that is not a regular file")
     try:
-        text = path.read_bytes().removeprefix(codecs.BOM_UTF8).strip()
+        text = read_bytes(path).removeprefix(codecs.BOM_UTF8).strip()
     except OSError:
         text = b""  # `read_json` says why
     start, end, done, cut = 1, len(text) - 1, 0, None
