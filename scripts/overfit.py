@@ -54,7 +54,7 @@ def few_images(folder: Path, overrides: list[str]) -> list[str]:
     """Writes annotations of the training set's first images; returns the overrides that use them."""
     from bags.config import load_config
     from bags.data.glyphs import PRESETS, make_glyphs
-    from bags.data.packing import read_json
+    from bags.data.json_files import read_json
 
     data = load_config(CONFIGS / "softmax.yaml", overrides).data
     if data.glyphs:
