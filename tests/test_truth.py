@@ -5,12 +5,15 @@ import json
 import math
 
 import pytest
-from conftest import fork_script
+from conftest import run_script
 
 import bags
+from bags.analysis.tables import from_cell, read_categories, to_cell
 from bags.evaluation import detection_ap
+from bags.terminal import printable
+from scripts import evaluate
 
-ODD = (None, -3, 2.5, 10**400, "x", "\ud800", [], [1], {}, {"a": 1}, True)
+ODD = (None, -3, 2.5, 10**400, "x", "\ud800", [], {"a": 1}, True)
 BOXES = {1: [(1, 10), (2, 40)], 2: [(1, 20)], 3: [(2, 5), (3, 50)]}  # image -> (category, x), 20 x 20 pixels
 
 
@@ -24,7 +27,8 @@ def truth_content(lvis=False):
         images = [{**image, "neg_category_ids": [3], "not_exhaustive_category_ids": []} for image in images]
     annotations = [
         {"image_id": i, "category_id": c, "bbox": [x, 10, 20, 20], "area": 400, "iscrowd": 0, "score": 0.5,
-         "keypoints": [], "num_keypoints": 0, "attributes": {}, "segmentation": [[x, 10, x + 20, 10, x + 20, 30, x, 30]]}
+         "keypoints": [], "num_keypoints": 0, "attributes": {},
+         "segmentation": [[x, 10, x + 20, 10, x + 20, 30, x, 30]]}
         for i, objects in BOXES.items() for c, x in objects
     ]  # fmt: skip
     categories = [
@@ -172,25 +176,101 @@ def test_missing_numbers_have_a_reason(tmp_path):
     assert not detection_ap.score(*write(tmp_path, content), **counts).notes
 
 
-def test_masks_that_are_not_scored_have_a_reason(tmp_path):
+def evaluate_script(monkeypatch, capsys, *arguments):
+    """(stdout, stderr) of scripts/evaluate.py, run in this process: a fork of it must not use the engine's threads."""
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
+    capsys.readouterr()
+    evaluate.main()
+    return capsys.readouterr()
+
+
+def test_masks_that_are_not_scored_have_a_reason(tmp_path, monkeypatch, capsys):
     """Of the ground truth and of the results; an empty segmentation is none."""
     content = truth_content()
     files = write(tmp_path, content)
+    command = (files[1], "--annotations", files[0], "--json")
     entries = json.loads(files[1].read_text())
     for entry in entries:
         entry["segmentation"] = []
     files[1].write_text(json.dumps(entries))
-    plain = fork_script("evaluate", files[1], "--annotations", files[0], "--json")
-    assert plain.returncode == 0 and "mask_AP" not in plain.stdout and "segmentation" not in plain.stderr
+    plain = evaluate_script(monkeypatch, capsys, *command)
+    assert "mask_AP" not in plain.out and "segmentation" not in plain.err
     for entry in entries:
         x = entry["bbox"][0]
         entry["segmentation"] = [[x, 10, x + 20, 10, x + 20, 30, x, 30]]
     files[1].write_text(json.dumps(entries))
-    masks = fork_script("evaluate", files[1], "--annotations", files[0], "--json")
-    numbers = json.loads(masks.stdout)
-    assert numbers["mask_AP"] == numbers["AP"] == json.loads(plain.stdout)["AP"]
+    numbers = json.loads(evaluate_script(monkeypatch, capsys, *command).out)
+    assert numbers["mask_AP"] == numbers["AP"] == json.loads(plain.out)["AP"]
     content["annotations"][1]["segmentation"] = []
     files[0].write_text(json.dumps(content))
-    done = fork_script("evaluate", files[1], "--annotations", files[0], "--json")
-    assert "1 of 5 objects have no segmentation (first: annotation 2): boxes alone are scored" in done.stderr
-    assert done.returncode == 0 and json.loads(done.stdout)["AP"] == numbers["AP"] and "mask_AP" not in done.stdout
+    done = evaluate_script(monkeypatch, capsys, *command)
+    assert "1 of 5 objects have no segmentation (first: annotation 2): boxes alone are scored" in done.err
+    assert json.loads(done.out)["AP"] == numbers["AP"] and "mask_AP" not in done.out
+
+
+def test_training_counts_of_results_files(tmp_path, monkeypatch, capsys):
+    """Bins come from --train first, then from the file's own counts; without any, a line says how to get them."""
+    content = truth_content()
+    files = write(tmp_path, content)
+    command = (files[1], "--annotations", files[0], "--json", "--bins", "2,3")
+    done = evaluate_script(monkeypatch, capsys, *command)
+    assert "AP_tail" in json.loads(done.out) and "its own instance_count makes the bins; --train" in done.err
+    for category in content["categories"]:
+        del category["instance_count"], category["image_count"], category["frequency"]
+    files[0].write_text(json.dumps(content))
+    done = evaluate_script(monkeypatch, capsys, *command)
+    assert "AP_tail" not in json.loads(done.out) and "no instance_count, so there are no bins" in done.err
+    compared = evaluate_script(monkeypatch, capsys, "--compare", files[1], files[1], *command[1:], "--draws", 5)
+    assert "AP_tail" not in json.loads(compared.out)["bbox"] and "no bins and no AP_tail; --train" in compared.err
+
+    train = copy.deepcopy(content)
+    train["categories"].insert(0, {"id": 9, "name": "only in training"})
+    (tmp_path / "train.json").write_text(json.dumps(train))  # 2 objects of categories 1 and 2, one of 3
+    done = evaluate_script(monkeypatch, capsys, *command, "--train", tmp_path / "train.json")
+    numbers = json.loads(done.out)
+    assert numbers["AP_tail"] == numbers["AP1"] > 0 and numbers["AP2"] > 0 and "bins" not in done.err
+    again = evaluate_script(monkeypatch, capsys, *command, "--train", tmp_path / "results_evaluation")  # its CSV
+    assert json.loads(again.out) == numbers
+    compared = evaluate_script(monkeypatch, capsys, "--compare", files[1], files[1], *command[1:], "--draws", 5,
+                               "--train", tmp_path / "train.json")  # fmt: skip
+    assert json.loads(compared.out)["bbox"]["AP_tail"]["first"] == pytest.approx(numbers["AP_tail"])
+    train["categories"][1]["name"] = "other"
+    (tmp_path / "train.json").write_text(json.dumps(train))
+    with pytest.raises(bags.UserError, match="train.json: category 1 .'c1' in .*truth.json. is 'other' there"):
+        evaluate_script(monkeypatch, capsys, *command, "--train", tmp_path / "train.json")
+
+
+NAMES = ("=1+1", "'-x", "\x1b[31mred\x1b[0m\n|tail", "'tis", "\ud800", "@\u202eevil", 'a,"b"')
+
+
+def test_names_are_harmless_and_come_back(tmp_path, monkeypatch, capsys):
+    """On terminals, in spreadsheets and in our own files; numbers stay numbers."""
+    content = truth_content()
+    for category, name in zip(content["categories"], NAMES, strict=False):
+        category["name"] = name
+    for key, name in enumerate(NAMES[3:], start=4):
+        content["categories"].append({"id": key, "name": name, "instance_count": 1, "image_count": 1, "frequency": "r"})
+    files = write(tmp_path, content)
+    evaluate_script(monkeypatch, capsys, files[1], "--annotations", files[0])
+    folder = tmp_path / "results_evaluation"
+    assert [row["name"] for row in read_categories(folder)] == list(NAMES)
+    text = (folder / "categories.csv").read_text(errors="surrogatepass")
+    assert "\n1,'=1+1,9," in text and "\n2,''-x," in text and "\n4,'tis," in text and ",-" not in text
+    (tmp_path / "other.json").write_text("[]")
+    command = ("--compare", files[1], tmp_path / "other.json", "--annotations", files[0], "--draws", 5)
+    done = evaluate_script(monkeypatch, capsys, *command)
+    assert "\x1b" not in done.out and r"\x1b[31mred\x1b[0m\n|tail" in done.out
+    for category in content["categories"]:
+        category["name"] = f"é\u4e2d{category['id']}"
+    files[0].write_text(json.dumps(content))
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    printed = run_script("evaluate", *command)
+    assert printed.returncode == 0, printed.stderr
+    assert r"\xe9\u4e2d1" in printed.stdout
+    assert printable("tab\tand\x9b31m") == r"tab\tand\x9b31m" and printable("naïve 中 😀") == "naïve 中 😀"
+
+
+@pytest.mark.parametrize("name", ["", "'", "''", "=", "'=", "''=", "-1", "'-1", "\t", "\r=", "a=b", "+", "'a", "@"])
+def test_cells_are_escaped_and_back(name):
+    cell = to_cell(name)
+    assert from_cell(cell) == name and cell[:1] not in ("=", "+", "-", "@", "\t", "\r", "\n")
