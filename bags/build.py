@@ -346,6 +346,8 @@ def predict_and_evaluate(
             max_detections=config.test.max_detections,
         )
         results |= {f"{prefix}{name}": value for name, value in scores[iou_type].numbers.items()}
+    for note in scores["bbox"].notes:
+        print(f"note: {note}", file=sys.stderr)
     return results | accuracy.summary(stats.instance_counts, config.test.bins), scores
 
 

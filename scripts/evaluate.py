@@ -220,8 +220,6 @@ def evaluate_checkpoint(path: Path, overrides: list[str], output: Path | None) -
         )
         if not distributed.is_main():
             return None, config.name
-        for note in dict.fromkeys(note for kind in scores.values() for note in kind.notes):
-            print(f"note: {printable(note)}", file=sys.stderr)
         write_metrics(folder, metrics)
         write_scores(folder, config.name, scores, config.test.bins)
         return metrics, config.name

@@ -162,7 +162,7 @@ def test_compare_on_the_command_line(tmp_path):
     assert json.loads(done.stdout)["bbox"]["AP"]["second"] == result.second["AP"]
     for arguments, message in (
         (files, "--compare needs --annotations"),
-        ([*files, *truth, "--engine", "lvis"], "--compare takes --annotations"),
+        ([*files, *truth, "--engine", "lvis"], "--compare takes --annotations, --train"),
         ([], "expected a checkpoint or a results file"),
         ([tmp_path / "a.json", *files, *truth], "a.json: --compare takes two results files and options"),
     ):

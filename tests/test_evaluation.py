@@ -90,6 +90,7 @@ def test_equal_to_pycocotools_on_random_boxes(tmp_path):
          "bbox": np.maximum(np.array(a["bbox"]) + j, 1).tolist(), "score": float(rng.random().__round__(2))}
         for a, j in jitter
     ]  # fmt: skip
+    entries.sort(key=lambda e: (-e["score"], e["image_id"], e["category_id"], e["bbox"]))  # ties: our order
     results = tmp_path / "r.json"
     results.write_text(json.dumps(entries))
     peer = COCOeval(COCO(str(truth)), COCO(str(truth)).loadRes(str(results)), "bbox")
@@ -112,9 +113,15 @@ def test_empty_predictions_score_zero(tmp_path):
     [
         ((9, 1, 0.5, 0), "detection 1: image_id 9 is not in the ground truth"),
         ((1, 9, 0.5, 0), "detection 1: category_id 9 is not in the ground truth"),
-        ((1, 1, math.nan, 0), "detection 1: a score or box coordinate is not a finite number"),
-        ((1, 1, 0.5, math.inf), "detection 1: a score or box coordinate is not a finite number"),
-        ((1, 1, "high", 0), "detection 1: a field is missing or of a wrong type"),
+        ((1, 1, math.nan, 0), "detection 1: score: expected a finite number, got nan"),
+        ((1, 1, 0.5, math.inf), "detection 1: bbox: expected finite numbers"),
+        ((1, 1, "0.9", 0), r"detection 1: score: expected a finite number, got '0.9' \(text\)"),
+        ((1, 1, True, 0), "detection 1: score: expected a finite number, got True"),
+        ((1, 1, 10**400, 0), "results.json: not valid JSON .number is infinity"),
+        ((1, 1, 0.5, 1e12), "detection 1: bbox: expected finite numbers below 1e"),
+        (("1", 1, 0.5, 0), r"detection 1: image_id: expected a whole number, got '1' \(text\)"),
+        ((1.0, 1, 0.5, 0), "detection 1: image_id: expected a whole number, got 1.0"),
+        ((1, True, 0.5, 0), "detection 1: category_id: expected a whole number, got True"),
     ],
 )
 def test_bad_predictions_are_named(tmp_path, entry, words):
@@ -142,8 +149,11 @@ def test_other_bad_files(tmp_path):
         (lambda c: c["annotations"][0].update(bbox="x"), "annotation 1: bbox"),
         (lambda c: c["annotations"][0].update(id=2), "id 2 occurs 2 times"),
         (lambda c: c["annotations"].clear(), "nothing to evaluate against"),
-        (lambda c: c["images"][1].pop("neg_category_ids"), "image 2: no neg_category_ids"),
-        (lambda c: c["categories"][0].update(instance_count="9"), "category 1: instance_count"),
+        (lambda c: c["annotations"][1].update(image_id=9), "annotation 2: image_id 9 is not among `images`"),
+        (lambda c: c["annotations"][1].update(image_id="1"), r"annotation 2: image_id: .* got '1' \(text\)"),
+        (lambda c: c["annotations"][1].update(category_id=-9), "annotation 2: category_id -9 is not among"),
+        (lambda c: c["annotations"][1].update(iscrowd=2), "annotation 2: iscrowd: expected 0 or 1, got 2"),
+        (lambda c: c["annotations"][1]["bbox"].insert(0, 1e10), "annotation 2: bbox"),
         (lambda c: c["images"][0].pop("id"), "whole-number id"),
     ):
         content = json.loads(write_truth(tmp_path, lvis=True).read_text())

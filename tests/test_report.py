@@ -17,6 +17,7 @@ from bags.analysis.examples import crop_window, judged, overlap
 from bags.analysis.run_results import read_run
 from bags.analysis.tables import column_title, read_categories, tail_below
 from bags.evaluation.comparison import compare
+from scripts import evaluate
 
 HOSTILE = '<script>alert("1")</script> & \'$x_1$'
 
@@ -136,6 +137,21 @@ def test_report_of_two_runs(job, glyphs, folder, tmp_path):
     assert len(side) % 3 == 0 and [alt.partition(":")[0] for alt in side[1:3]] == ["softmax", "bags"]
     differing = {row[0]: row[1:] for row in page.tables["Settings that differ"]}
     assert differing["classifier.name"] == ["group_softmax", "softmax"]
+
+
+def test_scores_with_the_runs_training_counts(job, glyphs, tmp_path, monkeypatch, capsys):
+    """The numbers of the run come back from its results file, wherever --train takes the counts from."""
+    run = job[1] / "tiny/bags"
+    expected = metrics(job[1], "bags")
+    for source in (run, run / "categories.csv", run / "last.pth", glyphs / "train.json"):
+        arguments = (run / "predictions.json", "--annotations", glyphs / "val.json", "--train", source)
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments), "--json", "--output", f"{tmp_path}"])
+        capsys.readouterr()
+        evaluate.main()
+        numbers = json.loads(capsys.readouterr().out)
+        assert (
+            "AP_tail" in numbers and {k: v for k, v in numbers.items() if k != "AP_fixed"}.items() <= expected.items()
+        )
 
 
 def test_hostile_names_stay_text(folder, glyphs, tmp_path):

@@ -14,17 +14,12 @@ import hotcoco
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from bags.data.json_files import EMPTY, is_box, is_number, shown, stream
+from bags.data.json_files import LISTS, is_box, is_number, read_annotations, shown
 from bags.data.packing import LIMIT, POLYGON_LIMIT, category_name, unique_ids
 from bags.data.statistics import CategoryStats
 from bags.errors import UserError
 
 NEGATIVE, PARTIAL = "neg_category_ids", "not_exhaustive_category_ids"  # of LVIS's images
-NEEDED = {
-    "images": ("id", "width", "height", NEGATIVE, PARTIAL),
-    "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"),
-    "categories": ("id", "name", "instance_count", "image_count", "frequency"),
-}
 LARGEST_AREA = 1e10  # the protocol ignores objects beyond it
 EMPTY_AREA = 1e-9  # of an empty box: the official lvis drops objects of area 0, the other tools count them as missed
 
@@ -109,15 +104,10 @@ def read_truth(path: str | Path) -> Truth:
     file and the annotation, image or category at fault.
     """
     path = Path(path)
-    content: dict[str, list[dict]] = {key: [] for key in NEEDED}
-    for key, entry in stream(path):
-        content[key].append({name: entry[name] for name in NEEDED[key] if name in entry})
-    for key in ("images", "categories"):
-        if not content[key]:
-            raise UserError(f"{path}: {EMPTY.format(key)}")
+    content = read_annotations(path)
     if not content["annotations"]:
         raise UserError(f"{path}: `annotations` is empty: nothing to evaluate against")
-    ids = {key: unique_ids(path, key, content[key]) for key in NEEDED}
+    ids = {key: unique_ids(path, key, content[key]) for key in LISTS}
     images, categories = (ranks_of(ids[key]) for key in ("images", "categories"))
     notes, count_notes = Notes(path), Notes(path)
     by_id = sorted(content["categories"], key=lambda category: category["id"])
@@ -126,8 +116,9 @@ def read_truth(path: str | Path) -> Truth:
     annotations = []
     for rank, (key, annotation) in enumerate(zip(ids["annotations"].tolist(), content["annotations"], strict=True), 1):
         entry = _annotation(f"{path}: annotation {key}", annotation, images, categories)
+        entry["id"] = rank
         entry["area"] = _area(f"annotation {key}", entry, annotation.get("area"), sizes[entry["image_id"]], notes)
-        annotations.append(entry | {"id": rank})
+        annotations.append(entry)
     crowd = sum(entry["iscrowd"] for entry in annotations)
     if crowd == len(annotations):
         notes.sentences.append(f"all {crowd} objects are crowd regions (iscrowd 1), which are not scored: no AP exists")
@@ -212,17 +203,22 @@ def _annotation(where: str, annotation: dict, images: dict[int, int], categories
     box, crowd = annotation.get("bbox"), annotation.get("iscrowd", 0)
     if not is_box(box):
         raise UserError(f"{where}: bbox: expected [x, y, width, height], got {box!r:.80}")
-    if not all(abs(value) < LIMIT for value in box):
+    x, y, width, height = box
+    if not (abs(x) < LIMIT and abs(y) < LIMIT and abs(width) < LIMIT and abs(height) < LIMIT):
         raise UserError(f"{where}: bbox: expected numbers below {LIMIT:g} pixels, got {box!r:.80}")
     if crowd not in (0, 1):
         raise UserError(f"{where}: iscrowd: expected 0 or 1, got {shown(crowd)}")
-    entry |= {"bbox": [float(value) for value in box], "iscrowd": int(crowd)}
+    entry["bbox"], entry["iscrowd"] = [float(x), float(y), float(width), float(height)], int(crowd)
     mask = usable_mask(annotation.get("segmentation"))
-    return entry if mask is None else entry | {"segmentation": mask}
+    if mask is not None:
+        entry["segmentation"] = mask
+    return entry
 
 
 def usable_mask(value: object) -> Any:
     """A segmentation without polygons of fewer than three points, as in training; None where nothing is left."""
+    if value is None:
+        return None
     if not isinstance(value, list):
         return value or None
     short = [isinstance(ring, list) and len(ring) < 6 for ring in value]
@@ -233,8 +229,8 @@ def usable_mask(value: object) -> Any:
 
 def _area(where: str, entry: dict, area: object, size: tuple[int, int], notes: Notes) -> float:
     """The area of an object: the file's where it is possible, else that of its mask, else that of its box."""
-    width, height = (max(side, 0.0) for side in entry["bbox"][2:])
-    empty = width * height <= 0
+    _, _, width, height = entry["bbox"]
+    empty = not (width > 0 and height > 0)
     if empty:
         notes.add("empty boxes, which count as objects that no detection finds", where)
     if is_number(area) and (EMPTY_AREA if empty else 0) < area <= LARGEST_AREA:
@@ -242,7 +238,7 @@ def _area(where: str, entry: dict, area: object, size: tuple[int, int], notes: N
     if area is not None and not (empty and is_number(area) and area == 0):
         notes.add("impossible areas, replaced by the area of the mask or box", f"{where}: {shown(area)}")
     drawn = mask_area(entry.get("segmentation"), size)
-    return min(max(drawn or width * height, EMPTY_AREA), LARGEST_AREA)
+    return min(drawn or (EMPTY_AREA if empty else width * height), LARGEST_AREA)
 
 
 def _counts(category: dict, notes: Notes) -> dict:
