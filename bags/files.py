@@ -1,10 +1,11 @@
-"""Files that are there as a whole, or as they were before.
+"""Atomic file replacement.
 
 Checkpoints, stores of features and annotation indices have ways of their own, for what they keep beside it.
 """
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -12,12 +13,12 @@ from typing import IO
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "w", **settings) -> Iterator[IO]:
-    """A file beside `path` that takes its place at the end; after an error it is gone. Settings: those of `open`
-    (text is UTF-8).
+    """A temporary file beside `path` that takes its place at the end, and is removed after an error.
 
-    Not for two processes that write one path at once.
+    settings: those of `open` (text is UTF-8). The temporary name is unique, so several processes may write one path
+    at once: each reader then sees the whole file of one of them.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name[:40]}.{secrets.token_hex(4)}.tmp")  # a name may have 255 bytes
     if "b" not in mode:
         settings = {"encoding": "utf-8", **settings}
     try:

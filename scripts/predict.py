@@ -41,8 +41,10 @@ def main() -> None:
     files = _image_files(arguments.images)
     from bags import distributed
 
-    sizes = arguments.min_size, arguments.max_size
-    with distributed.distributed(arguments.device) as device:
+    sizes, output = (arguments.min_size, arguments.max_size), arguments.output
+    with distributed.distributed(arguments.device) as device, distributed.locked(output, "choose another --output"):
+        if distributed.world_size() > 1:
+            raise UserError("predict.py works in one process: start it without torchrun")
         detect(arguments.checkpoint, files, arguments.output, arguments.score, *sizes, device)
 
 

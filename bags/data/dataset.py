@@ -1,7 +1,10 @@
 """Index and image folder -> (image, target)."""
 
+import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from bags.data.index import AnnotationIndex
 from bags.data.transforms import training_transform
 from bags.errors import UnreadableImage, UserError
 
+OF_MAIN_PROCESS = (signal.SIGTERM, signal.SIGINT)  # what loader processes leave to it
 COCO_2014 = re.compile(r"COCO_\w+2014_(\d{12}\.jpg)")  # how LVIS v0.5 names files of COCO 2017
 
 
@@ -222,6 +226,25 @@ def collate(items: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]
     return list(images), list(targets)
 
 
+def obey_parent_only(_worker: int) -> None:
+    """Leave SIGTERM and SIGINT to the main process, in a loader process.
+
+    A signal to the whole process group then lets the main process finish its step and save. Only the SIGTERM of the
+    main process itself, with which torch ends a loader process that does not answer, has its effect.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, OF_MAIN_PROCESS)
+    parent = os.getppid()
+
+    def wait_for_parent() -> None:
+        """End this process when its parent says so."""
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
 class Loader(DataLoader):
     """torch's loader; what happens in its processes comes out as one clear error.
 
@@ -231,11 +254,19 @@ class Loader(DataLoader):
 
     def __init__(self, *arguments, **settings):
         self.bad: set[str] = set()  # what was wrong with the images that others stood in for
-        super().__init__(*arguments, **settings)
+        super().__init__(*arguments, **{"worker_init_fn": obey_parent_only, **settings})
+
+    def _start(self) -> Iterator:
+        """torch's iterator. Its processes begin with the signals blocked that `obey_parent_only` is about."""
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, OF_MAIN_PROCESS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
     def __iter__(self) -> Iterator:  # type: ignore[override]  # a generator around torch's own iterator
         try:
-            for batch in super().__iter__():
+            for batch in self._start():
                 self._count(batch[1])
                 yield batch
         except UserError as error:
