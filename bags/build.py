@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -323,9 +324,12 @@ def predict_and_evaluate(
 
     detector.roi_heads.report_proposals = detector.transform.encode_masks = True
     model, batches = (FromFeatures(detector), stored) if stored else (detector, build_val_loader(config, dataset))
-    settings = (stored is None, config.data, config.detector, config.test, dataset.index.image_ids.tolist())
+    index, image_ids = dataset.index, dataset.index.image_ids.tolist()
+    objects = [hashlib.sha256(array.tobytes()).hexdigest() for array in (index.starts, index.boxes, index.labels)]
+    settings = (stored is None, config.data, config.detector, config.test, image_ids, objects)
     key = f"{weights_digest({'model': detector.state_dict()})} {hashlib.sha256(repr(settings).encode()).hexdigest()}"
-    for judged in predict(model, batches, device, stats.category_ids, predictions, config.name, key, observe):
+    categories = stats.category_ids
+    for judged in predict(model, batches, device, categories, image_ids, predictions, config.name, key, observe):
         accuracy.add(judged)
     detector.roi_heads.report_proposals = detector.transform.encode_masks = False
     accuracy.counts = distributed.total(accuracy.counts.to(device)).cpu()

@@ -7,14 +7,19 @@ gloo on CPU); started plainly it is one process and every helper below is a no-o
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
-from typing import Any
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from bags import locks
 from bags.errors import LostRank, UserError
 
+Result = TypeVar("Result")
 ALONE = datetime.timedelta(hours=1)  # that ranks wait while the main one makes a dataset, fetches weights or scores
 
 
@@ -77,6 +82,47 @@ def main_first() -> Iterator[None]:
     yield
     if is_main():
         barrier()
+
+
+def on_main(action: Callable[[], Result]) -> Result:
+    """Run `action` in the main process only; return its result, which can be pickled, on all ranks.
+
+    Everything that depends on files is decided this way: ranks that looked for themselves could see different states.
+    A UserError or an OSError of the action is raised on all ranks.
+    """
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = action()
+        except (UserError, OSError) as error:
+            outcome[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, 0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+@contextlib.contextmanager
+def locked(folder: Path, mend: str, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder for all ranks inside the block; the main process has it.
+
+    mend: completes "wait for it, or ..." in the UserError that all ranks raise where another command has the lock.
+    wait: wait for the other command instead. Ranks ask together, so that none waits in one exchange for long.
+    """
+    told = False
+    while holder := on_main(lambda: locks.take(folder)):
+        if not wait:
+            raise locks.refusal(folder, holder, mend)
+        if is_main() and not told:
+            print(f"note: {folder}: {holder} works in it: waiting for it", file=sys.stderr)
+        told = True
+        time.sleep(locks.INTERVAL)
+    try:
+        yield
+    finally:
+        if is_main():
+            locks.release(folder)
 
 
 def share_buffers(model: torch.nn.Module) -> None:

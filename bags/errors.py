@@ -1,14 +1,17 @@
 """What a user can mend, and how a script ends."""
 
+import contextlib
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from bags.terminal import printable, tolerate_any_text
 
 STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that was asked to stop or lost a rank: the same command goes on
+REPEATED = 1.0  # seconds in which a signal counts as the first one again: launchers and process groups both send it
 PATIENCE = 2.0  # seconds that a rank's message waits for that of its node's first one
 
 
@@ -35,10 +38,16 @@ def run_script(main: Callable[[], None]) -> None:
     """Runs a script's `main`; a UserError or OSError becomes one line on stderr and exit code 2.
 
     Codes: 0 done, 2 a user's mistake, 75 stopped by a signal in training or by the loss of a rank, 130 stopped by
-    Ctrl-C elsewhere. Under torchrun an error that all ranks have is printed once for each node, and torchrun adds
-    its own report and exit code.
+    Ctrl-C elsewhere, 143 or 130 ended at once by a second SIGTERM or Ctrl-C. Under torchrun an error that all ranks
+    have is printed once for each node, and torchrun adds its own report and exit code.
     """
     tolerate_any_text()
+    with _second_signal_ends():
+        _run(main)
+
+
+def _run(main: Callable[[], None]) -> None:
+    """Run `main`; turn errors into a line and an exit code."""
     try:
         main()
     except KeyboardInterrupt:
@@ -66,8 +75,51 @@ def run_script(main: Callable[[], None]) -> None:
         raise
     except OSError as error:  # a folder where a file should be, no permission, a full disk
         _end(f"error: {_exhausted(error) or error}", 2)
+
+
+@contextlib.contextmanager
+def _second_signal_ends() -> Iterator[None]:
+    """End this process when SIGTERM or SIGINT comes again, more than REPEATED seconds after the first time.
+
+    Handlers in Python run only between two instructions of the main thread, which may wait in native code for ever.
+    Python also writes each signal that has such a handler to a pipe, which a thread reads. After the block, while the
+    interpreter ends, only a SIGTERM that comes later than REPEATED seconds has an effect.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main one may ask for signals
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    former = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_forget_pipe)
+    threading.Thread(target=_watch, args=(reader,), name="second signal", daemon=True).start()
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python's own end is no place for a handler of ours
+        signal.set_wakeup_fd(former)
+        os.close(writer)
+        last = time.monotonic() + REPEATED
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM) if time.monotonic() > last else None)
+
+
+def _forget_pipe() -> None:
+    """Signals of a forked process are not those of its parent."""
+    with contextlib.suppress(ValueError):  # not in its main thread
+        signal.set_wakeup_fd(-1)
+
+
+def _watch(reader: int) -> None:
+    """Read signals from a pipe."""
+    first = None
+    while signals := os.read(reader, 1):
+        number, now = signals[0], time.monotonic()
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            continue
+        first = first or now
+        if now - first > REPEATED:
+            os.write(2, f"ended by a second {signal.Signals(number).name}\n".encode())
+            os._exit(128 + number)
+    os.close(reader)
 
 
 EXHAUSTED = {  # what is full -> (words of an error that says so, what to do)

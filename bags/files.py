@@ -9,6 +9,7 @@ import fcntl
 import io
 import json
 import os
+import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -48,12 +49,12 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "w", **settings) -> Iterator[IO]:
-    """A file beside `path` that takes its place at the end; after an error it is gone. Settings: those of `open`
-    (text is UTF-8).
+    """A temporary file beside `path` that takes its place at the end, and is removed after an error.
 
-    Not for two processes that write one path at once.
+    settings: those of `open` (text is UTF-8). The temporary name is unique, so several processes may write one path
+    at once: each reader then sees the whole file of one of them.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name[:40]}.{secrets.token_hex(4)}.tmp")  # a name may have 255 bytes
     if "b" not in mode:
         settings = {"encoding": "utf-8", **settings}
     try:

@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bags import locks
 from bags.errors import UserError, run_script
 from bags.terminal import printable
 
@@ -140,9 +141,9 @@ def evaluate_results(arguments: argparse.Namespace) -> dict[str, float]:
         metrics |= {f"mask_{name}": value for name, value in scores["segm"].numbers.items()}
     say(scores["bbox"].notes, truth, counts)
     folder = arguments.output or source.with_name(f"{source.stem}_evaluation")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_metrics(folder, metrics)
-    files = [folder / "metrics.json", *write_scores(folder, source.stem, scores, bins)]
+    with locks.alone(folder, "choose another --output"):
+        write_metrics(folder, metrics)
+        files = [folder / "metrics.json", *write_scores(folder, source.stem, scores, bins)]
     print(f"written: {' '.join(map(str, files))}", file=sys.stderr)
     return metrics
 
@@ -169,8 +170,8 @@ def compare_results(arguments: argparse.Namespace) -> None:
     }
     say([note for file in files for note in notes_of(truth, file, own_counts=not counts)], truth, counts)
     if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        write_comparison(arguments.output, found)
+        with locks.alone(arguments.output, "choose another --output"):
+            write_comparison(arguments.output, found)
     if arguments.json:
         print(json.dumps({kind: as_table(result) for kind, result in found.items()}))
         return
@@ -214,14 +215,14 @@ def evaluate_checkpoint(path: Path, overrides: list[str], output: Path | None) -
         build.check_categories(stats, dataset.index, path)
         detector.to(device, memory_format=torch.channels_last)
         folder = output or path.parent / "evaluation"
-        folder.mkdir(parents=True, exist_ok=True)
-        metrics, scores = build.predict_and_evaluate(
-            detector, config, stats, dataset, folder / "predictions.json", device
-        )
-        if not distributed.is_main():
-            return None, config.name
-        write_metrics(folder, metrics)
-        write_scores(folder, config.name, scores, config.test.bins)
+        with distributed.locked(folder, "choose another --output"):
+            metrics, scores = build.predict_and_evaluate(
+                detector, config, stats, dataset, folder / "predictions.json", device
+            )
+            if not distributed.is_main():
+                return None, config.name
+            write_metrics(folder, metrics)
+            write_scores(folder, config.name, scores, config.test.bins)
         return metrics, config.name
 
 

@@ -50,10 +50,13 @@ def main() -> None:
     from bags import distributed
     from bags.build import load_detector
 
-    with distributed.distributed(arguments.device) as device:
+    output = arguments.output
+    with distributed.distributed(arguments.device) as device, distributed.locked(output, "choose another --output"):
+        if distributed.world_size() > 1:
+            raise UserError("predict.py works in one process: start it without torchrun")
         detector, meta = load_detector(arguments.checkpoint, arguments.min_size, arguments.max_size)
         max_pixels = arguments.max_pixels or meta["config"].data.max_pixels
-        detect(detector.to(device), meta, files, arguments.output, arguments.score, max_pixels, device)
+        detect(detector.to(device), meta, files, output, arguments.score, max_pixels, device)
 
 
 def _image_files(paths: list[Path]) -> list[Path]:

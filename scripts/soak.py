@@ -3,9 +3,12 @@
     python scripts/soak.py                 # one process, 50 kills (SIGKILL): about 8 minutes
     python scripts/soak.py --ranks 2       # two ranks; all of them are killed, or only one
     python scripts/soak.py --nodes 2 --kills 3    # two torchrun agents on this machine; one is killed and joins again
+    python scripts/soak.py --together 20          # two equal commands at once: train, evaluate, predict, stores
+    python scripts/soak.py --validate 20 --ranks 2    # whole jobs on several ranks that validate, store and compare
 
-Everything is made in a temporary folder. Exit code 1 if a weight or a detection differs in a single bit, or if
-a rank outlives the death of another by more than a minute.
+Everything is made in a temporary folder. Exit code 1 if a weight or a detection differs in a single bit, if
+a rank outlives the death of another by more than a minute, or if one of two commands ends in another way than with
+the right results or exit code 2.
 """
 
 import argparse
@@ -47,23 +50,146 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=1, help="processes of a node")
     parser.add_argument("--nodes", type=int, default=1, choices=(1, 2))
+    parser.add_argument("--together", type=int, metavar="N", help="start two commands at once, N times of each kind")
+    parser.add_argument("--validate", type=int, metavar="N", help="run a whole job N times, on --ranks")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     if arguments.kills < 1 or arguments.ranks not in (1, 2, 4):
         raise UserError(f"--kills {arguments.kills} --ranks {arguments.ranks}: expected 1 kill or more, and 1, 2 or 4")
     with tempfile.TemporaryDirectory() as folder:
-        soak = Soak(Path(folder), arguments)
-        sys.exit(0 if (soak.nodes() if arguments.nodes == 2 else soak.kills()) else 1)
+        if arguments.together or arguments.validate:
+            pairs = Together(Path(folder), arguments.ranks, arguments.seed)
+            good = pairs.commands(arguments.together) if arguments.together else pairs.jobs(arguments.validate)
+        else:
+            soak = Soak(Path(folder), arguments)
+            good = soak.nodes() if arguments.nodes == 2 else soak.kills()
+        sys.exit(0 if good else 1)
+
+
+def make_data(folder: Path) -> Path:
+    """A dataset of 8 categories in 64 x 64 pixels."""
+    from bags.data.glyphs import Preset, make_glyphs
+
+    return make_glyphs(folder / "data", Preset(8, 64, 30, 2, 2, (2, 4), (16, 30), 2, 0.7, 3, 3), workers=1)
+
+
+def launcher(ranks: int) -> list[str]:
+    """The beginning of a command that runs on some ranks of this machine."""
+    alone = [sys.executable]
+    return alone + ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] * (ranks > 1)
+
+
+def script(name: str) -> str:
+    """The path of one of the scripts."""
+    return str(Path(__file__).with_name(f"{name}.py"))
+
+
+def at_once(commands: list[list[str]], delay: float) -> list[tuple[int, str]]:
+    """(exit code, what was printed) of commands that run at the same time. delay: seconds between two starts."""
+    processes = []
+    for command in commands:
+        if processes:
+            time.sleep(delay)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        processes.append(subprocess.Popen(command, **pipes, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+    texts = [process.communicate()[0] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
+
+
+class Together:
+    """A small detector, and commands that work on it at the same time.
+
+    Each kind of command is run undisturbed first: afterwards its result files must be the same, byte for byte.
+    """
+
+    def __init__(self, folder: Path, ranks: int, seed: int):
+        self.folder, self.ranks, self.dice = folder, ranks, random.Random(seed)
+        root, configs = make_data(folder), folder / "configs"
+        configs.mkdir()
+        text = (
+            CONFIG.replace("ROOT", str(root)).replace("EPOCHS", "3").replace("checkpoint_every: 3", "evaluate_every: 1")
+        )
+        (configs / "base.yaml").write_text(text)
+        row = "base: base.yaml\ndetector: {init_from: SOURCE}\ntrain: {part: cls}\n"
+        for name in ("first", "second"):  # both of one store
+            own = (
+                row.replace("SOURCE", "row:base") + f"classifier: {{boundaries: [{5 if name == 'first' else 6}, 15]}}\n"
+            )
+            (configs / f"{name}.yaml").write_text(own)
+        [(code, said)] = at_once([self.train(folder / "base", "base")], 0)
+        if code:
+            raise UserError(f"the undisturbed run failed:\n{said[-3000:]}")
+        self.checkpoint = str(folder / "base/tiny/base/last.pth")
+
+    def train(self, output: Path, *rows: str, keys: tuple[str, ...] = ()) -> list[str]:
+        """The command that trains some rows."""
+        files = [str(self.folder / f"configs/{row}.yaml") for row in rows]
+        return [*launcher(self.ranks), script("train"), *files, f"output={output}", *keys]
+
+    def kinds(self, output: Path) -> dict[str, list[list[str]]]:
+        """The commands of each kind, which write into `output`."""
+        images, source = str(self.folder / "data/val"), f"detector.init_from={self.checkpoint}"
+        store = (source, f"store.folder={output / 'store'}")
+        return {
+            "train": [self.train(output, "base")] * 2,
+            "evaluate": [[*launcher(self.ranks), script("evaluate"), self.checkpoint, "--output", str(output)]] * 2,
+            "predict": [[*launcher(1), script("predict"), self.checkpoint, images, "--output", str(output)]] * 2,
+            "store": [self.train(output, name, keys=store) for name in ("first", "second")],
+        }
+
+    def commands(self, times: int) -> bool:
+        """Starts two commands of each kind at once."""
+        good = True
+        for kind in self.kinds(self.folder):
+            calm = self.folder / f"calm_{kind}"
+            for command in self.kinds(calm)[kind]:
+                at_once([command], 0)
+            expected, refused = results(calm), 0
+            for number in range(times):
+                output = self.folder / f"{kind}_{number}"
+                ends = at_once(self.kinds(output)[kind], self.dice.uniform(0, 2))
+                refused += sum(code == 2 and "works in it" in said for code, said in ends)
+                right = results(output) == expected and any(code == 0 for code, _ in ends)
+                right &= all(code == 0 or (code == 2 and "works in it" in said) for code, said in ends)
+                if not right or not expected:
+                    codes, texts = [code for code, _ in ends], "\n".join(said[-1500:] for _, said in ends)
+                    print(f"FAILED: two of {kind} ended with codes {codes}:\n{texts}", flush=True)
+                good &= bool(right and expected)
+            print(f"{kind}: {times} times two at once, {refused} refused, all others right: {good}", flush=True)
+        return good
+
+    def jobs(self, times: int) -> bool:
+        """Runs a job of three rows, then an evaluation, on all ranks; the first one is what the others must equal."""
+        expected, good = {}, True
+        for number in range(times):
+            output = self.folder / f"job_{number}"
+            ends = at_once([self.train(output, "base", "first", "second")], 0)
+            checkpoint = str(output / "tiny/first/last.pth")
+            ends += at_once([[*launcher(self.ranks), script("evaluate"), checkpoint]], 0)
+            found = results(output)
+            expected = expected or found
+            right = found == expected and bool(found) and not any(code for code, _ in ends)
+            right &= not list(output.rglob("*.rank*")) and not list(output.rglob("*.tmp"))
+            if not right:
+                print(f"FAILED: job {number}:\n" + "\n".join(said[-3000:] for _, said in ends), flush=True)
+            good &= right
+            shutil.rmtree(output)
+        print(f"{times} jobs on {self.ranks} ranks, all equal: {good}")
+        return good
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """The files of numbers and detections below a folder."""
+    names = ("metrics.json", "predictions.json", "validation.json", "categories.csv")
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.name in names}
 
 
 class Soak:
     """One undisturbed run, and one that is killed."""
 
     def __init__(self, folder: Path, arguments: argparse.Namespace):
-        from bags.data.glyphs import Preset, make_glyphs
-
         self.folder, self.arguments, self.dice = folder, arguments, random.Random(arguments.seed)
-        root = make_glyphs(folder / "data", Preset(8, 64, 30, 2, 2, (2, 4), (16, 30), 2, 0.7, 3, 3), workers=1)
+        root = make_data(folder)
         text = CONFIG.replace("ROOT", str(root)).replace("EPOCHS", str(EPOCHS))
         (folder / "soak.yaml").write_text(text)
         with socket.socket() as free:

@@ -14,6 +14,8 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
+import itertools
 import json
 import os
 import re
@@ -59,33 +61,18 @@ def make_deterministic() -> None:
 
 def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], None]) -> None:
     """Runs what is not complete, then `show`s the run folders of each row (one per job) in the main process."""
-    from bags import build, cached, distributed
+    from bags import build, distributed
     from bags.data import glyphs
 
-    folders: dict[Path, Config] = {}
-    stores: dict[Path, Config] = {}
-    for config in (config for configs in jobs for config in configs):
-        if config.run_folder in folders:
-            raise UserError(f"{config.run_folder}: two rows of this job would share it: give each a name of its own")
-        folders[config.run_folder] = config
-        _is_complete(config.run_folder, config)  # refuses other settings before anything is trained
-        source = config.init_file.parent if config.init_row and config.init_file else None
-        if source and source not in folders and not _is_finished(source):
-            raise UserError(f"{source}: no finished run; run the row {config.init_row} first")
-        if config.is_cached:
-            other = stores.setdefault(cached.store_folder(config), config)
-            if cached.store_settings(other) != cached.store_settings(config):
-                raise UserError(
-                    f"{config.run_folder}: needs another store of features than {other.name}, in the same folder "
-                    f"{cached.store_folder(config)}: give one of them a store.folder, or train.features=live"
-                )
-    with distributed.distributed(jobs[0][0].device) as device:
-        waiting = [config for configs in jobs for config in configs]
+    waiting = [config for configs in jobs for config in configs]
+    with distributed.distributed(jobs[0][0].device) as device, contextlib.ExitStack() as locks:
+        unfinished = distributed.on_main(lambda: _check(waiting))
         embedded = {(config.data.root, config.data.glyphs) for config in waiting if config.data.glyphs}
-        for root, preset in sorted(embedded) if distributed.is_main() else ():
-            glyphs.make_glyphs(root, glyphs.PRESETS[preset])
-        distributed.barrier()
-        build.check_data([config for config in waiting if not _is_complete(config.run_folder, config)])
+        for root, preset in sorted(embedded):
+            distributed.on_main(functools.partial(glyphs.make_glyphs, root, glyphs.PRESETS[preset]))
+        distributed.on_main(lambda: build.check_data([c for c in waiting if c.run_folder in unfinished]))
+        for folder in unfinished:  # all of them now, so that no other command can stop this one half-way
+            locks.enter_context(distributed.locked(folder, "set output="))
         while waiting:
             config = waiting[0]
             together = [other for other in waiting if other is config or _share_a_pass(config, other)]
@@ -96,6 +83,36 @@ def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], N
             for config in (config for configs in jobs for config in configs):
                 rows.setdefault(config.name, []).append(config.run_folder)
             show(rows)
+
+
+def _check(configs: list[Config]) -> list[Path]:
+    """Run folders of rows that are not complete, sorted.
+
+    Raises UserError, before anything is trained, for rows that share a folder or a store, for other settings than
+    those that a folder was trained with, and for a missing row to start from.
+    """
+    from bags import cached
+
+    folders: dict[Path, Config] = {}
+    stores: dict[Path, Config] = {}
+    unfinished = []
+    for config in configs:
+        if config.run_folder in folders:
+            raise UserError(f"{config.run_folder}: two rows of this job would share it: give each a name of its own")
+        folders[config.run_folder] = config
+        if not _is_complete(config.run_folder, config):
+            unfinished.append(config.run_folder)
+        source = config.init_file.parent if config.init_row and config.init_file else None
+        if source and source not in folders and not _is_finished(source):
+            raise UserError(f"{source}: no finished run; run the row {config.init_row} first")
+        if config.is_cached:
+            other = stores.setdefault(cached.store_folder(config), config)
+            if cached.store_settings(other) != cached.store_settings(config):
+                raise UserError(
+                    f"{config.run_folder}: needs another store of features than {other.name}, in the same folder "
+                    f"{cached.store_folder(config)}: give one of them a store.folder, or train.features=live"
+                )
+    return sorted(unfinished)
 
 
 def _share_a_pass(first: Config, other: Config) -> bool:
@@ -168,10 +185,10 @@ def run(configs: list[Config], device) -> None:
     from bags.data.statistics import CategoryStats, disagreement
     from bags.engine.train import is_trained, train
 
-    done = [config for config in configs if _is_complete(config.run_folder, config)]
-    for config in done if distributed.is_main() else ():
+    complete = distributed.on_main(lambda: [_is_complete(config.run_folder, config) for config in configs])
+    for config in itertools.compress(configs, complete) if distributed.is_main() else ():
         print(f"{config.run_folder}: complete, not run again", flush=True)
-    configs = [config for config in configs if config not in done]
+    configs = [config for config, done in zip(configs, complete, strict=True) if not done]
     if not configs:
         return
     first = configs[0]
@@ -193,19 +210,21 @@ def run(configs: list[Config], device) -> None:
             cached.share_frozen(runs[-1].model, runs[0].model)
     distributed.barrier()
 
-    if first.is_cached and not is_trained(runs, loader):  # a store that was removed is not made to evaluate alone
+    trained = distributed.on_main(lambda: first.is_cached and is_trained(runs, loader))
+    if first.is_cached and not trained:  # a store that was removed is not made to evaluate alone
         loader = cached.training_loader(first, runs, loader, device)
     elif first.train.part == "cls" and first.train.features is None and distributed.is_main():
         print(f"note: {first.name}: data.short_sides draws sizes anew, so nothing is stored: train.features=live")
 
     def validate(one, epoch: int) -> None:
-        """Scores a run between epochs, if that is asked for."""
-        config = config_of[id(one)]
-        if config.train.evaluate_every and epoch % config.train.evaluate_every == 0:
-            file = config.run_folder / "validation.predictions.json"
-            metrics, _ = build.predict_and_evaluate(one.model, config, stats, validation, file, device)
-            file.unlink(missing_ok=True)
+        """Score a run between epochs, unless that was done before the run was resumed."""
+        if distributed.on_main(lambda: one.done and _is_kept(one.folder, epoch)):
+            return
+        config, file = config_of[id(one)], one.folder / "validation.predictions.json"
+        metrics, _ = build.predict_and_evaluate(one.model, config, stats, validation, file, device)
+        if distributed.is_main():  # which alone has metrics, and has read the file
             _keep(one, epoch, metrics)
+            file.unlink(missing_ok=True)
 
     config_of = {id(one): config for config, one in zip(configs, runs, strict=True)}
     train(runs, loader, device, validate)
@@ -225,13 +244,20 @@ def run(configs: list[Config], device) -> None:
 
 
 def _keep(one, epoch: int, metrics: dict[str, float]) -> None:
-    """Notes a validation, in the main process, which alone has metrics; keeps the weights of the best one."""
+    """Note a validation, in the main process, and keep the weights of the best one."""
     from bags.analysis.tables import without_nan
     from bags.engine.checkpoint import keep_best
 
-    if metrics:
-        content = {**one.about, "model": one.model.state_dict()}
-        keep_best(one.folder, content, {"epoch": epoch, **without_nan(metrics)})
+    content = {**one.about, "model": one.model.state_dict()}
+    keep_best(one.folder, content, {"epoch": epoch, **without_nan(metrics)})
+
+
+def _is_kept(folder: Path, epoch: int) -> bool:
+    """Whether the validation after an epoch was noted."""
+    try:
+        return any(entry["epoch"] == epoch for entry in json.loads((folder / "validation.json").read_text()))
+    except (OSError, ValueError, TypeError, KeyError):
+        return False  # none so far, or damaged: begun again
 
 
 def _begin(config: Config, index, stats, device):
@@ -247,14 +273,20 @@ def _begin(config: Config, index, stats, device):
     with distributed.main_first():  # it may fetch weights
         build.initialise(detector, config, index, stats)
     detector.to(device, memory_format=torch.channels_last)
-    if distributed.is_main():
-        config.run_folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, config.run_folder / "config.yaml")
-        _write_environment(config.run_folder)
+    distributed.on_main(lambda: _describe(config))
     init = weights_digest(load_checkpoint(config.init_file)) if config.init_file else None
     about = {"config": config_to_dict(config), "stats": stats.to_dict(), "init": init}
     train = dataclasses.replace(config.train, accumulate=1) if config.is_cached else config.train  # no detector runs
     return Run(detector, train, config.run_folder, config.seed, config.name, about)
+
+
+def _describe(config: Config) -> None:
+    """Write what a run is into its folder."""
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    if not any((config.run_folder / name).exists() for name in ("last.pth", "previous.pth")):
+        (config.run_folder / "validation.json").unlink(missing_ok=True)  # of a run whose checkpoints were removed
+    save_config(config, config.run_folder / "config.yaml")
+    _write_environment(config.run_folder)
 
 
 def _is_complete(folder: Path, config: Config) -> bool:

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -21,14 +22,19 @@ import yaml
 from conftest import ROOT, write_configs
 from PIL import Image
 from pycocotools import mask as coco_mask
-from steps import train_some
-from torch.utils.data import DataLoader
+from steps import pieces, train_some
+from torch.utils.data import DataLoader, Dataset
 
 import bags
-from bags.data.dataset import DetectionDataset, Loader
+from bags import build
+from bags.data.dataset import DetectionDataset, Loader, collate, obey_parent_only
 from bags.data.images import read_image
+from bags.data.statistics import CategoryStats
 from bags.distributed import distributed
 from bags.engine.checkpoint import load_checkpoint, load_latest, save_checkpoint, write_file
+from bags.engine.faults import StopSignals
+from bags.engine.metrics import JsonLog
+from bags.engine.train import Run, train
 from bags.errors import UserError
 from bags.errors import run_script as run_script_here
 
@@ -252,6 +258,192 @@ def test_one_rank_with_an_error_ends_the_other(tmp_path, glyphs):
     assert done.stderr.count(f"{names[0]}: not a readable image") == 1, done.stderr
     own = [f'File "{ROOT / folder}' in done.stderr for folder in ("bags", "scripts")]  # torchrun's traceback is its own
     assert "(exitcode: 2)" in done.stderr and not any(own), done.stderr
+
+
+# --------------------------------------------------------------------------- signals
+
+
+def started(command, log, **settings):
+    """A process that has logged its first steps."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **settings)
+    while not (log.exists() and log.stat().st_size) and process.poll() is None:
+        time.sleep(0.02)
+    return process
+
+
+def test_a_signal_to_everyone_below_make_saves(tmp_path, glyphs):
+    """SIGTERM to the whole process group, which make passes on a second time: saved, with two loader processes."""
+    configs, output = write_configs(tmp_path / "configs", glyphs), tmp_path / "runs"
+    environment = tmp_path / "venv"  # as if make had installed it
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (environment / "bin/python").chmod(0o755)
+    (environment / ".bags-ready").touch()
+    arguments = f"output={output} data.workers=2 train.epochs=50"
+    command = ["make", "train", f"VENV={environment}", f"CONFIG={configs / 'softmax.yaml'}", f"ARGS={arguments}"]
+    process = started(command, output / "tiny/softmax/log.jsonl", cwd=ROOT, start_new_session=True)
+    os.killpg(process.pid, signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    saved = load_checkpoint(output / "tiny/softmax/last.pth")["iteration"]
+    assert 2 <= saved < 300 and f"stopped by SIGTERM after iteration {saved} of 300, which is saved" in error, error
+
+
+class Endless(Dataset):
+    """Numbers."""
+
+    def __len__(self):
+        return 2**20
+
+    def __getitem__(self, position):
+        return torch.tensor(position), {}
+
+
+def processes_below(pid):
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def ended(pid):
+    """Whether a process has ended, if only its parent has not noticed."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_loader_processes_obey_their_parent_only():
+    """SIGTERM and SIGINT of others have no effect; the parent's own SIGTERM ends them without a fault."""
+    loader = Loader(Endless(), batch_size=1, collate_fn=collate, num_workers=1, worker_init_fn=obey_parent_only)
+    batches = iter(loader)
+    next(batches)
+    [worker] = multiprocessing.active_children()
+    for name in ("TERM", "INT", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+        assert [int(next(batches)[0][0]) for _ in range(20)] and worker.is_alive()
+    worker.terminate()
+    worker.join(30)
+    assert worker.exitcode == 0
+    batches.close()
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGINT}  # of this process
+
+
+def test_loader_processes_end_when_the_main_one_is_killed():
+    """They outlive SIGKILL of their parent by seconds, as torch's own watchdog looks for it."""
+    reader, writer = multiprocessing.Pipe(duplex=False)
+
+    def main():
+        for _ in Loader(Endless(), batch_size=1, collate_fn=collate, num_workers=2):
+            writer.send(processes_below(os.getpid()))
+            time.sleep(100)
+
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    workers = reader.recv()
+    process.kill()
+    deadline = time.monotonic() + 60
+    while not all(map(ended, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(workers) == 2 and all(map(ended, workers))
+
+
+WAITS = {
+    "python": "threading.Event().wait()",
+    "native": "lock = ctypes.create_string_buffer(64); [libc.pthread_mutex_lock(lock) for _ in range(2)]",
+}
+
+
+@pytest.mark.parametrize("waits", WAITS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_what_waits_for_ever(waits, number):
+    """A first one is only noted, and so is what follows at once: the launcher's copy of it."""
+    code = f"""if True:
+        import ctypes, signal, sys, threading
+        sys.path.insert(0, {str(ROOT)!r})
+        from bags import errors
+        errors.REPEATED = 0.5
+        libc = ctypes.CDLL(None)
+
+        def main():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: None)
+            print("waits", flush=True)
+            {WAITS[waits]}
+
+        errors.run_script(main)"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "waits\n"
+    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number and f"ended by a second {number.name}" in error
+
+
+def test_a_second_signal_in_training_has_its_former_effect(monkeypatch):
+    """For who trains without the scripts: Ctrl-C while a step never ends."""
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == ["SIGINT", "SIGINT"]
+        monkeypatch.setattr("bags.engine.faults.REPEATED", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_a_signal_between_epochs_loses_nothing(tmp_path, glyphs):
+    """Everything is saved before a validation, which a signal may end; the resumed run validates that epoch."""
+    config = config_of(tmp_path, glyphs, "train.epochs=3", "train.evaluate_every=1", "train.checkpoint_every=100")
+    index = build.open_index(config, "train")
+    about = {"config": {}, "stats": CategoryStats.from_index(index).to_dict()}
+    epochs = []
+
+    def validate(run, epoch):
+        """Stops in the second validation."""
+        epochs.append((epoch, load_checkpoint(run.folder / "last.pth")["iteration"]))
+        if len(epochs) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+    def run():
+        detector, loader = pieces(config)
+        config.run_folder.mkdir(parents=True, exist_ok=True)
+        one = Run(detector, config.train, config.run_folder, config.seed, config.name, about)
+        train([one], loader, torch.device("cpu"), validate)
+        return detector.state_dict()
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    resumed = run()
+    steps = epochs[0][1]
+    assert epochs == [(1, steps), (2, 2 * steps), (2, 2 * steps)]
+    shutil.rmtree(config.run_folder)
+    calm = run()
+    assert all(torch.equal(value, resumed[key]) for key, value in calm.items())
+
+
+def test_a_full_disk_loses_no_line_of_the_log(tmp_path):
+    """A run that is resumed drops what it runs again, and keeps everything where that cannot be written."""
+    path = tmp_path / "log.jsonl"
+    log = JsonLog(path)
+    for iteration in range(80):
+        log.write(iteration=iteration, loss=1.5)
+    log.close()
+    with path.open("a") as file:
+        file.write('{"iteration": 80, "lo')  # when the run was killed
+    whole = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            JsonLog(path, 79)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+    log = JsonLog(path, 79)
+    log.close()
+    assert log.last["iteration"] == 78 and path.read_bytes() == whole[: whole.index(b'{"iteration": 79')]
 
 
 # --------------------------------------------------------------------------- odd data

@@ -89,10 +89,11 @@ def test_a_killed_job_ends_with_the_same_numbers(job, tmp_path, after):
 
 
 def test_two_ranks(job, tmp_path):
-    """torchrun with gloo: runs to the end, every image predicted once, losses close to one rank's."""
+    """torchrun with gloo: runs to the end, every image predicted once, losses close to one rank's, validated between
+    epochs."""
     configs, runs, _ = job
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "scripts/train.py"), str(configs), f"output={tmp_path}"]
+    command += [str(ROOT / "scripts/train.py"), str(configs), f"output={tmp_path}", "train.evaluate_every=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -104,7 +105,10 @@ def test_two_ranks(job, tmp_path):
     found = {e["image_id"] for e in json.loads((tmp_path / "tiny/softmax/predictions.json").read_text())}
     expected = {e["image_id"] for e in json.loads((runs / "tiny/softmax/predictions.json").read_text())}
     assert found == expected
-    assert not list((tmp_path / "tiny").glob("*/predictions.json.rank*"))
+    assert not list((tmp_path / "tiny").glob("*/*predictions.json.rank*"))
+    assert not list((tmp_path / "tiny").glob("*/validation.predictions.json*"))
+    for row in ROWS:
+        assert [v["epoch"] for v in json.loads((tmp_path / "tiny" / row / "validation.json").read_text())] == [1, 2]
     done = run_script("evaluate", tmp_path / "tiny/softmax/last.pth", "--json")  # both ranks had the saved weights
     assert json.loads(done.stdout) == pytest.approx(metrics(tmp_path, "softmax"))
 

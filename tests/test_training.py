@@ -314,22 +314,23 @@ def test_frozen_statistics_keep_half_precision():
 
 
 def test_a_run_through_the_script_stops_with_its_own_code(tmp_path, glyphs):
-    """SIGTERM to torchrun: both ranks finish the step, rank 0 saves; one rank goes on, over the same images."""
+    """SIGTERM to torchrun and its whole group: both ranks finish the step, rank 0 saves; one rank goes on, over the
+    same images. Loader processes leave the signal to their rank."""
     configs = write_configs(tmp_path / "configs", glyphs)
     arguments = [str(ROOT / "scripts/train.py"), str(configs / "softmax.yaml"), f"output={tmp_path}", "train.epochs=20"]
+    arguments += ["data.workers=2"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
     log = tmp_path / "tiny/softmax/log.jsonl"
     while not (log.exists() and log.stat().st_size) and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     error = process.communicate(timeout=100)[1]
     assert error.count("stopped by SIGTERM after iteration") == 1, error[-3000:]
     reached = torch.load(tmp_path / "tiny/softmax/last.pth", weights_only=True)["iteration"]
     assert 2 <= reached < 120 and f"after iteration {reached} of 120" in error
-    process = subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, *arguments], **pipes)
     while log.read_text().count("\n") <= reached // 2 + 1 and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)

@@ -7,7 +7,9 @@ import multiprocessing.queues
 import os
 import pickle
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from bags.errors import UnreadableImage, UserError
 SHARED_MEMORY = "/dev/shm"
 LITTLE = 2**30  # bytes
 FILES = 8  # that a loader process needs to be heard, in itself and in the main one
+OF_MAIN_PROCESS = (signal.SIGTERM, signal.SIGINT)  # what loader processes leave to it
 
 
 class DetectionDataset(Dataset):
@@ -198,6 +201,25 @@ def collate(items: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]
     return list(images), list(targets)
 
 
+def obey_parent_only(_worker: int) -> None:
+    """Leave SIGTERM and SIGINT to the main process, in a loader process.
+
+    A signal to the whole process group then lets the main process finish its step and save. Only the SIGTERM of the
+    main process itself, with which torch ends a loader process that does not answer, has its effect.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, OF_MAIN_PROCESS)
+    parent = os.getppid()
+
+    def wait_for_parent() -> None:
+        """End this process when its parent says so."""
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
 class Loader(DataLoader):
     """torch's loader; what happens in its processes comes out as one clear error, and a process that fails ends.
 
@@ -210,15 +232,24 @@ class Loader(DataLoader):
         self.bad: set[str] = set()  # what was wrong with the images that others stood in for
         if num_workers:
             collate_fn = functools.partial(_join_shared, collate_fn)
-            settings["worker_init_fn"] = functools.partial(_begin_process, settings.get("worker_init_fn"))
+            begin = settings.get("worker_init_fn") or obey_parent_only
+            settings["worker_init_fn"] = functools.partial(_begin_process, begin)
             if distributed.is_main():
                 _note_little_shared_memory(num_workers)
         super().__init__(dataset, collate_fn=collate_fn, num_workers=num_workers, **settings)
 
+    def _start(self) -> Iterator:
+        """torch's iterator. Its processes begin with the signals blocked that `obey_parent_only` is about."""
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, OF_MAIN_PROCESS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
     def __iter__(self) -> Iterator:  # type: ignore[override]  # a generator around torch's own iterator
         try:
             _need_files(FILES * self.num_workers)
-            for batch in super().__iter__():
+            for batch in self._start():
                 self._count(batch[1])
                 yield batch
         except (EOFError, ConnectionError) as error:

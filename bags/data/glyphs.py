@@ -20,14 +20,12 @@ Command:  python scripts/prepare_data.py glyphs-100 --root data/glyphs-100
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import multiprocessing
 import os
 import shutil
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +33,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from bags import locks
 from bags.data.glyph_images import coverage, draw_image, load_outlines
 from bags.errors import UserError
 from bags.files import write_text
@@ -197,28 +196,19 @@ def make_glyphs(root: str | Path, preset: Preset, seed: int = 0, workers: int | 
         _check_settings(root / "settings.json", settings)
         return root
     folder = root.with_name(root.name + ".partial")
-    with _alone_in(folder):
+    with locks.waiting(folder):
         if root.exists():  # another process has just made it
             _check_settings(root / "settings.json", settings)
-            if folder.exists():
-                folder.rmdir()
+            _remove_empty(folder)
             return root
         return _make(root, folder, preset, seed, workers, settings)
 
 
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Makes the folder and waits until no other process holds it."""
-    handle = None
-    while handle is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # renamed by the process that made it
-            handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing but its lock; another process that waits for it makes it again."""
+    with contextlib.suppress(OSError):
+        (folder / locks.NAME).unlink()
+        folder.rmdir()
 
 
 def _make(root: Path, folder: Path, preset: Preset, seed: int, workers: int | None, settings: dict) -> Path:
@@ -246,6 +236,7 @@ def _make(root: Path, folder: Path, preset: Preset, seed: int, workers: int | No
     _run(jobs, workers or os.cpu_count() or 1, root.name)
     _merge(folder, characters, settings)
     os.replace(folder, root)
+    (root / locks.NAME).unlink(missing_ok=True)  # who waits for it sees that its folder has gone
     return root
 
 

@@ -3,33 +3,59 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bags import distributed
 from bags.engine.checkpoint import write_checkpoint
+from bags.errors import REPEATED
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[str]]:
-    """Inside, SIGTERM and SIGINT only add their names to the list, which is looked at after each step."""
-    received: list[str] = []
-    if threading.current_thread() is not threading.main_thread():  # only the main one may have handlers
-        yield received
-        return
+class StopSignals:
+    """Inside `with`, SIGTERM and SIGINT only add their names to `received`, which is looked at after each step.
 
-    def note(number: int, _) -> None:
-        """Notes a signal."""
-        received.append(signal.Signals(number).name)
+    More than REPEATED seconds after the first one, a signal has its former effect: the step may never end.
+    """
 
-    former = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in former.items():
+    def __init__(self) -> None:
+        self.received: list[str] = []
+        self.first = 0.0  # when the first one came, by the monotonic clock
+        self.former: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # only the main one may have handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.former[number] = signal.getsignal(number)
+                signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.former.items():
             signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        """Note a signal; pass on a second one."""
+        if self.received and time.monotonic() - self.first > REPEATED:
+            signal.signal(number, self.former[number])
+            signal.raise_signal(number)
+            return
+        self.first = self.first or time.monotonic()
+        self.received.append(signal.Signals(number).name)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, signals have their former effect; one that came before has it now. Everything is saved there."""
+        self.__exit__()
+        try:
+            for name in self.received[:1]:
+                signal.raise_signal(signal.Signals[name])
+            yield
+        finally:
+            self.__enter__()
 
 
 def report_nonfinite(folder: Path, losses: dict[str, torch.Tensor], targets: list[dict], content: dict) -> str:

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from bags import distributed
-from bags.files import read_text
+from bags.files import read_bytes, replacing
 from bags.sections import TrainConfig
 
 PHASES = ("data", "forward", "backward", "step")
@@ -59,17 +59,22 @@ class JsonLog:
     """`log.jsonl`: one object per logged step and per result. Written by one process."""
 
     def __init__(self, path: Path, first_iteration: int = 0):
-        """Keeps the steps before `first_iteration`; later ones will be run, and written, again."""
-        kept, self.last = [], {}
-        for line in read_text(path).splitlines() if path.exists() else []:
+        """Keep the steps before `first_iteration`; later ones will be run, and written, again.
+
+        The former file is replaced as a whole: a full disk loses no line of it.
+        """
+        former, kept, self.last = read_bytes(path) if path.exists() else b"", [], {}
+        for line in former.splitlines():
             try:
                 values = json.loads(line)
                 if values["iteration"] < first_iteration:
-                    kept.append(line + "\n")
+                    kept.append(line + b"\n")
                     self.last = values
             except (ValueError, TypeError, KeyError):
                 continue  # the last line of a killed run
-        path.write_text("".join(kept))
+        if former != b"".join(kept):
+            with replacing(path, "wb") as file:
+                file.writelines(kept)
         self.file = path.open("a", buffering=1)
 
     def write(self, **values) -> None:

@@ -1,10 +1,11 @@
 """Model and loader -> detections on disk, in COCO/LVIS results format."""
 
+import contextlib
 import itertools
-import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import orjson
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from bags import distributed
+from bags.errors import UserError
 from bags.files import replacing
 
 
@@ -23,6 +25,7 @@ def predict(
     loader: DataLoader,
     device: torch.device,
     category_ids: tuple[int, ...],
+    image_ids: Sequence[int],
     path: Path,
     title: str,
     key: str,
@@ -30,20 +33,29 @@ def predict(
 ) -> list[Any]:
     """Writes `path`: a list of {image_id, category_id, bbox (x, y, width, height in pixels), score, segmentation?}.
 
-    The loader gives each rank its share of the images, in batches that `loader.batch_sampler.start(n)` can
-    begin with the n-th of. Shares are files of their own, one line per image, and are merged line by line in rank
-    order. A run that was killed goes on after its last whole batch, if its `key` (whatever the results
-    depend on) was the same; the result is then the same file.
+    The loader gives each rank its share of the images, in batches of positions that `loader.batch_sampler.start(n)`
+    can begin with the n-th of. image_ids: of all positions. Shares are files of their own, one line per image, and
+    are merged line by line in rank order. A run that was killed goes on after its last whole batch, if its `key`
+    (whatever the results depend on) was the same; the result is then the same file.
     Returns observe(image, target, detection) of this rank's images: plain values, kept in the share.
+
+    The caller holds the lock of the folder. Raises UserError, and leaves `path` as it was, where ranks have different
+    keys or where the shares do not have each image exactly once.
     """
     model.eval()
-    part = path.with_name(f"{path.name}.rank{distributed.rank()}")
-    sampler: Any = loader.batch_sampler
-    sizes = [len(batch) for batch in sampler.start(0)]
-    batches, observed = _resume(part, f"{key} of {distributed.world_size()}", sizes)
+    if len(set(distributed.gather_objects(key))) > 1:
+        raise UserError(
+            f"{path}: the ranks have read different weights or settings, which have just changed on disk: "
+            "repeat the command"
+        )
+    header = orjson.dumps(f"{key} of {distributed.world_size()}", option=orjson.OPT_APPEND_NEWLINE)
+    distributed.on_main(lambda: _remove_left_over(path, distributed.world_size()))
+    share, sampler = _share(path, distributed.rank()), _sampler(loader)
+    plan = [[image_ids[position] for position in batch] for batch in sampler.start(0)]
+    batches, observed = _resume(share, header, plan)
     sampler.start(batches)
-    with part.open("ab") as file:
-        bar = tqdm(loader, desc=f"{title}: predict", unit="batch", initial=batches, total=len(sizes),
+    with share.open("ab") as file:
+        bar = tqdm(loader, desc=f"{title}: predict", unit="batch", initial=batches, total=len(plan),
                    disable=not distributed.is_main())  # fmt: skip
         for images, targets in bar:
             detections = model([image.to(device) for image in images])
@@ -51,56 +63,120 @@ def predict(
             for image, target, detection in zip(images, targets, detections, strict=True):
                 observed.append(observe(image, target, detection) if observe else None)
                 entries = results_entries(target["image_id"], detection, category_ids)
-                lines.append(orjson.dumps([observed[-1], entries], option=orjson.OPT_APPEND_NEWLINE))
+                line = [target["image_id"], observed[-1], entries]
+                lines.append(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
             file.writelines(lines)
             file.flush()
     distributed.barrier()
-    if distributed.is_main():
-        _merge([path.with_name(f"{path.name}.rank{rank}") for rank in range(distributed.world_size())], path)
-    distributed.barrier()
+    distributed.on_main(lambda: _merge(path, header, image_ids, distributed.world_size()))
     return observed
 
 
-def _resume(part: Path, key: str, sizes: list[int]) -> tuple[int, list[object]]:
+def _sampler(loader: DataLoader) -> Any:
+    """The loader's batch sampler, whose `start` torch's type does not have."""
+    return loader.batch_sampler
+
+
+def _share(path: Path, rank: int) -> Path:
+    """The file of one rank's results."""
+    return path.with_name(f"{path.name}.rank{rank}")
+
+
+def _remove_left_over(path: Path, ranks: int) -> None:
+    """Remove files of a run that was killed and cannot be continued: shares of more ranks, temporary files."""
+    name = re.escape(path.name)
+    for file in path.parent.iterdir():
+        match = re.fullmatch(rf"{name}\.rank(\d+)(\.\w+\.tmp)?|{name}\.\w+\.tmp", file.name)
+        if match and (match[1] is None or match[2] or int(match[1]) >= ranks):
+            file.unlink(missing_ok=True)
+
+
+def _resume(share: Path, header: bytes, plan: list[list[int]]) -> tuple[int, list[Any]]:
     """(whole batches in a share, what was observed of their images); the share is cut after them, or begun.
 
-    sizes: images of each batch.
+    plan: image ids of each batch. A line that is damaged or of another image ends what is kept. The share becomes
+    a new file, so a process that still has the former one open writes nothing into it.
     """
-    header, observed, ends = orjson.dumps(key, option=orjson.OPT_APPEND_NEWLINE), [], []
-    if part.exists():
-        with part.open("rb") as file:
-            if file.readline() == header:
+    observed, ends = [], [len(header)]
+    with contextlib.suppress(FileNotFoundError), share.open("rb") as file:
+        if file.readline() == header:
+            for line, image_id in zip(file, itertools.chain.from_iterable(plan), strict=False):
+                found = _parse(line)
+                if found is None or found[0] != image_id:
+                    break
+                observed.append(found[1])
                 ends.append(file.tell())
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    try:
-                        observed.append(orjson.loads(line)[0])
-                    except (ValueError, TypeError, IndexError):
-                        break  # written when the run was killed
-                    ends.append(file.tell())
-    if not ends:
-        part.write_bytes(header)
-        return 0, []
-    whole = [n for n, images in enumerate(itertools.accumulate(sizes, initial=0)) if images <= len(observed)][-1]
-    images = sum(sizes[:whole])
-    os.truncate(part, ends[images])
-    return whole, observed[:images]
+    whole = [n for n, images in enumerate(itertools.accumulate(map(len, plan), initial=0)) if images <= len(observed)]
+    images = sum(map(len, plan[: whole[-1]]))
+    with replacing(share, "wb") as new:
+        new.write(header)
+        if images:
+            with share.open("rb") as old:
+                _copy(old, new, len(header), ends[images])
+    return whole[-1], observed[:images]
 
 
-def _merge(parts: list[Path], path: Path) -> None:
-    """Writes the results file from the shares, which are removed."""
-    with replacing(path, "wb") as file:
-        separator = b"[\n"
-        for share in parts:
-            with share.open("rb") as lines:
-                next(lines)  # the key
-                for entry in (entry for line in lines for entry in orjson.loads(line)[1]):
+def _parse(line: bytes) -> tuple[int, Any, list[dict]] | None:
+    """(image id, what was observed, results) of a share's line; None for one that is damaged."""
+    try:
+        image_id, observed, entries = orjson.loads(line)
+        if line.endswith(b"\n") and all(entry["image_id"] == image_id for entry in entries):
+            return image_id, observed, entries
+    except (ValueError, TypeError, KeyError):
+        pass
+    return None
+
+
+def _copy(old: IO[bytes], new: IO[bytes], first: int, last: int) -> None:
+    """Copy the bytes first to last of a file."""
+    old.seek(first)
+    while first < last and (block := old.read(min(last - first, 2**22))):
+        new.write(block)
+        first += len(block)
+
+
+def _merge(path: Path, header: bytes, image_ids: Sequence[int], ranks: int) -> None:
+    """Write the results file from the shares, which are removed. Raises UserError unless each image is there once."""
+    shares = [_share(path, rank) for rank in range(ranks)]
+    try:
+        with replacing(path, "wb") as file:
+            separator, merged = b"[\n", []
+            for image_id, entries in itertools.chain.from_iterable(_lines(share, header) for share in shares):
+                merged.append(image_id)
+                for entry in entries:
                     file.write(separator + orjson.dumps(entry))
                     separator = b",\n"
-        file.write(b"[]\n" if separator == b"[\n" else b"\n]\n")
-    for share in parts:
+            file.write(b"[]\n" if separator == b"[\n" else b"\n]\n")
+            if sorted(merged) != sorted(image_ids):
+                raise _Damaged
+    except _Damaged:
+        for share in shares:
+            share.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: its partial results are damaged, or another process has changed them; they are "
+            "removed: repeat the command"
+        ) from None
+    for share in shares:
         share.unlink()
+
+
+class _Damaged(Exception):
+    """A share does not hold what was written into it."""
+
+
+def _lines(share: Path, header: bytes) -> Iterator[tuple[int, list[dict]]]:
+    """(image id, results) of a share's lines. Raises _Damaged for anything else."""
+    try:
+        with share.open("rb") as file:
+            if file.readline() != header:
+                raise _Damaged
+            for line in file:
+                found = _parse(line)
+                if found is None:
+                    raise _Damaged
+                yield found[0], found[2]
+    except FileNotFoundError:
+        raise _Damaged from None
 
 
 def results_entries(image_id: int, detection: dict[str, Tensor], category_ids: tuple[int, ...]) -> list[dict]:

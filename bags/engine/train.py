@@ -22,7 +22,7 @@ from tqdm import tqdm
 from bags import distributed
 from bags.classifiers.base import BoxFeatures, ProposalClassifier
 from bags.engine.checkpoint import load_latest, save_checkpoint
-from bags.engine.faults import report_nonfinite, stop_signals
+from bags.engine.faults import StopSignals, report_nonfinite
 from bags.engine.metrics import Clock, Monitor, Stopwatch
 from bags.engine.optim import (
     REFERENCE_BATCH,
@@ -225,6 +225,8 @@ def _resume(run: Run) -> bool:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{run.folder}: its checkpoint does not fit this run ({reason}): remove the folder") from None
     run.done = saved["iteration"]
+    if len(set(distributed.gather_objects(run.done))) > 1:
+        raise UserError(f"{run.folder}: the ranks have read different states of last.pth: repeat the command")
     return True
 
 
@@ -250,7 +252,8 @@ def train(
 ) -> None:
     """Trains to the last epoch, from each folder's checkpoint if there is one; part `none` is fitted instead.
 
-    after_epoch(run, epochs done) is called on all ranks after each epoch but the last.
+    after_epoch(run, epochs done) is called on all ranks after every `evaluate_every`-th epoch but the last, with
+    everything saved; a run that is resumed there calls it again.
 
     All runs see the same batches, so their epochs and batch size are the same; each draws its random numbers as
     it would alone. `loader.batch_sampler` has `start(epoch, first_batch)` and `batches_in(epoch)`. Writes
@@ -264,7 +267,7 @@ def train(
     total = epochs[-1] if runs[0].optimizer else 0
     done = min(run.done for run in runs)
     with contextlib.ExitStack() as stack:
-        clock, signals = Clock(device), stack.enter_context(stop_signals())
+        clock, signals = Clock(device), stack.enter_context(StopSignals())
         monitors = [
             stack.enter_context(
                 Monitor(r.folder, r.title, r.config, r.done, total, clock if r is runs[0] else None, r.stopwatch)
@@ -280,24 +283,42 @@ def train(
             if steps % run.save_every == 0 and steps < total:
                 run.save(steps)
                 clock.leave_out()
-            if run is runs[-1] and distributed.any_rank(bool(signals), device):
+            if run is runs[-1] and distributed.any_rank(bool(signals.received), device):
                 for own in runs:
                     if own.done <= iteration:
                         own.save(steps)
-                raise Stopped(f"stopped by {signals[0] if signals else 'another rank'} after iteration {steps} of "
-                              f"{total}, which is saved; the same command goes on")  # fmt: skip
+                distributed.barrier()  # a rank that ends makes torchrun end the others, which may still be saving
+                cause = signals.received[0] if signals.received else "another rank"
+                saved = f"after iteration {steps} of {total}, which is saved; the same command goes on"
+                raise Stopped(f"stopped by {cause} {saved}")
 
         while done < total:
             epoch = int(epoch_at(epochs, done))
+            if after_epoch and done == epochs[epoch]:
+                _between_epochs(runs, done, epoch, after_epoch, signals)
+                clock.leave_out()
             sampler.start(epoch, done - epochs[epoch])
             train_one_epoch(runs, loader, device, done, epochs, after_step, clock)
             done = epochs[epoch + 1]
-            for run in runs:
-                if after_epoch and run.done < done < total:
-                    distributed.share_buffers(run.model)
-                    after_epoch(run, epoch + 1)
-                    clock.leave_out()
     _finish(runs, total)
+
+
+def _between_epochs(
+    runs: Sequence[Run], done: int, epoch: int, after_epoch: Callable[[Run, int], None], signals: StopSignals
+) -> None:
+    """Calls `after_epoch` of the runs for which it is time, after `epoch` epochs, which are `done` iterations.
+
+    It may take long, so all runs are saved first, and a signal ends the process at once.
+    """
+    due = [run for run in runs if run.config.evaluate_every and epoch and epoch % run.config.evaluate_every == 0]
+    due = [run for run in due if run.done <= done]  # others were saved after this moment
+    for run in runs if due else ():
+        distributed.share_buffers(run.model)
+        if run.done < done:
+            run.save(done)
+    with signals.paused() if due else contextlib.nullcontext():
+        for run in due:
+            after_epoch(run, epoch)
 
 
 def _finish(runs: Sequence[Run], total: int) -> None:
