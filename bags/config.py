@@ -1,9 +1,7 @@
 """One YAML file -> one frozen, typed `Config`.
 
 A file may name a `base` file (path relative to itself) and then holds only what differs from it;
-`section.key=value` overrides any leaf: for a key whose type is text, such as a path or a name, the value is taken
-as it is written, so that `output=runs/exp #2` means that folder (`null`, or nothing, is none); other values are
-read as YAML. The classifier and the sampler are chosen by `name`, and a
+`section.key=value` overrides any leaf. The classifier and the sampler are chosen by `name`, and a
 new name replaces the whole section, so that no key of one method leaks into another. Unknown keys,
 wrong types and impossible values raise `UserError` before any data is read.
 """
@@ -36,7 +34,7 @@ from bags.classifier_sections import (
 from bags.errors import UserError
 from bags.files import write_text
 from bags.sections import ClassBalancedConfig, Config, DetectorConfig, RepeatFactorConfig, TailOnlyConfig
-from bags.typed_yaml import convert, is_text, merge, parse_yaml, read_tree
+from bags.typed_yaml import convert, merge, parse_yaml, read_tree
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -50,9 +48,9 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     return _resolve(tree, overrides, str(path))
 
 
-def override_config(config: Config, overrides: typing.Sequence[str], source: str | None = None) -> Config:
-    """The configuration with some leaves changed, checked as `load_config` does. `source` is named in errors."""
-    return _resolve(config_to_dict(config), overrides, source or config.name)
+def override_config(config: Config, overrides: typing.Sequence[str]) -> Config:
+    """The configuration with some leaves changed, checked as `load_config` does."""
+    return _resolve(config_to_dict(config), overrides, config.name)
 
 
 def _resolve(tree: dict, overrides: typing.Sequence[str], source: str) -> Config:
@@ -60,24 +58,16 @@ def _resolve(tree: dict, overrides: typing.Sequence[str], source: str) -> Config
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise UserError(f"override '{override}': expected section.key=value")
-        value = _read_value(key, text, tree)
+        try:
+            value = parse_yaml(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(f"override '{override}': the value is not YAML ({' '.join(str(error).split())})") from None
         for part in reversed(key.split(".")):
             value = {part: value}
         merge(tree, value)
     config = config_from_dict(tree, source)
     _check(config, source)
     return config
-
-
-def _read_value(key: str, text: str, tree: dict) -> typing.Any:
-    """The value of an override. Text stays as written (null is none); everything else is read as YAML."""
-    if is_text(Config, key, tree):
-        return None if text in ("", "null") else text
-    try:
-        return parse_yaml(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"override '{key}={text}': the value is not YAML ({reason})") from None
 
 
 def config_from_dict(tree: dict, source: str = "config") -> Config:
@@ -149,8 +139,8 @@ def _check_data(config: Config, need: Need) -> None:
 
 def _check_detector(detector: DetectorConfig, need: Need) -> None:
     rpn, roi = detector.rpn, detector.roi
-    for key, most in (("fpn_channels", 4096), ("min_size", 32767), ("max_size", 32767)):
-        need(1 <= getattr(detector, key) <= most, f"detector.{key}", f"1 to {most}, got {getattr(detector, key)}")
+    for key in ("fpn_channels", "min_size", "max_size"):
+        need(1 <= getattr(detector, key) < 2**15, f"detector.{key}", f"1 to 32767, got {getattr(detector, key)}")
     need(detector.max_size >= detector.min_size, "detector.max_size", f"min_size or more, got {detector.max_size}")
     most = 0 if detector.backbone == "small" else 3
     need(0 <= detector.frozen_stages <= most, "detector.frozen_stages", f"0 to {most}, got {detector.frozen_stages}")
@@ -182,7 +172,7 @@ def _check_detector(detector: DetectorConfig, need: Need) -> None:
     ratio = roi.sampling_ratio
     need(0 <= ratio <= 64, "detector.roi.sampling_ratio", f"0 (adaptive) to 64, got {ratio}")
     need(roi.batch_size >= 1, "detector.roi.batch_size", f"1 or more, got {roi.batch_size}")
-    need(1 <= roi.fc <= 16384, "detector.roi.fc", f"1 to 16384, got {roi.fc}")
+    need(1 <= roi.fc < 2**17, "detector.roi.fc", f"1 to 131071, got {roi.fc}")
     need(
         0 < roi.positive_fraction <= 1, "detector.roi.positive_fraction", f"above 0, to 1, got {roi.positive_fraction}"
     )

@@ -5,7 +5,6 @@ import difflib
 import reprlib
 import types
 import typing
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,19 +17,14 @@ CHOSEN_BY_NAME = ("classifier", "sampler")  # a new `name` replaces these sectio
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice; plain YAML would silently keep the last. Merge keys (`<<`) are resolved."""
+    """A key given twice is an error; plain YAML would silently keep the last."""
 
     def construct_mapping(self, node, deep=False):
-        """Check the keys as written, then construct the mapping."""
-        known = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in known:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
-            if isinstance(key, Hashable):
-                known.add(key)
+        """Adds the check."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for k, key in enumerate(keys) if key in keys[:k]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key '{twice}' is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -87,29 +81,6 @@ def _shown(value: Any) -> str:
 
 
 # --------------------------------------------------------------------------- types
-
-
-def is_text(section: type, key: str, values: dict) -> bool:
-    """Whether the dotted `key` of a dataclass holds text: a string, an optional string, or one of several words.
-
-    values: the nested values so far, whose `name` chooses among the types of a union of sections.
-    """
-    kind: Any = section
-    for part in key.split("."):
-        sections = [k for k in (kind, *typing.get_args(kind)) if isinstance(k, type) and dataclasses.is_dataclass(k)]
-        if len(sections) > 1:
-            sections = [k for k in sections if k.name == values.get("name")] or sections  # type: ignore[attr-defined]
-        hints = {name: hint for k in sections for name, hint in typing.get_type_hints(k).items()}
-        if part not in hints:
-            return False
-        kind, inner = hints[part], values.get(part)
-        values = inner if isinstance(inner, dict) else {}
-    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    return all(k in (str, type(None)) or _are_words(k) for k in options)
-
-
-def _are_words(kind: Any) -> bool:
-    return typing.get_origin(kind) is Literal and all(isinstance(word, str) for word in typing.get_args(kind))
 
 
 def convert(value: Any, kind: Any, key: str, source: str) -> Any:

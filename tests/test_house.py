@@ -39,7 +39,6 @@ ALLOWED = {
     "locks": {"errors"},
     "errors": {"terminal"},
     "terminal": set(),
-    "tensor_files": {"errors"},
     "files": set(),
     "__init__": set(),
 }

@@ -47,14 +47,6 @@ class CategoryStats:
             stats = cls(**{key: tuple(value) for key, value in content.items()})
         except TypeError as error:
             raise UserError(f"{source}: stats: not as `to_dict` writes them ({error})") from None
-        if not all(isinstance(name, str) for name in stats.names):
-            raise UserError(f"{source}: stats.names: expected texts")
-        for key in ("category_ids", "instance_counts", "image_counts"):
-            odd = next((n for n in getattr(stats, key) if type(n) is not int or abs(n) >= 2**63), None)
-            if odd is None and key != "category_ids":
-                odd = next((n for n in getattr(stats, key) if n < 0), None)
-            if odd is not None:
-                raise UserError(f"{source}: stats.{key}: expected whole numbers, counts of 0 or more, got {odd!r:.60}")
         if len({len(value) for value in asdict(stats).values()}) != 1:
             raise UserError(f"{source}: stats: ids, names and counts differ in number")
         return stats

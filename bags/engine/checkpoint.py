@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ from torch import nn
 
 from bags.errors import UserError
 from bags.files import open_regular, read_text, write_text
-from bags.tensor_files import check_archive, check_tensors
 
 FORMAT = 2  # 1 had no seal
 SEAL = b"sha256:"  # and the digest of all before it, as the comment that ends a zip file
@@ -31,18 +29,7 @@ SEALED = len(SEAL) + 64  # bytes
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Write a run's checkpoint and keep the former `last.pth` as `previous.pth`.
-
-    Weights that are not finite are not written: nothing could be done with them. Raises UserError.
-    """
-    floats = {name: value for name, value in content["model"].items() if value.is_floating_point()}
-    finite = torch.stack([value.isfinite().all() for value in floats.values()]).tolist() if floats else []
-    if not all(finite):
-        name = list(floats)[finite.index(False)]
-        raise UserError(
-            f"{path}: not written, since training has made {name} infinite or NaN: lower train.lr or train.clip_norm; "
-            "the checkpoint from before is kept"
-        )
+    """Writes a run's checkpoint; the former `last.pth` is kept as `previous.pth`."""
     write_checkpoint(path, content, path.with_name("previous.pth"))
 
 
@@ -76,7 +63,8 @@ def write_file(path: Path, content: dict, previous: Path | None = None) -> None:
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({_reason(error, path)}); older checkpoints are whole") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason}); older checkpoints are whole") from None
     if previous and path.exists():
         os.replace(path, previous)
     os.replace(temporary, path)
@@ -84,15 +72,6 @@ def write_file(path: Path, content: dict, previous: Path | None = None) -> None:
     with contextlib.suppress(OSError):  # not every file system can put names on disk at once
         os.fsync(folder)
     os.close(folder)
-
-
-def _reason(error: Exception, path: Path) -> str:
-    """Why writing failed. torch's writer reports a full disk or a quota as `unexpected pos 64 vs 0`."""
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if "unexpected pos" not in first and "PytorchStreamWriter" not in first:
-        return first
-    free = shutil.disk_usage(path.parent).free
-    return f"the disk or a quota is full; {free / 1e6:.0f} MB are free"
 
 
 def _seal(file: BinaryIO) -> None:
@@ -134,15 +113,11 @@ def load_checkpoint(path: str | Path) -> dict:
     whole, damaged, content = None, False, None
     try:
         whole = check_seal(path)
-        if whole is not False:
-            check_archive(path)
         if whole is None:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip() is not None  # torch does not look at the checksums
         if whole is not False and not damaged:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except pickle.UnpicklingError:
@@ -158,10 +133,8 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path}: not a checkpoint of this project (no config, stats and model in it)")
     if not all(isinstance(content[key], dict) for key in ("config", "stats", "model")):
         raise UserError(f"{path}: not a checkpoint of this project (config, stats and model are no mappings)")
-    iteration = content.get("iteration", 0)
-    if type(iteration) is not int or iteration < 0:
-        raise UserError(f"{path}: iteration: expected a whole number of 0 or more, got {iteration!r:.60}")
-    check_tensors(path, content["model"])
+    if not all(isinstance(value, torch.Tensor) for value in content["model"].values()):
+        raise UserError(f"{path}: not a checkpoint of this project (model holds more than tensors)")
     if content.get("format") not in (1, FORMAT):
         raise UserError(f"{path}: checkpoint format {content.get('format')}, expected {FORMAT}")
     return content

@@ -1,10 +1,10 @@
 """Proposal features on disk: what the frozen part of a detector makes of each image, written once, read often.
 
 A store is a folder. `store.json` says of which weights, annotations and settings it is, and how many rows of
-what kind it has: a row is a proposal or an object of one view of an image (as it is, or mirrored). The files of its
-shards are described in `engine/shards.py`. A shard is complete when its checksums are there, which are renamed last:
-a killed run goes on with the shards that are missing, whatever the number of ranks. The checksums are compared when a
-store is opened, each rank its share of the shards.
+what kind it has: a row is a proposal or an object of one view of an image (as it is, or mirrored). Shard N is
+three flat files: `N.fc` [rows, stages, width] features, `N.rows` what else is known of them, `N.views` one
+record per view, which says where its rows are. A shard is there when its views are, which are renamed last: a
+killed run goes on with the shards that are missing, whatever the number of ranks.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,12 +26,10 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from tqdm import tqdm
 
 from bags import distributed
-from bags.engine import shards
-from bags.engine.shards import Layout, Record
 from bags.errors import UserError
 from bags.files import read_text, write_text
 
-FORMAT = 2  # 1 had no checksums
+FORMAT = 1
 MOST_IMAGES = 512  # of a shard; a killed run repeats at most one
 PROBED = 8  # images at most, and one of 50, that the expected size is measured on
 
@@ -44,54 +43,77 @@ def pool_row(stages: int) -> np.dtype:
     return np.dtype([("label", "<i4", (stages,)), ("overlap", "<f2", (stages,)), ("score", "<f2"), ("is_object", "?")])
 
 
-class FeatureStore:
-    """A complete store on disk. `places` int64 [images, 2, 3]: shard, first row and rows of both views.
+class Record(NamedTuple):
+    """One view to be stored."""
 
-    Features are read from the files, not mapped into memory: a file that is cut while a run reads it then raises
-    UserError, where a mapped page would end the process.
-    """
+    fc: Tensor  # [R, S, D]
+    rows: np.ndarray  # [R] of the store's row type
+    view: tuple  # (position, mirrored), and what else the store's views have after `rows`
+
+
+class Layout(NamedTuple):
+    """The types of a store's files; `fc` is "float16" or "float32"."""
+
+    fc: str
+    row: np.dtype
+    view: np.dtype
+    stages: int
+    width: int
+
+
+class FeatureStore:
+    """A complete store, memory-mapped. `places` int64 [images, 2, 3]: shard, first row and rows of both views."""
 
     def __init__(self, folder: Path, layout: Layout, images: int):
         self.folder, self.layout, self.images = folder, layout, images
-        self.sizes: list[int] = []  # rows of each shard
-        self.views: list[np.ndarray] = []
+        self.shards, self.views = [], []
         self.places = np.full((images, 2, 3), -1, np.int64)
         for number in range(len(shards_of(images))):
-            views = shards.read_views(folder, number, layout)
-            place = np.column_stack([np.full(len(views), number), views["first"], views["rows"]])
-            self.places[views["position"], views["mirrored"].astype(int)] = place
-            self.sizes.append(int(views["rows"].sum()))
+            fc = _mapped(folder / f"{number}.fc", np.dtype(layout.fc), (-1, layout.stages, layout.width))
+            rows = _mapped(folder / f"{number}.rows", layout.row, (-1,))
+            views = np.fromfile(folder / f"{number}.views", layout.view)
+            if not len(fc) == len(rows) == views["rows"].sum():
+                raise UserError(f"{folder}: shard {number} is damaged: remove its three files, they are made again")
+            self.shards.append((fc, rows))
             self.views.append(views)
+            own = np.column_stack([np.full(len(views), number), views["first"], views["rows"]])
+            self.places[views["position"], views["mirrored"].astype(int)] = own
 
     def __reduce__(self):
-        return FeatureStore, (self.folder, self.layout, self.images)
+        return FeatureStore, (self.folder, self.layout, self.images)  # loader processes map it themselves
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[np.ndarray, np.ndarray]:
-        """(features [R, S, D], rows [R]) of (position, mirrored), read from the disk. Raises UserError for damage."""
-        number, first, count = self.places[key[0], int(key[1])].tolist()
-        return (
-            shards.read_features(self.folder, number, self.layout, first, count),
-            shards.read_rows(self.folder, number, self.layout, first, count),
-        )
+        """(features [R, S, D], rows [R]) of (position, mirrored), not read before they are used."""
+        shard, first, count = self.places[key[0], int(key[1])]
+        fc, rows = self.shards[shard]
+        return fc[first : first + count], rows[first : first + count]
 
     def nbytes(self) -> int:
         """Bytes of all features."""
-        return sum(self.sizes) * self.layout.row_bytes
+        return sum(fc.nbytes for fc, _ in self.shards)
 
     def row_numbers(self, key: tuple[int, bool], rows: Tensor) -> Tensor:
         """Numbers, in `whole`, of some rows of a view."""
-        number, first, _ = self.places[key[0], int(key[1])].tolist()
-        return rows + first + sum(self.sizes[:number])
+        shard, first, _ = self.places[key[0], int(key[1])]
+        return rows + int(first) + sum(len(fc) for fc, _ in self.shards[:shard])
 
     def whole(self, device: torch.device) -> Tensor:
         """All features [rows, S, D] in the memory of a device."""
-        shape = (sum(self.sizes), self.layout.stages, self.layout.width)
+        shape = (sum(len(fc) for fc, _ in self.shards), self.layout.stages, self.layout.width)
         result, first = torch.empty(shape, dtype=getattr(torch, self.layout.fc), device=device), 0
-        for number, size in enumerate(self.sizes):
-            features = shards.read_features(self.folder, number, self.layout, 0, size)
-            result[first : first + size] = torch.from_numpy(features).to(device)
-            first += size
+        for fc, _ in self.shards:
+            result[first : first + len(fc)] = torch.from_numpy(np.array(fc)).to(device)
+            first += len(fc)
         return result
+
+
+def _mapped(path: Path, kind: np.dtype, shape: tuple) -> np.ndarray:
+    if not path.stat().st_size:
+        return np.empty((0, *shape[1:]), kind)
+    try:
+        return np.memmap(path, kind, "r").reshape(shape)
+    except ValueError:
+        raise UserError(f"{path}: damaged: remove this shard's three files, they are made again") from None
 
 
 def shards_of(images: int) -> list[range]:
@@ -123,25 +145,15 @@ def open_store(
             _begin(folder, form | about)
         distributed.barrier()
         mine = range(distributed.rank(), len(shards_of(images)), distributed.world_size())
-        missing = [number for number in mine if not shards.is_complete(folder, number)]
-        complete = all(shards.is_complete(folder, number) for number in range(len(shards_of(images))))
+        missing = [number for number in mine if not (folder / f"{number}.views").exists()]
+        complete = all((folder / f"{number}.views").exists() for number in range(len(shards_of(images))))
         distributed.barrier()
         if not complete:
             if distributed.is_main():
                 _announce(folder, layout, images, loader_of, records_of)
             _write(folder, layout, images, missing, loader_of, records_of, batch_size, title)
             distributed.barrier()
-        _verify(folder, layout, list(mine), title)
     return FeatureStore(folder, layout, images)
-
-
-def _verify(folder: Path, layout: Layout, numbers: list[int], title: str) -> None:
-    """Compare this rank's share of the shards with their checksums. All ranks raise UserError for any damage."""
-    damage = shards.verify(folder, numbers, f"{title}: checksums" if distributed.is_main() else None)
-    damaged = [text for texts in distributed.gather_objects(damage) for text in texts]
-    if damaged:
-        more = f" (and {len(damaged) - 1} more shards)" if len(damaged) > 1 else ""
-        raise UserError(f"{damaged[0]}{more}: {shards.MEND}")
 
 
 @contextlib.contextmanager
@@ -188,8 +200,6 @@ def _begin(folder: Path, header: dict) -> None:
             old = json.loads(read_text(path))
         except ValueError:
             raise UserError(f"{path}: cannot be read: {mend}") from None
-        if isinstance(old, dict) and old.get("format") == 1:
-            raise UserError(f"{folder}: holds proposal features of an older version, without checksums: {mend}")
         changed = [key for key in {**header, **old} if header.get(key) != old.get(key)]
         if changed:
             raise UserError(f"{folder}: holds proposal features of other {', '.join(changed)}: {mend}")
@@ -210,7 +220,7 @@ def _announce(folder: Path, layout: Layout, images: int, loader_of, records_of) 
         for position, (shown, targets) in zip(probed, loader_of([[p] for p in probed]), strict=True)
         for record in records_of(shown, targets, [position])
     ]
-    row = layout.row_bytes + layout.row.itemsize
+    row = layout.stages * layout.width * np.dtype(layout.fc).itemsize + layout.row.itemsize
     per_image = row * sum(len(record.rows) for record in records) / len(probed)
     there = sum(path.stat().st_size for path in folder.glob("*.fc"))
     needed, free = per_image * images - there, shutil.disk_usage(folder).free
@@ -227,11 +237,11 @@ def _announce(folder: Path, layout: Layout, images: int, loader_of, records_of) 
 
 
 def _write(folder, layout, images, missing, loader_of, records_of, batch_size, title) -> None:
-    parts = shards_of(images)
+    shards = shards_of(images)
     plan = [
-        (number, list(parts[number][first : first + batch_size]))
+        (number, list(shards[number][first : first + batch_size]))
         for number in missing
-        for first in range(0, len(parts[number]), batch_size)
+        for first in range(0, len(shards[number]), batch_size)
     ]
     loader = loader_of([positions for _, positions in plan])
     bar = tqdm(total=sum(len(p) for _, p in plan), desc=f"{title}: features", unit="image",
@@ -242,12 +252,57 @@ def _write(folder, layout, images, missing, loader_of, records_of, batch_size, t
             if writer is None or writer.number != number:
                 if writer:
                     writer.close()
-                writer = shards.ShardWriter(folder, number, layout)
+                writer = _Shard(folder, number, layout)
             for record in records_of(shown, targets, positions):
                 writer.add(record)
             bar.update(len(positions))
         if writer:
             writer.close()
+
+
+class _Shard:
+    """The three files of a shard while they are written; a disk that fills up leaves none of them."""
+
+    def __init__(self, folder: Path, number: int, layout: Layout):
+        self.folder, self.number, self.layout = folder, number, layout
+        self.rows = 0
+        self.files = {kind: (folder / f"{number}.{kind}.tmp").open("wb") for kind in ("fc", "rows", "views")}
+
+    def add(self, record: Record) -> None:
+        """Appends one view."""
+        fc = record.fc.to(getattr(torch, self.layout.fc)).cpu().numpy()
+        if not np.isfinite(fc).all():
+            raise UserError(f"{self.folder}: a feature is not a finite number in {self.layout.fc}: train.features=live")
+        position, mirrored, *more = record.view
+        view = np.array([(position, mirrored, self.rows, len(record.rows), *more)], self.layout.view)
+        self.rows += len(record.rows)
+        self._put({"fc": fc, "rows": record.rows, "views": view})
+
+    def _put(self, parts: dict[str, np.ndarray]) -> None:
+        try:
+            for kind, values in parts.items():
+                self.files[kind].write(np.ascontiguousarray(values).tobytes())
+        except OSError as error:
+            self._remove(error)
+
+    def close(self) -> None:
+        """Everything on disk, then under its own name."""
+        try:
+            for file in self.files.values():
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+        except OSError as error:
+            self._remove(error)
+        for kind in self.files:
+            (self.folder / f"{self.number}.{kind}.tmp").replace(self.folder / f"{self.number}.{kind}")
+
+    def _remove(self, error: OSError) -> None:
+        for kind in self.files:
+            (self.folder / f"{self.number}.{kind}.tmp").unlink(missing_ok=True)
+        raise UserError(
+            f"{self.folder}: cannot be written ({error}); the shards that are complete stay: the same command goes on"
+        ) from None
 
 
 class TrainingFeatures(Dataset):
@@ -327,5 +382,5 @@ class SeenFeatures(Dataset):
         fc, rows = self.store[position, False]
         view = self.views[self.order[position]]
         size, original = (tuple(view[key].tolist()) for key in ("size", "original"))
-        features, boxes = torch.from_numpy(fc), torch.from_numpy(rows["box"].copy())
+        features, boxes = torch.from_numpy(np.array(fc)), torch.from_numpy(rows["box"].copy())
         return self.make(features, boxes, size, float(view["scale"]), original), self.target_of(position)

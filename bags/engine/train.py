@@ -213,17 +213,13 @@ def _resume(run: Run) -> bool:
         raise UserError(f"{run.folder}: the training annotations have changed since this run began: remove the folder")
     if type(saved.get("iteration")) is not int or (run.optimizer and "optimizer" not in saved):
         raise UserError(f"{run.folder}: its checkpoint is not a run's own (no iteration or optimizer in it): remove it")
-    try:
-        run.model.load_state_dict(saved["model"])
-        if run.optimizer:
-            for theirs, ours in zip(saved["optimizer"]["param_groups"], run.optimizer.param_groups, strict=False):
-                theirs["fused"] = ours["fused"]  # this device's kernel
-            run.optimizer.load_state_dict(saved["optimizer"])
-            if run.scaler and "scaler" in saved:
-                run.scaler.load_state_dict(saved["scaler"])
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{run.folder}: its checkpoint does not fit this run ({reason}): remove the folder") from None
+    run.model.load_state_dict(saved["model"])
+    if run.optimizer:
+        for theirs, ours in zip(saved["optimizer"]["param_groups"], run.optimizer.param_groups, strict=False):
+            theirs["fused"] = ours["fused"]  # this device's kernel
+        run.optimizer.load_state_dict(saved["optimizer"])
+        if run.scaler and "scaler" in saved:
+            run.scaler.load_state_dict(saved["scaler"])
     run.done = saved["iteration"]
     if len(set(distributed.gather_objects(run.done))) > 1:
         raise UserError(f"{run.folder}: the ranks have read different states of last.pth: repeat the command")
