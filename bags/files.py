@@ -4,10 +4,19 @@ Checkpoints, stores of features and annotation indices have ways of their own, f
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+PROBLEMS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EFBIG: "the file is larger than the system allows",
+    errno.EIO: "the disk has an error",
+    errno.EROFS: "the disk is read-only",
+}
 
 
 @contextlib.contextmanager
@@ -21,11 +30,33 @@ def replacing(path: Path, mode: str = "w", **settings) -> Iterator[IO]:
     if "b" not in mode:
         settings = {"encoding": "utf-8", **settings}
     try:
-        with temporary.open(mode, **settings) as file:
+        with naming(path), temporary.open(mode, **settings) as file:
             yield file
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the file's name to errors of writing to it: the system gives none when a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in PROBLEMS:
+            raise OSError(error.errno, f"cannot be written ({write_problem(error)})", str(path)) from None
+        raise
+
+
+def write_problem(error: BaseException) -> str:
+    """Why a file could not be written, in one line. torch's RuntimeErrors are traced to their cause."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return f"{PROBLEMS.get(cause.errno, 'the system refuses')}: {os.strerror(cause.errno)}"
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def write_text(path: Path, text: str) -> None:

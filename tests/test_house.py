@@ -24,11 +24,12 @@ ALLOWED = {
         "config",
         "sections",
         "distributed",
+        "tensor_files",
         "errors",
     },
-    "engine": {"config", "sections", "distributed", "data", "classifiers.base", "files", "errors"},
+    "engine": {"config", "sections", "distributed", "data", "classifiers.base", "files", "tensor_files", "errors"},
     "evaluation": {"data.packing", "data.statistics", "errors"},
-    "detectors": {"classifiers.base", "errors"},
+    "detectors": {"classifiers.base", "tensor_files", "errors"},
     "data": {"distributed", "files", "errors"},
     "classifiers": {"errors"},
     "config": {"sections", "classifier_sections", "typed_yaml", "files", "errors"},
@@ -38,6 +39,7 @@ ALLOWED = {
     "distributed": {"errors"},
     "errors": set(),
     "files": set(),
+    "tensor_files": {"errors"},
     "__init__": set(),
 }
 
