@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from bags.errors import UserError
+
 PROBLEMS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota of the disk is used up",
@@ -40,12 +42,12 @@ def replacing(path: Path, mode: str = "w", **settings) -> Iterator[IO]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds the file's name to errors of writing to it: the system gives none when a disk is full."""
+    """Inside, a disk that is full or broken is a UserError that names the file: the system does not name it."""
     try:
         yield
     except OSError as error:
         if error.errno in PROBLEMS:
-            raise OSError(error.errno, f"cannot be written ({write_problem(error)})", str(path)) from None
+            raise UserError(f"{path}: cannot be written ({write_problem(error)})") from None
         raise
 
 

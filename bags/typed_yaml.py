@@ -137,6 +137,8 @@ def convert(value: Any, kind: Any, key: str, source: str) -> Any:
         sections = {k.name: k for k in named}
         if sections:
             return _convert_section(value, _chosen(value, sections, key, source), key, source)
+        if str in arguments and isinstance(value, str):
+            return convert(value, str, key, source)
         for option in arguments:
             try:
                 return convert(value, option, key, source)

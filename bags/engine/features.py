@@ -31,6 +31,7 @@ from bags.files import write_problem, write_text
 
 FORMAT = 2  # 1 had no checksums
 MOST_IMAGES = 512  # of a shard; a killed run repeats at most one
+FEW = 8  # a view is read as a whole unless fewer than one of so many rows are wanted
 PROBED = 8  # images at most, and one of 50, that the expected size is measured on
 
 View = np.dtype([("position", "<i4"), ("mirrored", "?"), ("first", "<i8"), ("rows", "<i4")])
@@ -267,11 +268,13 @@ class TrainingFeatures(Dataset):
         labels = [torch.from_numpy(rows["label"][chosen, stage].astype(np.int64)) for stage, chosen in enumerate(drawn)]
         if self.resident:
             return [self.store.row_numbers(view, chosen) for chosen in drawn], labels
-        needed, places = torch.cat(drawn).unique(return_inverse=True)
-        fc, features = self.store.features(view, needed.numpy()), []
-        for stage, own in enumerate(places.split([len(chosen) for chosen in drawn])):
-            features.append(torch.from_numpy(fc[own.numpy(), stage]))
-        return features, labels
+        needed = torch.cat(drawn).unique()
+        if len(needed) * FEW < len(rows):
+            fc = self.store.features(view, needed.numpy())
+            drawn = [torch.searchsorted(needed, chosen) for chosen in drawn]
+        else:
+            fc = self.store.features(view)
+        return [torch.from_numpy(fc[chosen.numpy(), stage]) for stage, chosen in enumerate(drawn)], labels
 
     def _draw(self, rows: np.ndarray) -> list[Tensor]:
         """Rows [n] of each stage: what one stage draws, and the objects, are what the next one may draw from."""

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from bags import distributed
+from bags.files import naming
 from bags.sections import TrainConfig
 
 PHASES = ("data", "forward", "backward", "step")
@@ -59,7 +60,7 @@ class JsonLog:
 
     def __init__(self, path: Path, first_iteration: int = 0):
         """Keeps the steps before `first_iteration`; later ones will be run, and written, again."""
-        kept, self.last = [], {}
+        kept, self.last, self.path = [], {}, path
         for line in path.read_text().splitlines() if path.exists() else []:
             try:
                 values = json.loads(line)
@@ -75,7 +76,8 @@ class JsonLog:
         """Appends one object; floats are rounded to 6 significant digits, those that are not finite are null."""
         plain = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
-        self.file.write(json.dumps(plain) + "\n")
+        with naming(self.path):
+            self.file.write(json.dumps(plain) + "\n")
 
     def close(self) -> None:
         """Closes the file."""

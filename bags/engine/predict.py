@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from bags import distributed
-from bags.files import replacing
+from bags.files import naming, replacing
 
 
 @torch.inference_mode()
@@ -42,7 +42,7 @@ def predict(
     sizes = [len(batch) for batch in sampler.start(0)]
     batches, observed = _resume(part, f"{key} of {distributed.world_size()}", sizes)
     sampler.start(batches)
-    with part.open("ab") as file:
+    with naming(part), part.open("ab") as file:
         bar = tqdm(loader, desc=f"{title}: predict", unit="batch", initial=batches, total=len(sizes),
                    disable=not distributed.is_main())  # fmt: skip
         for images, targets in bar:
