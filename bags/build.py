@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from bags import distributed
 from bags.config import config_from_dict, override_config
-from bags.data.checks import why_nothing_scores, why_nothing_trains
 from bags.data.dataset import DetectionDataset, Loader, collate
 from bags.data.findings import REMAP
 from bags.data.index import AnnotationIndex
@@ -37,9 +36,9 @@ from bags.engine.predict import predict
 from bags.errors import UserError
 from bags.evaluation.detection_ap import Scores, score
 from bags.evaluation.proposal_accuracy import ProposalAccuracy
-from bags.evaluation.truth import read_truth
 from bags.methods import build_classifier, columns
 from bags.sections import ClassBalancedConfig, Config, DetectorConfig, RepeatFactorConfig, TailOnlyConfig, UniformConfig
+from bags.tensor_files import check_finite
 
 
 def open_index(config: Config, split: str) -> AnnotationIndex:
@@ -118,8 +117,10 @@ def build_detector(config: Config, stats: CategoryStats) -> FasterRCNN:
     """The detector of a configuration with new weights (`initialise` loads `init_from`).
 
     In training mode `detector(images, targets)` gives a dict of losses, in evaluation mode
-    `detector(images)` a list of {boxes, scores, labels}, as torchvision's detectors do.
+    `detector(images)` a list of {boxes, scores, labels}, as torchvision's detectors do. Raises UserError for a
+    detector that this machine's memory cannot hold.
     """
+    check_memory(config, stats)
     detector, rpn, roi, test = config.detector, config.detector.rpn, config.detector.roi, config.test
     levels = 2 if len(rpn.anchor_sizes) == 2 else 3
     backbone = build_backbone(
@@ -172,6 +173,34 @@ def build_detector(config: Config, stats: CategoryStats) -> FasterRCNN:
     return model
 
 
+def least_bytes(detector: DetectorConfig, num_categories: int) -> int:
+    """Bytes of the float32 weights of a detector's largest layers: fewer than it has, most of what a large one has.
+
+    num_categories: without the background.
+    """
+    channels, fc, stages = detector.fpn_channels, detector.roi.fc, 3 if detector.is_cascade else 1
+    boxes = 4 * (1 if detector.roi.class_agnostic else num_categories)
+    masks = channels * num_categories if detector.has_masks else 0
+    pyramid = 2 * 9 * channels**2  # one convolution of the pyramid, one of the proposal network
+    return 4 * (pyramid + stages * (49 * channels * fc + fc**2 + fc * (num_categories + boxes) + masks))
+
+
+def check_memory(config: Config, stats: CategoryStats) -> None:
+    """Raises UserError where the weights take more than a third of this machine's memory, before they are made.
+
+    A third, because training keeps their gradients and momenta beside them, and a checkpoint is read before it is
+    copied to a detector.
+    """
+    needed, memory = least_bytes(config.detector, stats.num_categories), os.sysconf("SC_PAGE_SIZE")
+    memory *= os.sysconf("SC_PHYS_PAGES")
+    if 3 * needed > memory:
+        raise UserError(
+            f"{config.name}: detector.roi.fc={config.detector.roi.fc}, "
+            f"detector.fpn_channels={config.detector.fpn_channels} and {stats.num_categories} categories make weights "
+            f"of {needed / 1e9:.1f} GB, over a third of this machine's memory ({memory / 1e9:.0f} GB): lower them"
+        )
+
+
 def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stats: CategoryStats) -> list[str]:
     """Loads `detector.init_from`, if any; returns the names of the parameters that stay new.
 
@@ -185,6 +214,7 @@ def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stat
             load_backbone_weights(detector.backbone, config.detector.backbone, config.detector.backbone_weights)
         return list(detector.state_dict())
     checkpoint = load_checkpoint(path)
+    check_finite(checkpoint["model"], path)
     saved_stats = CategoryStats.from_dict(checkpoint["stats"], path)
     saved_config = config_from_dict(checkpoint["config"], f"{path}: config")
     saved = saved_config.classifier
@@ -229,43 +259,6 @@ def _check_same_images(theirs: DetectorConfig, ours: DetectorConfig, path: Path)
             )
 
 
-def check_data(configs: Iterable[Config]) -> None:
-    """Refuse data that a row could not be trained on or scored with. Raises UserError.
-
-    `prepare_data.py check` and the start of a training both call it, so that the first foresees the second.
-    """
-    checked: set[tuple] = set()
-    for config in configs:
-        index = open_index(config, "train")
-        stats = CategoryStats.from_index(index)
-        check_row(config, index, stats)
-        pair = (config.data.root, config.data.train, config.data.val)
-        if pair not in checked:
-            check_validation(config, stats)
-        checked.add(pair)
-
-
-def check_row(config: Config, index: AnnotationIndex, stats: CategoryStats) -> None:
-    """Refuse what the training data does not allow. Raises UserError."""
-    if reason := why_nothing_trains(index):
-        raise UserError(f"{index.path}: {reason}")
-    columns(config.classifier, stats)  # refuses impossible groups
-    tail = isinstance(config.sampler, TailOnlyConfig) and config.sampler.below
-    if tail and not any(0 < count < tail for count in stats.instance_counts):
-        raise UserError(f"{index.path}: no category has fewer than sampler.below={tail} instances")
-    folder = Path(config.data.root) / config.data.train_semantic if config.data.train_semantic else None
-    if folder and not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of label maps; set data.root or data.train_semantic")
-
-
-def check_validation(config: Config, stats: CategoryStats) -> None:
-    """Refuse validation data that the scorer would refuse after training, or that gives no AP. Raises UserError."""
-    truth = read_truth(Path(config.data.root) / config.data.val)
-    if reason := why_nothing_scores(truth.content["annotations"]):
-        raise UserError(f"{truth.path}: {reason}")
-    check_categories(stats, open_index(config, "val"), Path(config.data.root) / config.data.train)
-
-
 def check_categories(stats: CategoryStats, index: AnnotationIndex, source: Path) -> None:
     """Raises UserError unless `stats`, which come from `source`, have the categories of `index`."""
     theirs = list(zip(stats.category_ids, stats.names, strict=True))
@@ -295,6 +288,7 @@ def predict_and_evaluate(
     Every rank takes its share of the images; only the main process scores, the others return nothing.
     stored: batches of the images' kept features, if there are any.
     """
+    check_finite(detector.state_dict(), config.run_folder)
     accuracy = ProposalAccuracy(stats.num_categories)
 
     def observe(image: torch.Tensor, target: dict, detection: dict) -> list[list[int]]:
@@ -345,7 +339,7 @@ def load_detector(
     Returns (detector, meta): meta["config"] is a Config, meta["stats"] the CategoryStats of the
     training set, meta["categories"] its categories in label order, as {id, name} (label l of a
     detection is categories[l - 1]), meta["counts"] their training instances.
-    Raises UserError for a file that is no checkpoint.
+    Raises UserError for a file that is no checkpoint, and for weights that are not finite.
     """
     checkpoint = load_checkpoint(path)
     for override in overrides:
@@ -353,11 +347,21 @@ def load_detector(
             raise UserError(f"override '{override}': a trained detector takes data.*, test.* and device only")
     config = override_config(config_from_dict(checkpoint["config"], f"{path}: config"), overrides)
     stats = CategoryStats.from_dict(checkpoint["stats"], path)
+    check_finite(checkpoint["model"], path)
+    if least_bytes(config.detector, stats.num_categories) > 8 * Path(path).stat().st_size:  # weights may be float16
+        raise UserError(
+            f"{path}: holds fewer weights than its own configuration and {stats.num_categories} categories need"
+        )
     detector = build_detector(config, stats)
+    expected = detector.state_dict()
+    for name, value in checkpoint["model"].items():
+        if name in expected and value.is_floating_point() != expected[name].is_floating_point():
+            raise UserError(f"{path}: {name} holds {value.dtype}, expected {expected[name].dtype}")
     try:
         detector.load_state_dict(checkpoint["model"])
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: the weights do not fit its own configuration ({str(error)[:200]})") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: the weights do not fit its own configuration ({reason})") from None
     if min_size is not None:
         detector.transform.min_size = (min_size,)
     if max_size is not None:

@@ -27,8 +27,6 @@ from bags.detectors.from_features import FromFeatures, Seen, seen, training_pool
 from bags.engine.checkpoint import weights_digest
 from bags.engine.features import (
     FeatureStore,
-    Layout,
-    Record,
     SeenFeatures,
     SeenRow,
     SeenView,
@@ -38,6 +36,7 @@ from bags.engine.features import (
     open_store,
     pool_row,
 )
+from bags.engine.shards import Layout, Record
 from bags.engine.train import Run
 from bags.sections import Config, DetectorConfig, TailOnlyConfig
 

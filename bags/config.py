@@ -4,6 +4,16 @@ A file may name a `base` file (path relative to itself) and then holds only what
 `section.key=value` overrides any leaf. The classifier and the sampler are chosen by `name`, and a
 new name replaces the whole section, so that no key of one method leaks into another. Unknown keys,
 wrong types and impossible values raise `UserError` before any data is read.
+
+The type of a key says how the value of an override is read:
+
+- A text (a name, a folder, a file) is taken as it is: `output=exp #2`, `data.name=2024` and `name=on` need no quotes,
+  and quotes are part of the text.
+- Where null is allowed, `key=null` and `key=` are null; `~` is, too. A file of that name is written `./null`.
+- A word from a list of words is taken as it is: `train.features=cached`, `classifier.temperatures=learned`.
+- Everything else is YAML: `train.lr=1e-4`, `data.exif=true`, `test.bins=[10, 100]`, `classifier={name: softmax}`.
+
+In a file all values are YAML, merge keys (`<<`) included. A text is a single line of valid UTF-8.
 """
 
 import dataclasses
@@ -34,7 +44,7 @@ from bags.classifier_sections import (
 from bags.errors import UserError
 from bags.files import write_text
 from bags.sections import ClassBalancedConfig, Config, DetectorConfig, RepeatFactorConfig, TailOnlyConfig
-from bags.typed_yaml import convert, merge, parse_yaml, read_tree
+from bags.typed_yaml import convert, merge, option_types, read_override, read_tree
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -59,7 +69,7 @@ def _resolve(tree: dict, overrides: typing.Sequence[str], source: str) -> Config
         if not separator or not key:
             raise UserError(f"override '{override}': expected section.key=value")
         try:
-            value = parse_yaml(text)
+            value = read_override(text, option_types(Config, key, tree))
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"override '{override}': the value is not YAML ({' '.join(str(error).split())})") from None
         for part in reversed(key.split(".")):
@@ -121,8 +131,15 @@ def _check_data(config: Config, need: Need) -> None:
     for key in ("name", "data.name"):
         value = config.name if key == "name" else data.name
         need(value not in ("", ".", "..") and not set(value) & set("/\\\0"), key, f"a folder name, got {value!r}")
-    for key, value in (("output", config.output), ("data.root", data.root)):
-        need(bool(value) and "\0" not in value, key, f"a path, got {value!r}")
+    paths = {
+        "output": config.output,
+        "data.root": data.root,
+        "store.folder": config.store.folder,
+        "detector.init_from": config.detector.init_from,
+    }
+    for key, path in paths.items():
+        need(path != "", key, "a path, got ''")
+        need((path or "").split("/")[0] != "~", key, f"a path without ~, which only a shell expands, got {path!r}")
     need(0 <= config.seed < 2**31, "seed", f"0 <= seed < 2**31, got {config.seed}")
     need(0 <= data.flip <= 1, "data.flip", f"a probability, got {data.flip}")
     sides = data.short_sides

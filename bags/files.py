@@ -15,6 +15,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+from bags.errors import UserError
+
+PROBLEMS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EFBIG: "the file is larger than the system allows",
+    errno.EIO: "the disk has an error",
+    errno.EROFS: "the disk is read-only",
+}
+
 
 def open_regular(path: str | Path) -> io.BufferedReader:
     """Open a regular file for reading, in binary mode. Symbolic links are followed.
@@ -58,11 +68,33 @@ def replacing(path: Path, mode: str = "w", **settings) -> Iterator[IO]:
     if "b" not in mode:
         settings = {"encoding": "utf-8", **settings}
     try:
-        with temporary.open(mode, **settings) as file:
+        with naming(path), temporary.open(mode, **settings) as file:
             yield file
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, a disk that is full or broken is a UserError that names the file: the system does not name it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in PROBLEMS:
+            raise UserError(f"{path}: cannot be written ({write_problem(error)})") from None
+        raise
+
+
+def write_problem(error: BaseException) -> str:
+    """Why a file could not be written, in one line. torch's RuntimeErrors are traced to their cause."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return f"{PROBLEMS.get(cause.errno, 'the system refuses')}: {os.strerror(cause.errno)}"
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ import difflib
 import reprlib
 import types
 import typing
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,18 +15,57 @@ from bags.errors import UserError
 from bags.files import read_text
 
 CHOSEN_BY_NAME = ("classifier", "sampler")  # a new `name` replaces these sections
+NULLS = ("", "~", "null", "Null", "NULL")  # the spellings of null in YAML
+MERGE = "tag:yaml.org,2002:merge"
+MOST_MERGED = 10_000  # keys of a file that come from merge keys
+MOST_ITEMS = 1_000_000  # of a list, or of its lists together
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A key given twice is an error; plain YAML would silently keep the last."""
+    """A key given twice is an error; plain YAML would silently keep the last.
 
-    def construct_mapping(self, node, deep=False):
-        """Adds the check."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for k, key in enumerate(keys) if key in keys[:k]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key '{twice}' is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    Merge keys (`<<`) follow YAML's rule, which not every version of PyYAML does: the mapping's own keys come first,
+    then those of the first mapping that is merged.
+    """
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.flat: set[yaml.Node] = set()  # mappings whose keys are checked and whose merge keys are resolved
+        self.merged = 0
+
+    def flatten_mapping(self, node):
+        """Checks the keys of a mapping, then replaces its merge key by what it stands for."""
+        if node in self.flat:
+            return
+        self.flat.add(node)
+        given: dict[Hashable, tuple] = {}
+        merged: dict[Hashable, tuple] = {}
+        for pair in node.value:
+            key = MERGE if pair[0].tag == MERGE else self.construct_object(pair[0], deep=True)
+            if not isinstance(key, Hashable):
+                raise _refusal(pair[0], "a key must not be a list or a mapping")
+            if key in given:
+                raise _refusal(node, f"key '{pair[0].value}' is given twice")
+            given[key] = pair
+        for part in self._parts(given.pop(MERGE, (None, None))[1]):
+            for pair in part.value:
+                merged.setdefault(self.construct_object(pair[0], deep=True), pair)
+        node.value = list({**merged, **given}.values())
+
+    def _parts(self, node: yaml.Node | None) -> Iterator[yaml.Node]:
+        """The mappings that a merge key names; their number of keys is limited, as aliases of aliases are many."""
+        for part in node.value if isinstance(node, yaml.SequenceNode) else [node] if node else []:
+            if not isinstance(part, yaml.MappingNode):
+                raise _refusal(part, "<<: expected a mapping, or a list of them")
+            self.flatten_mapping(part)
+            self.merged += len(part.value)
+            if self.merged > MOST_MERGED:
+                raise _refusal(part, f"merge keys (<<) add up to more than {MOST_MERGED} keys")
+            yield part
+
+
+def _refusal(node: yaml.Node, problem: str) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def parse_yaml(text: str) -> Any:
@@ -37,6 +77,8 @@ def read_tree(path: Path, children: tuple[Path, ...] = ()) -> dict:
     """A file laid over its `base`, as nested values. `children` are the files that led here."""
     if path.resolve() in children:
         raise UserError(f"{path}: its `base` leads back to itself")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file; expected a YAML file")
     try:
         tree = parse_yaml(read_text(path))
     except FileNotFoundError:
@@ -76,7 +118,10 @@ def _shown(value: Any) -> str:
     """A value in an error, cut short: aliases of aliases would fill the memory when spelt out."""
     brief = reprlib.Repr()
     brief.maxlevel, brief.maxlist, brief.maxdict, brief.maxstring, brief.maxother = 3, 12, 12, 200, 200
-    text = brief.repr(value)
+    try:
+        text = brief.repr(value)
+    except ValueError:  # Python does not print whole numbers of thousands of digits
+        text = f"a {type(value).__name__} too long to show"
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
@@ -93,16 +138,21 @@ def convert(value: Any, kind: Any, key: str, source: str) -> Any:
         sections = {k.name: k for k in named}
         if sections:
             return _convert_section(value, _chosen(value, sections, key, source), key, source)
+        if str in arguments and isinstance(value, str):
+            return convert(value, str, key, source)
         for option in arguments:
             try:
                 return convert(value, option, key, source)
             except UserError:
                 continue
     elif origin is Literal:
-        if value in arguments and type(value) in map(type, arguments):
+        if type(value) in map(type, arguments) and value in arguments:
             return value
     elif origin is tuple:
         if isinstance(value, (list, tuple)):
+            items = sum(len(v) if isinstance(v, (list, tuple)) else 1 for v in value)
+            if items > MOST_ITEMS:  # aliases of aliases are many
+                raise UserError(f"{source}: {key}: {items} values, expected at most {MOST_ITEMS}")
             return tuple(convert(v, arguments[0], key, source) for v in value)
     elif kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
@@ -113,10 +163,59 @@ def convert(value: Any, kind: Any, key: str, source: str) -> Any:
         if value is None:
             return None
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        if kind is str and "\0" in value:
-            raise UserError(f"{source}: {key}: a text must not hold NUL characters")
+        if kind is str:
+            _need_one_line(value, key, source)
+        if kind is int and abs(value) >= 2**63:
+            raise UserError(
+                f"{source}: {key}: expected a whole number below 2^63, got one of {value.bit_length()} bits"
+            )
         return value
     raise UserError(f"{source}: {key}: expected {_describe(kind)}, got {_shown(value)}{_as_list(value, kind)}")
+
+
+def _need_one_line(text: str, key: str, source: str) -> None:
+    """Raises UserError for a text that a path, a YAML file or a line of output could not hold as it is."""
+    if "\0" in text:
+        raise UserError(f"{source}: {key}: a text must not hold NUL characters")
+    if text.splitlines() not in ([], [text]):
+        raise UserError(f"{source}: {key}: a text must be a single line, got {_shown(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{source}: {key}: a text must be valid UTF-8, got {_shown(ascii(text))}") from None
+
+
+def read_override(text: str, kinds: Sequence[Any]) -> Any:
+    """The value that `key=text` gives to a key of one of these types (`option_types`).
+
+    A text is taken as it is. Numbers, lists, sections and true or false are read as YAML. Where several types are
+    allowed, null (or nothing) is None, then a listed word is itself, then any text is itself. Raises yaml.YAMLError,
+    ValueError or RecursionError for other types and no YAML.
+    """
+    words = [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
+    structured = [kind for kind in kinds if kind not in (str, type(None)) and typing.get_origin(kind) is not Literal]
+    if type(None) in kinds and text in NULLS:
+        return None
+    if text in words or str in kinds or not structured:
+        return text
+    return parse_yaml(text)
+
+
+def option_types(kind: Any, key: str, tree: Any) -> list[Any]:
+    """The types that the value of a dotted key may have, in a tree of type `kind`; none for an unknown key.
+
+    tree: nested values, whose `name` chooses the type of a section that has several.
+    """
+    options = list(typing.get_args(kind)) if typing.get_origin(kind) in (typing.Union, types.UnionType) else [kind]
+    if not key:
+        return options
+    part, _, rest = key.partition(".")
+    sections = [option for option in options if dataclasses.is_dataclass(option)]
+    inner = tree if isinstance(tree, dict) else {}
+    if len(sections) > 1 and part != "name":
+        sections = [option for option in sections if getattr(option, "name", None) == inner.get("name")]
+    hints = typing.get_type_hints(sections[0]) if sections else {}
+    return option_types(hints[part], rest, inner.get(part)) if part in hints else []
 
 
 def _as_list(value: Any, kind: Any) -> str:
@@ -137,9 +236,10 @@ def _convert_section(value: Any, kind: type, key: str, source: str) -> Any:
     hints, prefix = typing.get_type_hints(kind), f"{key}." if key else ""
     for name in value:
         if name not in hints:
-            near = difflib.get_close_matches(str(name), hints, 1, 0.5)
+            shown = name if isinstance(name, str) and len(name) < 100 else _shown(name)
+            near = difflib.get_close_matches(shown, hints, 1, 0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(hints)}"
-            raise UserError(f"{source}: {prefix}{name}: unknown key; {hint}")
+            raise UserError(f"{source}: {prefix}{shown}: unknown key; {hint}")
     return kind(**{n: convert(v, hints[n], prefix + n, source) for n, v in value.items()})
 
 

@@ -128,7 +128,7 @@ def _check(arguments) -> None:
 def _check_rows(configs: list[Config]) -> None:
     """Raise the error that the start of the rows' training would raise: impossible groups, for example."""
     if configs:
-        from bags.build import check_data
+        from bags.preflight import check_data
 
         check_data(configs)
 

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import re
 import sys
@@ -55,7 +54,7 @@ def main() -> None:
     seeds = seeds_of(arguments.seeds)
     own_rows = combinations(arguments.over, TAKEN if seeds[0] is None else TAKEN | {"seed": "--seeds gives it"})
     name = load_config(paths[0], overrides).name
-    rows = [[*overrides, *own, f"name={json.dumps(row_name(name, own))}"] for own in own_rows]
+    rows = [[*overrides, *own, f"name={row_name(name, own)}"] for own in own_rows]
     jobs = [[in_order(paths, row, seed)[0] for row in rows] for seed in seeds]
     refuse_equal(jobs[0])
     title = f"{name}: {', '.join(key for key, *_ in arguments.over)}"

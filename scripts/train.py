@@ -61,7 +61,7 @@ def make_deterministic() -> None:
 
 def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], None]) -> None:
     """Runs what is not complete, then `show`s the run folders of each row (one per job) in the main process."""
-    from bags import build, distributed
+    from bags import distributed, preflight
     from bags.data import glyphs
 
     waiting = [config for configs in jobs for config in configs]
@@ -70,7 +70,7 @@ def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], N
         embedded = {(config.data.root, config.data.glyphs) for config in waiting if config.data.glyphs}
         for root, preset in sorted(embedded):
             distributed.on_main(functools.partial(glyphs.make_glyphs, root, glyphs.PRESETS[preset]))
-        distributed.on_main(lambda: build.check_data([c for c in waiting if c.run_folder in unfinished]))
+        distributed.on_main(lambda: preflight.check_data([c for c in waiting if c.run_folder in unfinished]))
         for folder in unfinished:  # all of them now, so that no other command can stop this one half-way
             locks.enter_context(distributed.locked(folder, "set output="))
         while waiting:

@@ -10,6 +10,7 @@ import bags
 from bags.analysis.paper import PAPER
 from bags.classifier_sections import GroupSoftmaxConfig, SoftmaxConfig
 from bags.config import config_from_dict, config_to_dict, save_config
+from bags.typed_yaml import parse_yaml
 
 
 def write(folder, name="row.yaml", **content):
@@ -107,6 +108,150 @@ def test_files_that_are_not_configurations(tmp_path):
 
 def test_a_schedule_without_milestones():
     assert bags.load_config(ROOT / "configs/glyphs-100/softmax.yaml", ["train.milestones=[]"]).train.milestones == ()
+
+
+TEXTS = (
+    """exp #2|- a|[1, 2]|{a: 1}|&a|*a|!x|'a'|"a"|2024|1e5|on|null|true|é 🎈| a |%|a=b|~x|0x10|2024-01-02|a\tb""".split(
+        "|"
+    )
+)
+TEXTS += ["a: b", "|", "\x1b[1m", "# a", "?", "`", "-"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_on_the_command_line_stays_text(tmp_path, text):
+    """In a path, a name and a text that may be null; and the file that is written is read back equal."""
+    overrides = [f"{key}={text}" for key in ("name", "data.name", "output", "data.root", "data.train", "store.folder")]
+    optional = [] if text == "null" else [f"detector.init_from={text}", f"data.train_semantic=maps {text}"]
+    config = bags.load_config(
+        write(tmp_path, detector={"framework": "htc", "roi": {"class_agnostic": True}}), overrides[:-1]
+    )
+    assert {config.name, config.data.name, config.output, config.data.root, config.data.train} == {text}
+    config = bags.config.override_config(config, [*optional, *([] if text == "null" else overrides[-1:])])
+    if optional:
+        assert config.detector.init_from == config.store.folder == text and config.data.train_semantic == f"maps {text}"
+    save_config(config, tmp_path / "config.yaml")
+    assert bags.load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\n", "a\rb", "a\u2028b", "a\0b", "a\x85", "\udcff"])
+def test_text_that_no_line_can_hold_is_refused(tmp_path, text):
+    for key in ("output", "name", "detector.init_from", "data.train"):
+        with pytest.raises(bags.UserError, match=f"{key}: a text must") as error:
+            bags.load_config(write(tmp_path), [f"{key}={text}"])
+        assert "\n" not in str(error.value)
+
+
+def test_the_type_of_a_key_says_how_its_value_is_read(tmp_path):
+    path = write(tmp_path, detector={"init_from": "x.pth"})
+    cases = [
+        ("detector.init_from=null", "detector.init_from", None),
+        ("detector.init_from=", "detector.init_from", None),
+        ("detector.init_from=row:softmax", "detector.init_from", "row:softmax"),
+        ("detector.backbone_weights=~", "detector.backbone_weights", None),
+        ("detector.frozen_batch_norm=statistics", "detector.frozen_batch_norm", "statistics"),
+        ("detector.frozen_batch_norm=yes", "detector.frozen_batch_norm", True),
+        ("train.features=null", "train.features", None),
+        ("train.checkpoint_every=null", "train.checkpoint_every", None),
+        ("train.lr=1e-4", "train.lr", 1e-4),
+        ("data.exif=true", "data.exif", True),
+        ("test.bins=[3, 4]", "test.bins", (3, 4)),
+        ("data={name: '7', flip: 0}", "data.name", "7"),
+        ("device=cpu", "device", "cpu"),
+    ]
+    for override, key, expected in cases:
+        value = bags.load_config(path, [override])
+        for part in key.split("."):
+            value = getattr(value, part)
+        assert value == expected and type(value) is type(expected), override
+    grouped = ["classifier.name=group_softmax", "classifier.temperatures=learned", "classifier.others_ratio=n"]
+    classifier = bags.load_config(path, grouped).classifier
+    assert (classifier.temperatures, classifier.others_ratio) == ("learned", "n")
+    assert bags.load_config(path, ["sampler={name: tail_only}", "sampler.below=7"]).sampler.below == 7
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("output=", "output: expected a path, got ''"),
+        ("data.name=", "data.name: expected a folder name"),
+        ("detector.init_from=~/x.pth", "detector.init_from: expected a path without ~"),
+        ("output=~", "output: expected a path without ~"),
+        ("device='cpu'", "device: expected one of"),
+        ("nothing=[", "nothing: unknown key"),
+        ("data.nothing.more=: [", "data.nothing: unknown key"),
+        ("data.name.more=3", "data.name: expected text"),
+        ("classifier.others_ratio=[", "classifier.name: unknown name None"),
+        ("train.lr=[", "override 'train.lr=\\[': the value is not YAML"),
+        ("classifier=softmax", "write classifier.name=softmax"),
+        ("seed=0x" + "f" * 9000, "seed: expected a whole number below 2.63, got one of 36000 bits"),
+    ],
+)
+def test_overrides_that_cannot_be(tmp_path, override, words):
+    with pytest.raises(bags.UserError, match=words) as error:
+        bags.load_config(write(tmp_path), [override])
+    assert len(str(error.value)) < 1000
+
+
+def test_merge_keys(tmp_path):
+    """A mapping's own keys come first, then those of the first mapping merged; merges of merges, and of lists."""
+    (tmp_path / "x.yaml").write_text(
+        "train: &short {epochs: 1, lr: 0.5, batch_size: 4}\n"
+        "test: &test {batch_size: 3}\n"
+        "detector: {rpn: &rpn {batch_size: 8, test_proposals: 9}, roi: {<<: [*test, *rpn], fc: 16}}\n"
+    )
+    with pytest.raises(bags.UserError, match="detector.roi.test_proposals: unknown key"):
+        bags.load_config(tmp_path / "x.yaml")
+    tree = parse_yaml("a: &a {long: 1, x: 1}\nb: &b {<<: *a, long: 2, y: 3}\nc: {z: 5, <<: [*a, *b]}\nd: {'<<': 1}")
+    assert tree["b"] == {"long": 2, "x": 1, "y": 3} and tree["c"] == {"long": 1, "x": 1, "y": 3, "z": 5}
+    assert tree["d"] == {"<<": 1}
+    nested = parse_yaml("r: {l: {d: &a {<<: &base {long: 1}, long: 2}}, b: {<<: *a, other: 2}}")
+    assert nested["r"] == {"l": {"d": {"long": 2}}, "b": {"long": 2, "other": 2}}
+    base = parse_yaml("data: &d {name: x}\nstore: {mirrored: false}\n")
+    assert base["data"]["name"] == "x"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a: {<<: {b: 1}, c: 1, c: 2}", "key 'c' is given twice"),
+        ("{<<: {a: 1}, <<: {b: 1}}", "key '<<' is given twice"),
+        ("<<: 3", "expected a mapping, or a list"),
+        ("<<: [{a: 1}, 2]", "expected a mapping, or a list"),
+        ("a: &a {<<: *a}", "not valid YAML"),
+        ("? [1]\n: 2", "a key must not be a list"),
+        (
+            "a: &a {" + ", ".join(f"k{n}: 1" for n in range(200)) + "}\nb: {<<: [" + "*a, " * 200 + "]}",
+            "add up to more",
+        ),
+    ],
+)
+def test_keys_and_merges_that_cannot_be(tmp_path, text, words):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(bags.UserError, match=words) as error:
+        bags.load_config(tmp_path / "x.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_many_keys_are_looked_at_once(tmp_path, monkeypatch):
+    """Twenty thousand keys: each is hashed a few times, not compared with all before it."""
+    compared = []
+
+    class Key(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            compared.append(1)
+            return str.__eq__(self, other)
+
+    plain = yaml.SafeLoader.construct_object
+
+    def construct(self, node, deep=False):
+        value = plain(self, node, deep)
+        return Key(value) if isinstance(value, str) else value
+
+    monkeypatch.setattr(yaml.SafeLoader, "construct_object", construct)
+    assert len(parse_yaml("\n".join(f"k{n}: 1" for n in range(2000)))) == 2000 and len(compared) < 20_000
 
 
 def test_every_shipped_configuration_loads():

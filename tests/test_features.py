@@ -162,7 +162,7 @@ def test_an_extraction_that_was_killed_goes_on(tmp_path, glyphs, monkeypatch, im
     """In the first shard, in the second one."""
     config, detector, dataset = prepared(tmp_path, glyphs, "data.flip=0.5", "test.batch_size=2")
     whole = files(cached.training_store(config, detector, dataset, CPU).folder)
-    assert len(shards_of(len(dataset))) == 2 and len(whole) == 1 + 2 * 3
+    assert len(shards_of(len(dataset))) == 2 and len(whole) == 1 + 2 * 4
     shutil.rmtree(config.init_file.with_suffix(".features"))
     plain, seen_images = cached.training_pool, []
 
@@ -176,7 +176,7 @@ def test_an_extraction_that_was_killed_goes_on(tmp_path, glyphs, monkeypatch, im
     with pytest.raises(KeyboardInterrupt):
         cached.training_store(config, detector, dataset, CPU)
     folder = config.init_file.with_suffix(".features") / "train"
-    assert [path.name for path in folder.glob("*.views")] == (["0.views"] if images > 16 else [])
+    assert [path.name for path in folder.glob("*.sums")] == (["0.sums"] if images > 16 else [])
     monkeypatch.setattr(cached, "training_pool", plain)
     assert files(cached.training_store(config, detector, dataset, CPU).folder) == whole
 
@@ -221,7 +221,7 @@ def test_another_store_is_refused_and_says_why(tmp_path, glyphs):
         image.write_bytes(bytes_before)
     assert files(folder) == before
     (folder / "0.fc").write_bytes(before["0.fc"][:-5])
-    with pytest.raises(UserError, match="damaged: remove this shard's three files"):
+    with pytest.raises(UserError, match=r"0.fc: damaged \(its checksum differs\): remove .*train/0\.\* and repeat"):
         cached.training_store(config, detector, dataset, CPU)
     for path in folder.glob("0.*"):
         path.unlink()

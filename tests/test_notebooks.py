@@ -109,3 +109,26 @@ def test_weight_norms(job, tmp_path):
     assert float(table["bags"][2]) == pytest.approx(rank_correlation(norms[1:], counts), abs=0.006)
     with pytest.raises(AssertionError, match="no finished run softmax"):
         run_cells(cells, tmp_path, RUNS=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["custom_dataset.ipynb", "group_softmax.ipynb", "weight_norms.ipynb"])
+def test_outside_a_checkout_a_notebook_ends_in_one_line(tmp_path, name):
+    """Without the package; custom_dataset also with it, as after pip install: it needs the repository's scripts."""
+    cells = read_cells(name)
+    until = next(n for n, cell in enumerate(cells) if "raise SystemExit" in cell["source"])
+    (tmp_path / "cells.py").write_text("\n".join(cell["source"] for cell in cells[: until + 1]))
+    (tmp_path / "notebooks").mkdir()
+    plain = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    for environment in (plain, plain | {"PYTHONPATH": str(ROOT)})[: 2 if name == "custom_dataset.ipynb" else 1]:
+        done = subprocess.run([sys.executable, tmp_path / "cells.py"], capture_output=True, text=True, timeout=60,
+                              cwd=tmp_path / "notebooks", env=environment)  # fmt: skip
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert ("set CHECKOUT to one" if name == "custom_dataset.ipynb" else "pip install") in done.stderr
+
+
+def test_a_notebook_elsewhere_is_told_its_checkout(tmp_path):
+    cells = read_cells("custom_dataset.ipynb")[:2]
+    told = f"CHECKOUT = {str(ROOT / 'notebooks')!r}"
+    (tmp_path / "cells.py").write_text("\n".join([cells[0]["source"], told, cells[1]["source"], "print(os.getcwd())"]))
+    done = subprocess.run([sys.executable, tmp_path / "cells.py"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == str(ROOT), done.stderr

@@ -22,7 +22,7 @@ import numpy as np
 
 from bags.data.packing import category_name, gather, offsets, pack, ranges
 from bags.errors import UserError
-from bags.files import open_regular, read_text
+from bags.files import open_regular, read_text, write_problem
 
 FORMAT = 3
 LEAST_SIDE = 1e-3  # pixels of a box inside its image
@@ -112,7 +112,7 @@ class AnnotationIndex:
             except OSError as error:  # a place that cannot be written, or is full
                 if error.errno == errno.EMFILE:
                     raise
-                reason = error
+                reason = write_problem(error)
         places = " or ".join(str(folder.parent) for folder in folders)
         raise UserError(f"{path}: its index cannot be written to {places} ({reason}): set BAGS_CACHE to another folder")
 
@@ -210,9 +210,21 @@ def _cache_folders(path: Path) -> list[Path]:
     """Where an index may lie, the preferred place first."""
     unique = f"{path.name}.{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}.index"
     if os.environ.get("BAGS_CACHE"):
-        return [Path(os.environ["BAGS_CACHE"], unique)]
-    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return [path.with_name(f"{path.name}.index"), Path(user, "bags", unique)]
+        return [_in_home("BAGS_CACHE", os.environ["BAGS_CACHE"]) / unique]
+    folders = [path.with_name(f"{path.name}.index")]
+    user = os.environ.get("XDG_CACHE_HOME", "")
+    user = user if os.path.isabs(user) else os.path.expanduser("~/.cache")  # the standard ignores relative ones
+    if os.path.isabs(user) and os.path.expanduser("~") != "/":  # a process without a home has no cache folder
+        folders.append(Path(user, "bags", unique))
+    return folders
+
+
+def _in_home(variable: str, folder: str) -> Path:
+    """A folder whose leading ~ is expanded. Raises UserError where nothing says which folder that is."""
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        raise UserError(f"{variable}={folder}: the home folder is unknown; write the folder out") from None
 
 
 def _state(path: Path) -> list[int]:

@@ -1,7 +1,9 @@
 """How often each category occurs in training: what makes a tail a tail."""
 
+import itertools
+import reprlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -43,18 +45,38 @@ class CategoryStats:
     @classmethod
     def from_dict(cls, content: dict, source: object = "category statistics") -> "CategoryStats":
         """The inverse of `to_dict`. Raises UserError, naming `source`, for anything else."""
-        try:
-            stats = cls(**{key: tuple(value) for key, value in content.items()})
-        except TypeError as error:
-            raise UserError(f"{source}: stats: not as `to_dict` writes them ({error})") from None
-        if len({len(value) for value in asdict(stats).values()}) != 1:
+        keys = [field.name for field in fields(cls)]
+        if set(content) != set(keys) or not all(isinstance(content[key], list | tuple) for key in keys):
+            raise UserError(f"{source}: stats: expected lists named {', '.join(keys)}")
+        for key in keys:
+            _check_kind(content[key], key, f"{source}: stats: {key}")
+        stats = cls(**{key: tuple(content[key]) for key in keys})
+        ids = stats.category_ids
+        if len({len(content[key]) for key in keys}) != 1:
             raise UserError(f"{source}: stats: ids, names and counts differ in number")
+        if not ids or not all(a < b for a, b in itertools.pairwise(ids)):
+            raise UserError(f"{source}: stats: category_ids: expected one or more rising numbers")
         return stats
 
     @property
     def num_categories(self) -> int:
         """C."""
         return len(self.category_ids)
+
+
+def _check_kind(values: Sequence, key: str, where: str) -> None:
+    """Raises UserError, which begins with `where`, for a value that a field of CategoryStats cannot have."""
+    if key == "names":
+        expected, usable = "texts", [type(value) is str for value in values]
+    else:
+        least = -(2**63) if key == "category_ids" else 0
+        expected = "whole numbers" if least else "whole numbers of 0 or more"
+        usable = [type(value) is int and least <= value < 2**63 for value in values]
+    if not all(usable):
+        position = usable.index(False)
+        value = values[position]
+        shown = "a number of 2^63 or more" if isinstance(value, int) and value >= 2**63 else reprlib.repr(value)[:100]
+        raise UserError(f"{where}: expected {expected}, got {shown} at position {position}")
 
 
 def disagreement(index: AnnotationIndex, stats: CategoryStats) -> str | None:

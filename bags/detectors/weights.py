@@ -5,7 +5,6 @@ has none, and the caller refuses what does not fit exactly.
 """
 
 import re
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ import torchvision
 from torch import Tensor
 
 from bags.errors import UserError
-from bags.files import open_regular
+from bags.tensor_files import Damaged, check_finite, check_state, load_tensors
 
 # The paper's code (mmdet 1.0). A stage's number follows bbox_head and mask_head in cascades alone.
 RELEASED = [
@@ -70,27 +69,21 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file of weights")
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file; expected a file of weights")
     try:
-        open_regular(path).close()  # reading a pipe waits
-        damaged = None
-        if zipfile.is_zipfile(path):  # files from before 2020 are none
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch does not look at the checksums
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a file can do to a parser
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            raise
-        reason = "it holds more than tensors and plain values" if "Unpickling" in type(error).__name__ else "or damaged"
-        raise UserError(f"{path}: not a file of weights, {reason} ({type(error).__name__})") from None
-    if damaged:
-        raise UserError(f"{path}: damaged (checksum of {damaged}); fetch it again")
+        content = load_tensors(path, "file of weights")
+    except Damaged as error:
+        raise UserError(f"{error}; fetch it again") from None
     state = next((content[k] for k in ("state_dict", "model") if isinstance(content, dict) and k in content), content)
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path}: no state dict in there (a mapping of names to tensors)")
-    odd = next((k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()), None)
-    if odd:
-        raise UserError(f"{path}: {odd} holds numbers that are not finite; fetch it again")
-    return {str(key).removeprefix("module."): value for key, value in state.items()}
+    check_state(state, path, "file of weights")
+    check_finite(state, path)
+    renamed = {key.removeprefix("module."): value for key, value in state.items()}
+    if len(renamed) < len(state):
+        raise UserError(f"{path}: some tensors are there twice, with and without `module.` before their names")
+    return renamed
 
 
 def fetch_state(model: str, name: str) -> tuple[dict[str, Tensor], list[str]]:

@@ -10,9 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-import pickle
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -21,7 +19,8 @@ import torch
 from torch import nn
 
 from bags.errors import UserError
-from bags.files import open_regular, read_text, write_text
+from bags.files import open_regular, read_text, write_problem, write_text
+from bags.tensor_files import Damaged, check_state, load_tensors
 
 FORMAT = 2  # 1 had no seal
 SEAL = b"sha256:"  # and the digest of all before it, as the comment that ends a zip file
@@ -29,7 +28,18 @@ SEALED = len(SEAL) + 64  # bytes
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Writes a run's checkpoint; the former `last.pth` is kept as `previous.pth`."""
+    """Write a run's checkpoint and keep the former `last.pth` as `previous.pth`.
+
+    Weights that are not finite are not written: nothing could be done with them. Raises UserError.
+    """
+    floats = {name: value for name, value in content["model"].items() if value.is_floating_point()}
+    finite = torch.stack([value.isfinite().all() for value in floats.values()]).tolist() if floats else []
+    if not all(finite):
+        name = list(floats)[finite.index(False)]
+        raise UserError(
+            f"{path}: not written, since training has made {name} infinite or NaN: lower train.lr or train.clip_norm; "
+            "the checkpoint from before is kept"
+        )
     write_checkpoint(path, content, path.with_name("previous.pth"))
 
 
@@ -61,13 +71,13 @@ def write_file(path: Path, content: dict, previous: Path | None = None) -> None:
             _seal(file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason}); older checkpoints are whole") from None
-    if previous and path.exists():
-        os.replace(path, previous)
-    os.replace(temporary, path)
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer hides a full disk behind a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({write_problem(error)}); older checkpoints are whole") from None
     folder = os.open(path.parent, os.O_RDONLY)
     with contextlib.suppress(OSError):  # not every file system can put names on disk at once
         os.fsync(folder)
@@ -110,33 +120,26 @@ def load_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; train the model it belongs to first")
-    whole, damaged, content = None, False, None
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file; expected a checkpoint")
+    whole, content = check_seal(path), None
+    damaged = f"{path}: damaged (its checksum differs); without it a run goes on from previous.pth"
+    if whole is False:
+        raise UserError(damaged)
     try:
-        whole = check_seal(path)
-        if whole is None:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip() is not None  # torch does not look at the checksums
-        if whole is not False and not damaged:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except pickle.UnpicklingError:
-        raise UserError(f"{path}: not a checkpoint: it holds more than tensors and plain values") from None
-    except Exception as error:  # whatever a file can do to a parser
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            raise
-        raise UserError(f"{path}: not a checkpoint, or damaged ({type(error).__name__})") from None
-    lost_seal = whole is None and isinstance(content, dict) and content.get("format") == FORMAT
-    if whole is False or damaged or lost_seal:
-        raise UserError(f"{path}: damaged (its checksum differs); without it a run goes on from previous.pth")
+        content = load_tensors(path, "checkpoint", sealed=whole is True)
+    except Damaged:
+        raise UserError(damaged) from None
+    if whole is None and isinstance(content, dict) and content.get("format") == FORMAT:
+        raise UserError(damaged)
     if not isinstance(content, dict) or not {"config", "stats", "model"} <= content.keys():
         raise UserError(f"{path}: not a checkpoint of this project (no config, stats and model in it)")
     if not all(isinstance(content[key], dict) for key in ("config", "stats", "model")):
         raise UserError(f"{path}: not a checkpoint of this project (config, stats and model are no mappings)")
-    if not all(isinstance(value, torch.Tensor) for value in content["model"].values()):
-        raise UserError(f"{path}: not a checkpoint of this project (model holds more than tensors)")
-    if content.get("format") not in (1, FORMAT):
-        raise UserError(f"{path}: checkpoint format {content.get('format')}, expected {FORMAT}")
+    check_state(content["model"], path, "checkpoint of this project")
+    version = content.get("format")
+    if type(version) is not int or version not in (1, FORMAT):
+        raise UserError(f"{path}: checkpoint format {version if type(version) is int else '?'}, expected {FORMAT}")
     return content
 
 
@@ -171,7 +174,10 @@ def load_weights(model: nn.Module, checkpoint: dict, skip: Sequence[str] = ()) -
     fitting = {
         key: saved[key]
         for key, value in state.items()
-        if key in saved and saved[key].shape == value.shape and not any(part in key for part in skip)
+        if key in saved
+        and saved[key].shape == value.shape
+        and saved[key].is_floating_point() == value.is_floating_point()
+        and not any(part in key for part in skip)
     }
     model.load_state_dict(fitting, strict=False)
     return [key for key in state if key not in fitting]

@@ -3,7 +3,7 @@
 A store is a folder. `store.json` says of which weights, annotations and settings it is, and how many rows of
 what kind it has: a row is a proposal or an object of one view of an image (as it is, or mirrored). Shard N is
 three flat files: `N.fc` [rows, stages, width] features, `N.rows` what else is known of them, `N.views` one
-record per view, which says where its rows are. A shard is there when its views are, which are renamed last: a
+record per view, which says where its rows are; and `N.sums`, their checksums, which are written last: a
 killed run goes on with the shards that are missing, whatever the number of ranks.
 """
 
@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,11 +25,13 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from tqdm import tqdm
 
 from bags import distributed
+from bags.engine.shards import Layout, Record, Shard, ShardWriter, is_complete, open_shards
 from bags.errors import UserError
-from bags.files import read_text, write_text
+from bags.files import read_text, write_problem, write_text
 
-FORMAT = 1
+FORMAT = 2  # 1 had no checksums
 MOST_IMAGES = 512  # of a shard; a killed run repeats at most one
+FEW = 8  # a view is read as a whole unless fewer than one of so many rows are wanted
 PROBED = 8  # images at most, and one of 50, that the expected size is measured on
 
 View = np.dtype([("position", "<i4"), ("mirrored", "?"), ("first", "<i8"), ("rows", "<i4")])
@@ -43,77 +44,50 @@ def pool_row(stages: int) -> np.dtype:
     return np.dtype([("label", "<i4", (stages,)), ("overlap", "<f2", (stages,)), ("score", "<f2"), ("is_object", "?")])
 
 
-class Record(NamedTuple):
-    """One view to be stored."""
-
-    fc: Tensor  # [R, S, D]
-    rows: np.ndarray  # [R] of the store's row type
-    view: tuple  # (position, mirrored), and what else the store's views have after `rows`
-
-
-class Layout(NamedTuple):
-    """The types of a store's files; `fc` is "float16" or "float32"."""
-
-    fc: str
-    row: np.dtype
-    view: np.dtype
-    stages: int
-    width: int
-
-
 class FeatureStore:
-    """A complete store, memory-mapped. `places` int64 [images, 2, 3]: shard, first row and rows of both views."""
+    """A complete store. `places` int64 [images, 2, 3]: shard, first row and rows of both views."""
 
-    def __init__(self, folder: Path, layout: Layout, images: int):
-        self.folder, self.layout, self.images = folder, layout, images
-        self.shards, self.views = [], []
+    def __init__(self, folder: Path, layout: Layout, images: int, shards: list[Shard]):
+        """shards: all of them, as `open_shards` gives them."""
+        self.folder, self.layout, self.images, self.shards = folder, layout, images, shards
+        self.views = [shard.views for shard in shards]
+        self.starts = np.cumsum([0, *(shard.rows for shard in shards)])  # of each shard's rows in `whole`
         self.places = np.full((images, 2, 3), -1, np.int64)
-        for number in range(len(shards_of(images))):
-            fc = _mapped(folder / f"{number}.fc", np.dtype(layout.fc), (-1, layout.stages, layout.width))
-            rows = _mapped(folder / f"{number}.rows", layout.row, (-1,))
-            views = np.fromfile(folder / f"{number}.views", layout.view)
-            if not len(fc) == len(rows) == views["rows"].sum():
-                raise UserError(f"{folder}: shard {number} is damaged: remove its three files, they are made again")
-            self.shards.append((fc, rows))
-            self.views.append(views)
-            own = np.column_stack([np.full(len(views), number), views["first"], views["rows"]])
-            self.places[views["position"], views["mirrored"].astype(int)] = own
-
-    def __reduce__(self):
-        return FeatureStore, (self.folder, self.layout, self.images)  # loader processes map it themselves
+        for shard in shards:
+            views = shard.views
+            place = np.column_stack([np.full(len(views), shard.number), views["first"], views["rows"]])
+            self.places[views["position"], views["mirrored"].astype(int)] = place
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[np.ndarray, np.ndarray]:
-        """(features [R, S, D], rows [R]) of (position, mirrored), not read before they are used."""
-        shard, first, count = self.places[key[0], int(key[1])]
-        fc, rows = self.shards[shard]
-        return fc[first : first + count], rows[first : first + count]
+        """(features [R, S, D], rows [R]) of (position, mirrored)."""
+        return self.features(key), self.rows(key)
+
+    def features(self, key: tuple[int, bool], chosen: np.ndarray | None = None) -> np.ndarray:
+        """Features [R, S, D] of a view's rows, or of the chosen ones (int64 [R], positions in the view)."""
+        shard, first, count = self.places[key[0], int(key[1])].tolist()
+        return self.shards[shard].read("fc", first, count, chosen)
+
+    def rows(self, key: tuple[int, bool]) -> np.ndarray:
+        """What is known of a view's rows, [R] of the layout's row type."""
+        shard, first, count = self.places[key[0], int(key[1])].tolist()
+        return self.shards[shard].read("rows", first, count)
 
     def nbytes(self) -> int:
         """Bytes of all features."""
-        return sum(fc.nbytes for fc, _ in self.shards)
+        return sum(shard.nbytes() for shard in self.shards)
 
     def row_numbers(self, key: tuple[int, bool], rows: Tensor) -> Tensor:
         """Numbers, in `whole`, of some rows of a view."""
-        shard, first, _ = self.places[key[0], int(key[1])]
-        return rows + int(first) + sum(len(fc) for fc, _ in self.shards[:shard])
+        shard, first, _ = self.places[key[0], int(key[1])].tolist()
+        return rows + first + int(self.starts[shard])
 
     def whole(self, device: torch.device) -> Tensor:
         """All features [rows, S, D] in the memory of a device."""
-        shape = (sum(len(fc) for fc, _ in self.shards), self.layout.stages, self.layout.width)
-        result, first = torch.empty(shape, dtype=getattr(torch, self.layout.fc), device=device), 0
-        for fc, _ in self.shards:
-            result[first : first + len(fc)] = torch.from_numpy(np.array(fc)).to(device)
-            first += len(fc)
+        shape = (int(self.starts[-1]), self.layout.stages, self.layout.width)
+        result = torch.empty(shape, dtype=getattr(torch, self.layout.fc), device=device)
+        for shard, first in zip(self.shards, self.starts.tolist(), strict=False):
+            result[first : first + shard.rows] = torch.from_numpy(shard.read("fc", 0, shard.rows)).to(device)
         return result
-
-
-def _mapped(path: Path, kind: np.dtype, shape: tuple) -> np.ndarray:
-    if not path.stat().st_size:
-        return np.empty((0, *shape[1:]), kind)
-    try:
-        return np.memmap(path, kind, "r").reshape(shape)
-    except ValueError:
-        raise UserError(f"{path}: damaged: remove this shard's three files, they are made again") from None
 
 
 def shards_of(images: int) -> list[range]:
@@ -145,15 +119,15 @@ def open_store(
             _begin(folder, form | about)
         distributed.barrier()
         mine = range(distributed.rank(), len(shards_of(images)), distributed.world_size())
-        missing = [number for number in mine if not (folder / f"{number}.views").exists()]
-        complete = all((folder / f"{number}.views").exists() for number in range(len(shards_of(images))))
+        missing = [number for number in mine if not is_complete(folder, number)]
+        complete = all(is_complete(folder, number) for number in range(len(shards_of(images))))
         distributed.barrier()
         if not complete:
             if distributed.is_main():
                 _announce(folder, layout, images, loader_of, records_of)
             _write(folder, layout, images, missing, loader_of, records_of, batch_size, title)
             distributed.barrier()
-    return FeatureStore(folder, layout, images)
+    return FeatureStore(folder, layout, images, open_shards(folder, layout, shards_of(images), title))
 
 
 @contextlib.contextmanager
@@ -179,7 +153,9 @@ def _opened(folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         return os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error}): set store.folder to another one") from None
+        raise UserError(
+            f"{folder}: cannot be written ({write_problem(error)}): set store.folder to another one"
+        ) from None
 
 
 def _locked(lock: int) -> bool:
@@ -197,9 +173,11 @@ def _begin(folder: Path, header: dict) -> None:
     mend = "remove the folder to have it made again, or set store.folder to another one"
     if path.exists():
         try:
-            old = json.loads(read_text(path))
-        except ValueError:
+            old = dict(json.loads(read_text(path)))
+        except (OSError, ValueError, TypeError, RecursionError):
             raise UserError(f"{path}: cannot be read: {mend}") from None
+        if old.get("format") == 1:
+            raise UserError(f"{folder}: was made by an earlier version and has no checksums: {mend}")
         changed = [key for key in {**header, **old} if header.get(key) != old.get(key)]
         if changed:
             raise UserError(f"{folder}: holds proposal features of other {', '.join(changed)}: {mend}")
@@ -209,7 +187,9 @@ def _begin(folder: Path, header: dict) -> None:
     try:
         write_text(path, json.dumps(header, indent=1))
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error}): set store.folder to another one") from None
+        raise UserError(
+            f"{folder}: cannot be written ({write_problem(error)}): set store.folder to another one"
+        ) from None
 
 
 def _announce(folder: Path, layout: Layout, images: int, loader_of, records_of) -> None:
@@ -252,57 +232,12 @@ def _write(folder, layout, images, missing, loader_of, records_of, batch_size, t
             if writer is None or writer.number != number:
                 if writer:
                     writer.close()
-                writer = _Shard(folder, number, layout)
+                writer = ShardWriter(folder, number, layout)
             for record in records_of(shown, targets, positions):
                 writer.add(record)
             bar.update(len(positions))
         if writer:
             writer.close()
-
-
-class _Shard:
-    """The three files of a shard while they are written; a disk that fills up leaves none of them."""
-
-    def __init__(self, folder: Path, number: int, layout: Layout):
-        self.folder, self.number, self.layout = folder, number, layout
-        self.rows = 0
-        self.files = {kind: (folder / f"{number}.{kind}.tmp").open("wb") for kind in ("fc", "rows", "views")}
-
-    def add(self, record: Record) -> None:
-        """Appends one view."""
-        fc = record.fc.to(getattr(torch, self.layout.fc)).cpu().numpy()
-        if not np.isfinite(fc).all():
-            raise UserError(f"{self.folder}: a feature is not a finite number in {self.layout.fc}: train.features=live")
-        position, mirrored, *more = record.view
-        view = np.array([(position, mirrored, self.rows, len(record.rows), *more)], self.layout.view)
-        self.rows += len(record.rows)
-        self._put({"fc": fc, "rows": record.rows, "views": view})
-
-    def _put(self, parts: dict[str, np.ndarray]) -> None:
-        try:
-            for kind, values in parts.items():
-                self.files[kind].write(np.ascontiguousarray(values).tobytes())
-        except OSError as error:
-            self._remove(error)
-
-    def close(self) -> None:
-        """Everything on disk, then under its own name."""
-        try:
-            for file in self.files.values():
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
-        except OSError as error:
-            self._remove(error)
-        for kind in self.files:
-            (self.folder / f"{self.number}.{kind}.tmp").replace(self.folder / f"{self.number}.{kind}")
-
-    def _remove(self, error: OSError) -> None:
-        for kind in self.files:
-            (self.folder / f"{self.number}.{kind}.tmp").unlink(missing_ok=True)
-        raise UserError(
-            f"{self.folder}: cannot be written ({error}); the shards that are complete stay: the same command goes on"
-        ) from None
 
 
 class TrainingFeatures(Dataset):
@@ -327,16 +262,19 @@ class TrainingFeatures(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             mirrored = bool(torch.rand(1) < self.flip) if self.flip > 0 else False  # as v2.RandomHorizontalFlip
-            fc, rows = self.store[position, mirrored]
+            rows = self.store.rows((position, mirrored))
             drawn = self._draw_label(rows, *label) if label else self._draw(rows)
-        features, labels = [], []
-        for stage, chosen in enumerate(drawn):
-            labels.append(torch.from_numpy(rows["label"][chosen, stage].astype(np.int64)))
-            if self.resident:
-                features.append(self.store.row_numbers((position, mirrored), chosen))
-            else:
-                features.append(torch.from_numpy(fc[chosen.numpy(), stage]))
-        return features, labels
+        view = position, mirrored
+        labels = [torch.from_numpy(rows["label"][chosen, stage].astype(np.int64)) for stage, chosen in enumerate(drawn)]
+        if self.resident:
+            return [self.store.row_numbers(view, chosen) for chosen in drawn], labels
+        needed = torch.cat(drawn).unique()
+        if len(needed) * FEW < len(rows):
+            fc = self.store.features(view, needed.numpy())
+            drawn = [torch.searchsorted(needed, chosen) for chosen in drawn]
+        else:
+            fc = self.store.features(view)
+        return [torch.from_numpy(fc[chosen.numpy(), stage]) for stage, chosen in enumerate(drawn)], labels
 
     def _draw(self, rows: np.ndarray) -> list[Tensor]:
         """Rows [n] of each stage: what one stage draws, and the objects, are what the next one may draw from."""
@@ -382,5 +320,5 @@ class SeenFeatures(Dataset):
         fc, rows = self.store[position, False]
         view = self.views[self.order[position]]
         size, original = (tuple(view[key].tolist()) for key in ("size", "original"))
-        features, boxes = torch.from_numpy(np.array(fc)), torch.from_numpy(rows["box"].copy())
+        features, boxes = torch.from_numpy(fc), torch.from_numpy(rows["box"].copy())
         return self.make(features, boxes, size, float(view["scale"]), original), self.target_of(position)

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from bags import distributed
-from bags.files import read_bytes, replacing
+from bags.files import naming, read_bytes, replacing
 from bags.sections import TrainConfig
 
 PHASES = ("data", "forward", "backward", "step")
@@ -64,6 +64,7 @@ class JsonLog:
         The former file is replaced as a whole: a full disk loses no line of it.
         """
         former, kept, self.last = read_bytes(path) if path.exists() else b"", [], {}
+        self.path = path
         for line in former.splitlines():
             try:
                 values = json.loads(line)
@@ -81,7 +82,8 @@ class JsonLog:
         """Appends one object; floats are rounded to 6 significant digits, those that are not finite are null."""
         plain = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
-        self.file.write(json.dumps(plain) + "\n")
+        with naming(self.path):
+            self.file.write(json.dumps(plain) + "\n")
 
     def close(self) -> None:
         """Closes the file."""

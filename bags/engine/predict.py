@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from bags import distributed
 from bags.errors import UserError
-from bags.files import replacing
+from bags.files import naming, replacing
 
 
 @torch.inference_mode()
@@ -54,7 +54,7 @@ def predict(
     plan = [[image_ids[position] for position in batch] for batch in sampler.start(0)]
     batches, observed = _resume(share, header, plan)
     sampler.start(batches)
-    with share.open("ab") as file:
+    with naming(share), share.open("ab") as file:
         bar = tqdm(loader, desc=f"{title}: predict", unit="batch", initial=batches, total=len(plan),
                    disable=not distributed.is_main())  # fmt: skip
         for images, targets in bar:

@@ -35,6 +35,7 @@ from bags.engine.optim import (
 )
 from bags.errors import Stopped, UserError
 from bags.sections import TrainConfig
+from bags.tensor_files import check_finite
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAVED_EVERY = (200, 2000)  # iterations, of the detector and of stored features, which take a fraction of the time
@@ -211,16 +212,22 @@ def _resume(run: Run) -> bool:
         return False
     if saved["stats"] != run.about["stats"]:
         raise UserError(f"{run.folder}: the training annotations have changed since this run began: remove the folder")
-    if type(saved.get("iteration")) is not int or (run.optimizer and "optimizer" not in saved):
+    iteration = saved.get("iteration")
+    if type(iteration) is not int or iteration < 0 or (run.optimizer and "optimizer" not in saved):
         raise UserError(f"{run.folder}: its checkpoint is not a run's own (no iteration or optimizer in it): remove it")
-    run.model.load_state_dict(saved["model"])
-    if run.optimizer:
-        for theirs, ours in zip(saved["optimizer"]["param_groups"], run.optimizer.param_groups, strict=False):
-            theirs["fused"] = ours["fused"]  # this device's kernel
-        run.optimizer.load_state_dict(saved["optimizer"])
-        if run.scaler and "scaler" in saved:
-            run.scaler.load_state_dict(saved["scaler"])
-    run.done = saved["iteration"]
+    check_finite(saved["model"], run.folder)
+    try:
+        run.model.load_state_dict(saved["model"])
+        if run.optimizer:
+            for theirs, ours in zip(saved["optimizer"]["param_groups"], run.optimizer.param_groups, strict=False):
+                theirs["fused"] = ours["fused"]  # this device's kernel
+            run.optimizer.load_state_dict(saved["optimizer"])
+            if run.scaler and "scaler" in saved:
+                run.scaler.load_state_dict(saved["scaler"])
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{run.folder}: its checkpoint does not fit this run ({reason}): remove the folder") from None
+    run.done = iteration
     if len(set(distributed.gather_objects(run.done))) > 1:
         raise UserError(f"{run.folder}: the ranks have read different states of last.pth: repeat the command")
     return True

@@ -1,0 +1,50 @@
+"""What would stop a job, found before anything is trained."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from bags import build
+from bags.data.checks import why_nothing_scores, why_nothing_trains
+from bags.data.index import AnnotationIndex
+from bags.data.statistics import CategoryStats
+from bags.errors import UserError
+from bags.evaluation.truth import read_truth
+from bags.methods import columns
+from bags.sections import Config, TailOnlyConfig
+
+
+def check_data(configs: Iterable[Config]) -> None:
+    """Refuse data that a row could not be trained on or scored with. Raises UserError.
+
+    `prepare_data.py check` and the start of a training both call it, so that the first foresees the second.
+    """
+    checked: set[tuple] = set()
+    for config in configs:
+        index = build.open_index(config, "train")
+        stats = CategoryStats.from_index(index)
+        check_row(config, index, stats)
+        pair = (config.data.root, config.data.train, config.data.val)
+        if pair not in checked:
+            check_validation(config, stats)
+        checked.add(pair)
+
+
+def check_row(config: Config, index: AnnotationIndex, stats: CategoryStats) -> None:
+    """Refuse what the training data does not allow. Raises UserError."""
+    if reason := why_nothing_trains(index):
+        raise UserError(f"{index.path}: {reason}")
+    columns(config.classifier, stats)  # refuses impossible groups
+    tail = isinstance(config.sampler, TailOnlyConfig) and config.sampler.below
+    if tail and not any(0 < count < tail for count in stats.instance_counts):
+        raise UserError(f"{index.path}: no category has fewer than sampler.below={tail} instances")
+    folder = Path(config.data.root) / config.data.train_semantic if config.data.train_semantic else None
+    if folder and not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of label maps; set data.root or data.train_semantic")
+
+
+def check_validation(config: Config, stats: CategoryStats) -> None:
+    """Refuse validation data that the scorer would refuse after training, or that gives no AP. Raises UserError."""
+    truth = read_truth(Path(config.data.root) / config.data.val)
+    if reason := why_nothing_scores(truth.content["annotations"]):
+        raise UserError(f"{truth.path}: {reason}")
+    build.check_categories(stats, build.open_index(config, "val"), Path(config.data.root) / config.data.train)
