@@ -4,13 +4,14 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import matplotlib
 import numpy as np
 from PIL import Image
 
 from bags.analysis.weight_norms import rank_correlation
+from bags.files import replacing
 
 if "ipykernel" not in sys.modules:  # in a notebook, figures are shown below their cell
     matplotlib.use("Agg")
@@ -199,9 +200,12 @@ def save_drawing(
     _save(figure, path, **settings)
 
 
-def _save(figure, path: Path | BinaryIO, **settings) -> None:
+def _save(figure, path: Path | IO[bytes], **settings) -> None:
+    """Write a figure, as a whole or not at all, and close it."""
     if isinstance(path, Path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, "wb") as file:
+            return _save(figure, file, **{"format": path.suffix[1:], **settings})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that the font lacks is drawn as boxes
         figure.savefig(path, dpi=DPI, **settings)
