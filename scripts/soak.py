@@ -12,6 +12,7 @@ the right results or exit code 2.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -86,14 +87,16 @@ def script(name: str) -> str:
 
 def at_once(commands: list[list[str]], delay: float) -> list[tuple[int, str]]:
     """(exit code, what was printed) of commands that run at the same time. delay: seconds between two starts."""
-    processes = []
-    for command in commands:
-        if processes:
-            time.sleep(delay)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        processes.append(subprocess.Popen(command, **pipes, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}))
-    texts = [process.communicate()[0] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in commands]  # a pipe could fill up
+        processes: list[subprocess.Popen] = []
+        for command, file in zip(commands, files, strict=True):
+            if processes:
+                time.sleep(delay)
+            processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
+        codes = [process.wait() for process in processes]
+        return [(code, (file.seek(0), file.read())[1]) for code, file in zip(codes, files, strict=True)]
 
 
 class Together:
@@ -160,7 +163,8 @@ class Together:
 
     def jobs(self, times: int) -> bool:
         """Runs a job of three rows, then an evaluation, on all ranks; the first one is what the others must equal."""
-        expected, good = {}, True
+        expected: dict[str, bytes] = {}
+        good = True
         for number in range(times):
             output = self.folder / f"job_{number}"
             ends = at_once([self.train(output, "base", "first", "second")], 0)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from bags import locks
 from bags.errors import UserError
 
 ANNOTATIONS = "https://dl.fbaipublicfiles.com/LVIS/"
@@ -44,18 +45,25 @@ def fetch_lvis(root: Path, version: str, images: bool = True) -> list[str]:
         if (root / name).exists():
             lines.append(f"{root / name}: there")
             continue
-        archive = root / url.rsplit("/", 1)[1]
-        try:
-            download(url, archive)
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(
-                f"{root / name}: missing, and {url} cannot be fetched ({error}); fetch it elsewhere and "
-                f"put the archive at {archive}, then run this again"
-            ) from None
-        unpack(archive, root, name)
-        archive.unlink()
+        with locks.waiting(root):
+            if not (root / name).exists():  # nobody else has fetched it meanwhile
+                _fetch(url, root, name)
         lines.append(f"{root / name}: fetched")
     return lines
+
+
+def _fetch(url: str, root: Path, name: str) -> None:
+    """Fetch and unpack one archive, in a folder that this process has locked."""
+    archive = root / url.rsplit("/", 1)[1]
+    try:
+        download(url, archive)
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(
+            f"{root / name}: missing, and {url} cannot be fetched ({error}); fetch it elsewhere and "
+            f"put the archive at {archive}, then run this again"
+        ) from None
+    unpack(archive, root, name)
+    archive.unlink()
 
 
 def download(url: str, path: Path) -> None:
