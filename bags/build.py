@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from bags import distributed
-from bags.config import config_from_dict, override_config
+from bags.config import check_config, config_from_dict, override_config
 from bags.data.dataset import DetectionDataset, Loader, collate
 from bags.data.findings import REMAP
 from bags.data.index import AnnotationIndex
@@ -216,7 +216,7 @@ def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stat
     checkpoint = load_checkpoint(path)
     check_finite(checkpoint["model"], path)
     saved_stats = CategoryStats.from_dict(checkpoint["stats"], path)
-    saved_config = config_from_dict(checkpoint["config"], f"{path}: config")
+    saved_config = check_config(config_from_dict(checkpoint["config"], f"{path}: config"), f"{path}: config")
     saved = saved_config.classifier
     same = columns(saved, saved_stats) == columns(config.classifier, stats)
     skip = ["classifier."] if config.detector.reset_classifier or not same else []
@@ -345,7 +345,8 @@ def load_detector(
     for override in overrides:
         if not override.startswith(("data.", "test.", "device=")) or "semantic" in override.partition("=")[0]:
             raise UserError(f"override '{override}': a trained detector takes data.*, test.* and device only")
-    config = override_config(config_from_dict(checkpoint["config"], f"{path}: config"), overrides)
+    source = f"{path}: config"
+    config = override_config(check_config(config_from_dict(checkpoint["config"], source), source), overrides)
     stats = CategoryStats.from_dict(checkpoint["stats"], path)
     check_finite(checkpoint["model"], path)
     if least_bytes(config.detector, stats.num_categories) > 8 * Path(path).stat().st_size:  # weights may be float16

@@ -58,6 +58,12 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     return _resolve(tree, overrides, str(path))
 
 
+def check_config(config: Config, source: str) -> Config:
+    """The same configuration. Raises UserError, which begins with `source`, for values that cannot work."""
+    _check(config, source)
+    return config
+
+
 def override_config(config: Config, overrides: typing.Sequence[str]) -> Config:
     """The configuration with some leaves changed, checked as `load_config` does."""
     return _resolve(config_to_dict(config), overrides, config.name)

@@ -22,7 +22,7 @@ from bags.build import initialise, load_detector
 from bags.data.index import _cache_folders
 from bags.data.statistics import CategoryStats
 from bags.detectors.backbones import load_backbone_weights
-from bags.detectors.weights import read_state
+from bags.detectors.weights import fetch_state, read_state
 from bags.engine.checkpoint import load_checkpoint, save_checkpoint, write_checkpoint, write_file
 from bags.engine.features import TrainingFeatures, collate_samples
 from bags.errors import UserError
@@ -117,7 +117,9 @@ def test_odd_statistics_are_one_line(trained, tmp_path, case):
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize("key, value", [("fc", 131071), ("fpn_channels", 32767), ("fc", 10**30), ("fc", "a"), (1, 2)])
+@pytest.mark.parametrize(
+    "key, value", [("fc", 131071), ("fc", 0), ("fpn_channels", 32767), ("fc", 10**30), ("fc", "a"), (1, 2)]
+)
 def test_absurd_sizes_in_a_checkpoint_are_one_line(trained, tmp_path, key, value):
     config = json.loads(json.dumps(trained[-1]["config"]))
     (config["detector"]["roi"] if key == "fc" else config["detector"])[key] = value
@@ -434,6 +436,18 @@ def test_without_a_home_no_folder_is_called_tilde(tmp_path, monkeypatch, known):
     else:
         with pytest.raises(UserError, match="BAGS_CACHE=~/cache: the home folder is unknown"):
             _cache_folders(path)
+
+
+def test_without_a_home_nothing_is_fetched_to_tilde(tmp_path, monkeypatch):
+    for variable in ("HOME", "XDG_CACHE_HOME", "TORCH_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: (_ for _ in ()).throw(KeyError()))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="the home folder is unknown; set TORCH_HOME"):
+        load_backbone_weights(torch.nn.Identity(), "resnet18", "IMAGENET1K_V1")
+    with pytest.raises(UserError, match="the home folder is unknown; set TORCH_HOME"):
+        fetch_state("fasterrcnn_resnet50_fpn", "COCO_V1")
+    assert not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------- odd names

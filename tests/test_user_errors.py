@@ -134,7 +134,7 @@ def test_bad_input_is_one_line_and_exit_code_2(job, glyphs, tmp_path):
         (["train", configs, softmax, out], "two rows of this job would share it"),
         (["train", bags_row, out, f"detector.init_from={last}", "train.part=none"], "needs trained weights"),
         (["train", twice, out], "key 'train' is given twice"),
-        (["train", softmax, out, "data.root=2024-13-45"], "the value is not YAML"),
+        (["train", softmax, out, "data.root=2024-13-45"], "2024-13-45/train.json: no such file"),
         (["train", softmax, out, "classifier={name: [1]}"], "classifier.name: unknown name"),
         (["evaluate", damaged], "damaged.pth: damaged (its checksum differs)"),
         (["evaluate", last, "--annotations", glyphs / "val.json"], "--annotations is for a results file"),

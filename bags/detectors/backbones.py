@@ -12,7 +12,7 @@ from torchvision.models.detection.backbone_utils import mobilenet_backbone, resn
 from torchvision.ops import DeformConv2d, FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from bags.detectors.weights import read_state
+from bags.detectors.weights import need_cache, read_state
 from bags.errors import UserError
 
 STRIDES = {"small": (4, 8, 16), "resnet": (4, 8, 16, 32, 64), "mobilenet": (32, 32, 64)}
@@ -87,6 +87,7 @@ def load_backbone_weights(backbone: Any, name: str, source: str) -> None:
         if source not in weights.__members__:
             known = ", ".join(weights.__members__)
             raise UserError(f"detector.backbone_weights: {source}: expected a .pth file or one of: {known}")
+        need_cache(weights[source].url)
         try:
             state = weights[source].get_state_dict(progress=True, check_hash=True)
         except OSError as error:

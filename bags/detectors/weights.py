@@ -95,11 +95,18 @@ def fetch_state(model: str, name: str) -> tuple[dict[str, Tensor], list[str]]:
     if name not in weights.__members__:
         known = ", ".join(weights.__members__)
         raise UserError(f"{name}: expected a .pth file, or one of torchvision's weights for {model}: {known}")
+    need_cache(weights[name].url)
     try:
         state = weights[name].get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{weights[name].url}: cannot be fetched ({error}); name a local file instead") from None
     return state, weights[name].meta["categories"]
+
+
+def need_cache(url: str) -> None:
+    """Raises UserError where torch would keep what it fetches in a folder called ~: the user has no home folder."""
+    if Path(torch.hub.get_dir()).parts[0].startswith("~"):
+        raise UserError(f"{url}: cannot be fetched: the home folder is unknown; set TORCH_HOME, or name a local file")
 
 
 def translate(state: dict[str, Tensor], source: str) -> Translated:

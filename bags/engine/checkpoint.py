@@ -55,7 +55,7 @@ def keep_best(folder: Path, content: dict, entry: dict) -> None:
     """
     path, before = folder / "validation.json", []
     if path.exists():
-        with contextlib.suppress(ValueError):  # damaged: begun again
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # damaged: begun again
             before = [old for old in json.loads(read_text(path)) if old["epoch"] < entry["epoch"]]
     if (entry["AP"] or 0.0) > max((old["AP"] or 0.0 for old in before), default=-1.0):
         write_checkpoint(folder / "best.pth", content)
