@@ -76,13 +76,12 @@ def _coco_lt(arguments) -> None:
 
 
 def _check(arguments) -> None:
-    from bags.classifier_sections import ClassifierConfig
+    from bags.classifiers.base import ClassifierSettings
     from bags.data.checks import STOP, as_dicts, check_annotations, check_images, check_splits, render
     from bags.data.index import AnnotationIndex
     from bags.data.statistics import CategoryStats
-    from bags.methods import columns
 
-    classifiers: list[ClassifierConfig] = []
+    classifiers: list[ClassifierSettings] = []
     if arguments.source.suffix == ".json":
         if arguments.overrides:
             raise UserError(f"{arguments.overrides[0]}: overrides are for a configuration, not for an annotation file")
@@ -97,7 +96,7 @@ def _check(arguments) -> None:
         if not any(finding.level == STOP for finding in own):
             indices.append(AnnotationIndex.open(path))
             for classifier in classifiers if training else ():
-                columns(classifier, CategoryStats.from_index(indices[-1]))  # refuses impossible groups
+                classifier.columns(CategoryStats.from_index(indices[-1]))  # refuses impossible groups
             if images is not None and not images.is_dir():
                 raise UserError(f"{images}: no such image folder; set data.root, data.*_images or --images")
             own += check_images(indices[-1], images, arguments.decode, exif) if images is not None else []

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bags.config import config_to_dict, load_config, save_config
+from bags.config import config_to_dict, load_config, result_settings, save_config
 from bags.errors import STOPPED, UserError, run_script
 from bags.sections import Config
 
@@ -102,14 +102,13 @@ def _check_groups(configs: list[Config]) -> None:
     """Raises UserError for groups that the training categories do not allow, before the first row is trained."""
     from bags import build
     from bags.data.statistics import CategoryStats
-    from bags.methods import columns
 
     stats: dict[Path, CategoryStats] = {}
     for config in configs:
         path = Path(config.data.root) / config.data.train
         if path not in stats:
             stats[path] = CategoryStats.from_index(build.open_index(config, "train"))
-        columns(config.classifier, stats[path])
+        config.classifier.columns(stats[path])
 
 
 def _share_a_pass(first: Config, other: Config) -> bool:
@@ -283,14 +282,7 @@ def _is_complete(folder: Path, config: Config) -> bool:
         return False
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder}: holds checkpoints but no config.yaml, which says what they are: remove the folder")
-    other = config_to_dict(load_config(folder / "config.yaml"))
-    ours = config_to_dict(config)
-    for tree in (other, ours):  # these do not change a result
-        del tree["output"], tree["device"], tree["data"]["workers"], tree["train"]["log_every"], tree["store"]["folder"]
-        del tree["train"]["checkpoint_every"], tree["train"]["nonfinite"], tree["train"]["evaluate_every"]
-        del tree["test"]["batch_size"]
-        del tree["data"]["max_bad_images"]
-    change = _first_difference(other, ours)
+    change = _first_difference(result_settings(load_config(folder / "config.yaml")), result_settings(config))
     if change:
         raise UserError(
             f"{folder}: this run was trained with {change[0]}={change[1]}, now it is {change[2]}: "
