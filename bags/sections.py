@@ -71,13 +71,7 @@ class DataConfig(Settings):
 class RPNConfig(Settings):
     """Region proposal network. Sizes in pixels of the resized image, one tuple per FPN level."""
 
-    anchor_sizes: Annotated[tuple[tuple[int, ...], ...], Range(gt=0, empty=False)] = (
-        (32,),
-        (64,),
-        (128,),
-        (256,),
-        (512,),
-    )
+    anchor_sizes: Annotated[tuple[tuple[int, ...], ...], Range(gt=0)] = ((32,), (64,), (128,), (256,), (512,))
     aspect_ratios: Annotated[tuple[float, ...], Range(gt=0, empty=False)] = (0.5, 1.0, 2.0)
     batch_size: Positive = 256  # anchors per image in the loss
     train_proposals: Positive = 2000
@@ -86,9 +80,9 @@ class RPNConfig(Settings):
     def __post_init__(self) -> None:
         """Check also that all levels have equally many anchors. Raises ValueError."""
         super().__post_init__()
-        equal = len({len(level) for level in self.anchor_sizes}) == 1
+        numbers = {len(level) for level in self.anchor_sizes}
         words = "a list per pyramid level, each of equally many sizes above 0"
-        need(equal, "anchor_sizes", words, self.anchor_sizes)
+        need(len(numbers) == 1 and 0 not in numbers, "anchor_sizes", words, list(map(list, self.anchor_sizes)))
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,12 @@ class Settings:
         for name, rule in _rules(type(self)).items():
             value = getattr(self, name)
             if not rule.allows(value):
-                need(False, name, rule.describe(name), list(value) if isinstance(value, tuple) else value)
+                need(False, name, rule.describe(name), _as_list(value))
+
+
+def _as_list(value: Any) -> Any:
+    """Turn tuples into lists, as they are written in YAML."""
+    return [_as_list(item) for item in value] if isinstance(value, tuple) else value
 
 
 class _Rule(NamedTuple):
