@@ -36,7 +36,7 @@ class LogitAdjusted(Softmax):
         adjust "scores":  L = CE(z),                    scores softmax(z - tau log(pi / q))
 
     pi_c = n_c / sum(n) is a category's share of the training objects, q_c = 1 / C the desired share. The
-    background is as frequent in use as in training, pi_0 = q_0, so its logit stays. (Written with counts alone, as
+    background is as frequent in use as in training, pi_0 = q_0, so its logit stays. (Written with counts only, as
     for classification, it would have to be given one, and P(background) would shift with it.)
     counts: [C] training instances n, 0 is taken as 1. tau >= 0: 1 as derived, 0 changes nothing.
     """
