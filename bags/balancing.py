@@ -20,16 +20,11 @@ from torch import Tensor, nn
 from torchvision.models.detection import roi_heads as torchvision_roi_heads
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from bags.classifier_sections import ClassifierConfig, GroupSoftmaxConfig, SoftmaxConfig
+from bags.classifiers import method_settings
 from bags.classifiers.base import ProposalClassifier, checked_counts
 from bags.data.statistics import CategoryStats
 from bags.detectors.conventions import CONVENTIONS, Transform
 from bags.detectors.roi_heads import RoIHeads
-from bags.methods import build_classifier, columns
-
-SECTIONS = {section().name: section for section in typing.get_args(ClassifierConfig)}
-GROUPED = GroupSoftmaxConfig().name  # what `boundaries` are for
-ON_TRAINED = ("tau_norm", "norcal", "simcal")  # what they do, they do beside or with trained weights
 
 
 def balance(
@@ -62,7 +57,8 @@ def balance(
     Returns the detector. Raises ValueError for what is no such detector, and for settings that do not fit it.
     """
     roi_heads, predictor = _parts(detector)
-    if boundaries is not None and classifier != GROUPED:
+    method = method_settings().get(classifier) if isinstance(classifier, str) else None
+    if boundaries is not None and not hasattr(method, "boundaries"):
         name = classifier if isinstance(classifier, str) else type(classifier).__name__
         raise ValueError(f"boundaries: expected None, as {name} takes none, got {tuple(boundaries)}")
     in_features, labels = predictor.cls_score.in_features, predictor.cls_score.out_features
@@ -208,17 +204,18 @@ def _new_classifier(
     images: tuple[int, ...],
     keep_weights: bool,
 ) -> ProposalClassifier:
-    if name not in SECTIONS or name == "ncm":  # whose means are fitted to proposals
-        known = ", ".join(sorted(SECTIONS.keys() - {"ncm"}))
-        raise ValueError(f"classifier: expected a classifier or one of {known}, got {name!r}")
-    if name in ON_TRAINED and not keep_weights:
+    methods = {key: method for key, method in method_settings().items() if not method.fitted}
+    if name not in methods:
+        raise ValueError(f"classifier: expected a classifier or one of {', '.join(sorted(methods))}, got {name!r}")
+    if methods[name].on_softmax and not keep_weights:
         raise ValueError(f"classifier {name}: works with the detector's own layer, so it needs keep_weights=True")
-    section = SECTIONS[name]() if boundaries is None else GroupSoftmaxConfig(boundaries=tuple(boundaries))
+    given: dict[str, Any] = {} if boundaries is None else {"boundaries": tuple(boundaries)}
+    settings = methods[name](**given)
     ids = tuple(range(1, len(counts) + 1))
     stats = CategoryStats(ids, tuple(map(str, ids)), counts, images)
-    if keep_weights and columns(section, stats) != columns(SoftmaxConfig(), stats):
+    if keep_weights and settings.columns(stats) != methods["softmax"]().columns(stats):
         raise ValueError(f"keep_weights: the layer of {name} is not a softmax's")
-    return build_classifier(section, in_features, 0, stats)
+    return settings.build(in_features, 0, stats)
 
 
 def _copy_layer(layer: nn.Linear, classifier: ProposalClassifier) -> None:

@@ -36,7 +36,6 @@ from bags.engine.predict import predict
 from bags.errors import UserError
 from bags.evaluation.detection_ap import Scores, score
 from bags.evaluation.proposal_accuracy import ProposalAccuracy
-from bags.methods import build_classifier, columns
 from bags.sections import ClassBalancedConfig, Config, DetectorConfig, RepeatFactorConfig, TailOnlyConfig, UniformConfig
 from bags.tensor_files import check_finite
 
@@ -139,7 +138,7 @@ def build_detector(config: Config, stats: CategoryStats) -> FasterRCNN:
     augments = CONVENTIONS[detector.conventions].augments
     model = faster_rcnn(
         backbone,
-        lambda fc, pooled: build_classifier(config.classifier, fc, pooled, stats),
+        lambda fc, pooled: config.classifier.build(fc, pooled, stats),
         framework=detector.framework,
         conventions=detector.conventions,
         anchor_sizes=rpn.anchor_sizes,
@@ -218,7 +217,7 @@ def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stat
     saved_stats = CategoryStats.from_dict(checkpoint["stats"], path)
     saved_config = check_config(config_from_dict(checkpoint["config"], f"{path}: config"), f"{path}: config")
     saved = saved_config.classifier
-    same = columns(saved, saved_stats) == columns(config.classifier, stats)
+    same = saved.columns(saved_stats) == config.classifier.columns(stats)
     skip = ["classifier."] if config.detector.reset_classifier or not same else []
     if config.detector.other_categories:
         skip = ["classifier.", "mask_fcn_logits."]
@@ -230,8 +229,8 @@ def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stat
         _check_same_images(saved_config.detector, config.detector, path)
     counters = ".num_batches_tracked"  # only some kinds of batch normalisation have them, and no result depends on them
     new = [name for name in load_weights(detector, checkpoint, skip) if not name.endswith(counters)]
-    keeps = "train.part=none" if config.train.part == "none" else None
-    keeps = "two heads" if config.classifier.name == "simcal" else keeps
+    keeps = "two heads" if config.classifier.on_softmax else None
+    keeps = "train.part=none" if config.train.part == "none" else keeps
     if keeps and any("classifier.linear." in name for name in new):
         raise UserError(
             f"{path}: with {keeps} the classifier {config.classifier.name} needs trained weights, but those of "

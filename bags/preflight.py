@@ -9,7 +9,6 @@ from bags.data.index import AnnotationIndex
 from bags.data.statistics import CategoryStats
 from bags.errors import UserError
 from bags.evaluation.truth import read_truth
-from bags.methods import columns
 from bags.sections import Config, TailOnlyConfig
 
 
@@ -33,7 +32,7 @@ def check_row(config: Config, index: AnnotationIndex, stats: CategoryStats) -> N
     """Refuse what the training data does not allow. Raises UserError."""
     if reason := why_nothing_trains(index):
         raise UserError(f"{index.path}: {reason}")
-    columns(config.classifier, stats)  # refuses impossible groups
+    config.classifier.columns(stats)  # refuses impossible groups
     tail = isinstance(config.sampler, TailOnlyConfig) and config.sampler.below
     if tail and not any(0 < count < tail for count in stats.instance_counts):
         raise UserError(f"{index.path}: no category has fewer than sampler.below={tail} instances")

@@ -240,7 +240,11 @@ def _convert_section(value: Any, kind: type, key: str, source: str) -> Any:
             near = difflib.get_close_matches(shown, hints, 1, 0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(hints)}"
             raise UserError(f"{source}: {prefix}{shown}: unknown key; {hint}")
-    return kind(**{n: convert(v, hints[n], prefix + n, source) for n, v in value.items()})
+    fields = {n: convert(v, hints[n], prefix + n, source) for n, v in value.items()}
+    try:
+        return kind(**fields)
+    except ValueError as error:  # of Settings, about a range or about keys that do not go together
+        raise UserError(f"{source}: {prefix}{error}") from None
 
 
 def _chosen(value: Any, sections: dict, key: str, source: str) -> type:

@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torchvision
 
 from bags.build import build_detector, load_detector
-from bags.classifier_sections import NCMConfig, NorCalConfig, ReweightedSoftmaxConfig, SoftmaxConfig, TauNormConfig
 from bags.config import config_to_dict, load_config, override_config
 from bags.data.index import AnnotationIndex
 from bags.data.json_files import read_json
@@ -86,7 +85,7 @@ def import_weights(source: str, config: Config, annotations: Path | None, eps: f
     Returns (checkpoint, lines that say what was taken and what was not). Raises UserError unless every
     tensor of the file has its place in the detector, and every place its tensor.
     """
-    if isinstance(config.classifier, NCMConfig | TauNormConfig | NorCalConfig):
+    if not config.classifier.trained:
         raise UserError(f"{config.name}: {config.classifier.name} is made from a trained softmax: import that one")
     names: list[str] = []
     if Path(source).suffix in (".pth", ".pt"):
@@ -100,7 +99,7 @@ def import_weights(source: str, config: Config, annotations: Path | None, eps: f
     for key, value in describe(found).items():
         if key != "logits" and getattr(wanted, key) != value:
             raise UserError(f"{source}: its detector has {key} {value}, the configuration {getattr(wanted, key)}")
-    if translated.origin == "torchvision" and isinstance(config.classifier, SoftmaxConfig):
+    if translated.origin == "torchvision" and config.classifier.name == "softmax":
         logits, ids = describe(found)["logits"], stats.category_ids
         if logits == 91 and len(ids) == 80 and 1 <= min(ids) and max(ids) == 90:  # COCO's ids are its labels
             found = select_labels(found, [0, *ids])
@@ -131,7 +130,7 @@ def read_stats(config: Config, annotations: Path | None, names: Sequence[str]) -
     names: of torchvision's labels, which serve where there is no file; their counts are then 0.
     """
     path = annotations or Path(config.data.root, config.data.train)
-    if not path.exists() and names and isinstance(config.classifier, SoftmaxConfig):
+    if not path.exists() and names and config.classifier.name == "softmax":
         ids = [label for label, name in enumerate(names) if label and name != "N/A"]
         zeros = (0,) * len(ids)
         return CategoryStats(tuple(ids), tuple(names[i] for i in ids), zeros, zeros)
@@ -187,7 +186,7 @@ def export(checkpoint: Path, output: Path) -> None:
     """Writes torchvision's state dict of a trained softmax detector, and prints how to load it."""
     detector, meta = load_detector(checkpoint)
     config, stats = meta["config"], meta["stats"]
-    if not isinstance(config.classifier, SoftmaxConfig | ReweightedSoftmaxConfig):
+    if config.classifier.name not in ("softmax", "reweighted_softmax"):
         raise UserError(f"{checkpoint}: its classifier is {config.classifier.name}; torchvision's is a softmax")
     settings, test, rpn = config.detector, config.test, config.detector.rpn
     arguments = {

@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bags.config import config_to_dict, load_config, save_config
+from bags.config import config_to_dict, load_config, result_settings, save_config
 from bags.errors import STOPPED, UserError, run_script
 from bags.sections import Config
 
@@ -303,14 +303,7 @@ def _is_complete(folder: Path, config: Config) -> bool:
         return False
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder}: holds checkpoints but no config.yaml, which says what they are: remove the folder")
-    other = config_to_dict(load_config(folder / "config.yaml"))
-    ours = config_to_dict(config)
-    for tree in (other, ours):  # these do not change a result
-        del tree["output"], tree["device"], tree["data"]["workers"], tree["train"]["log_every"], tree["store"]["folder"]
-        del tree["train"]["checkpoint_every"], tree["train"]["nonfinite"], tree["train"]["evaluate_every"]
-        del tree["test"]["batch_size"]
-        del tree["data"]["max_bad_images"], tree["data"]["max_pixels"]
-    change = _first_difference(other, ours)
+    change = _first_difference(result_settings(load_config(folder / "config.yaml")), result_settings(config))
     if change:
         raise UserError(
             f"{folder}: this run was trained with {change[0]}={change[1]}, now it is {change[2]}: "

@@ -8,7 +8,8 @@ from conftest import ROOT
 
 import bags
 from bags.analysis.paper import PAPER
-from bags.classifier_sections import GroupSoftmaxConfig, SoftmaxConfig
+from bags.classifiers.group_softmax import GroupSoftmaxSettings
+from bags.classifiers.softmax import SoftmaxSettings
 from bags.config import config_from_dict, config_to_dict, save_config
 from bags.typed_yaml import parse_yaml
 
@@ -39,11 +40,11 @@ def test_base_and_overrides(tmp_path):
 def test_a_new_name_replaces_the_section(tmp_path):
     write(tmp_path, "_base.yaml", classifier={"name": "group_softmax", "others_ratio": 2})
     path = write(tmp_path, base="_base.yaml", classifier={"name": "softmax"})
-    assert bags.load_config(path).classifier == SoftmaxConfig()
+    assert bags.load_config(path).classifier == SoftmaxSettings()
     path = write(tmp_path, base="_base.yaml", classifier={"boundaries": [5]})
-    assert bags.load_config(path).classifier == GroupSoftmaxConfig(boundaries=(5,), others_ratio=2.0)
+    assert bags.load_config(path).classifier == GroupSoftmaxSettings(boundaries=(5,), others_ratio=2.0)
     config = bags.load_config(path, ["classifier.name=softmax"])
-    assert config.classifier == SoftmaxConfig()
+    assert config.classifier == SoftmaxSettings()
 
 
 @pytest.mark.parametrize(

@@ -136,9 +136,8 @@ def look() -> dict:
     import torchvision
 
     import bags
-    from bags.balancing import SECTIONS
+    from bags.classifiers import method_settings
     from bags.detectors.backbones import build_backbone
-    from bags.methods import columns
 
     assert Path(bags.__file__).is_relative_to(Path.cwd())
     facts: dict = {"check": script("prepare_data", "check", "configs/birds")}
@@ -155,10 +154,10 @@ def look() -> dict:
     facts["rows"] = {name: bags.load_config(f"configs/birds/{name}.yaml").data.name for name in rows}
     smoothed = bags.load_config("configs/glyphs-100/more/label_smoothing.yaml")
     softmax = bags.load_config("configs/birds/softmax.yaml")
-    facts["for_balance"] = "label_smoothing" in SECTIONS
+    facts["for_balance"] = not method_settings()["label_smoothing"].fitted
     facts["row"] = smoothed.classifier.name
     stats = bags.CategoryStats((1, 2), ("a", "b"), (5, 6), (5, 6))
-    facts["same_columns"] = columns(smoothed.classifier, stats) == columns(softmax.classifier, stats)
+    facts["same_columns"] = smoothed.classifier.columns(stats) == softmax.classifier.columns(stats)
 
     keys = ["detector.backbone=convnext_tiny", "detector.min_size=64", "detector.max_size=64", "detector.roi.fc=16"]
     config = bags.load_config("configs/birds/softmax.yaml", [*keys, "detector.fpn_channels=16"])

@@ -13,22 +13,18 @@ from torchvision.ops import box_iou, clip_boxes_to_image, nms
 
 import bags
 from bags.build import (
-    build_classifier,
     build_detector,
     build_train_loader,
     build_val_dataset,
     load_detector,
     predict_and_evaluate,
 )
-from bags.classifier_sections import (
-    GroupSoftmaxConfig,
-    NCMConfig,
-    ReweightedSoftmaxConfig,
-    SigmoidFocalConfig,
-    TauNormConfig,
-)
 from bags.classifiers.base import BoxFeatures
-from bags.classifiers.softmax import class_weights
+from bags.classifiers.focal import SigmoidFocalSettings
+from bags.classifiers.group_softmax import GroupSoftmaxSettings
+from bags.classifiers.ncm import NearestClassMeanSettings
+from bags.classifiers.reweighted_softmax import ReweightedSoftmaxSettings, class_weights
+from bags.classifiers.tau_norm import TauNormSettings
 from bags.data.statistics import CategoryStats
 from bags.detectors import postprocess
 from bags.detectors.postprocess import _suppress, select_detections
@@ -225,20 +221,21 @@ def test_only_the_classifier_gets_gradients_with_part_cls(tmp_path, classifier, 
 
 def test_every_key_of_a_classifier_reaches_it():
     stats = CategoryStats((1, 2, 3), ("a", "b", "c"), (500, 50, 5), (300, 40, 5))
-    build = lambda config: build_classifier(config, 6, 8, stats)  # noqa: E731
+    build = lambda settings: settings.build(6, 8, stats)  # noqa: E731
     grouped = build(
-        GroupSoftmaxConfig(boundaries=(10,), others_ratio="n", group_weights=(1.0, 2.0, 3.0), reweight=True)
+        GroupSoftmaxSettings(boundaries=(10,), others_ratio="n", group_weights=(1.0, 2.0, 3.0), reweight=True)
     )
     assert grouped.groups.sizes == (1, 2) and grouped.others_ratio == "n" and grouped.factors.tolist() == [1, 2, 3]
     assert grouped.class_weights.tolist() == pytest.approx([1, 2 / 11, 20 / 11, 1])
-    assert not build(GroupSoftmaxConfig(others=False)).others
-    assert not build(GroupSoftmaxConfig(background_group=False)).background_group
-    tau = build(TauNormConfig(tau=0.5, select="foreground_tail", background=False, tail_below=51))
+    assert not build(GroupSoftmaxSettings(others=False)).others
+    assert not build(GroupSoftmaxSettings(background_group=False)).background_group
+    tau = build(TauNormSettings(tau=0.5, select="foreground_tail", background=False, tail_below=51))
     assert (tau.tau, tau.select, tau.background) == (0.5, "foreground_tail", False)
     assert tau.is_tail.tolist() == [False, False, True, True]
-    assert (build(SigmoidFocalConfig(gamma=1, alpha=0.5)).gamma, build(SigmoidFocalConfig(alpha=0.5)).alpha) == (1, 0.5)
-    assert [build(NCMConfig(features=f)).means.shape[1] for f in ("fc", "conv")] == [6, 8]
-    weights = build(ReweightedSoftmaxConfig(weighting="inverse")).class_weights
+    focal = build(SigmoidFocalSettings(gamma=1, alpha=0.5))
+    assert (focal.gamma, focal.alpha) == (1, 0.5)
+    assert [build(NearestClassMeanSettings(features=f)).means.shape[1] for f in ("fc", "conv")] == [6, 8]
+    weights = build(ReweightedSoftmaxSettings(weighting="inverse")).class_weights
     assert weights.tolist() == class_weights(stats.instance_counts, "inverse").tolist()
 
 

@@ -10,10 +10,9 @@ from conftest import ROOT, fork_script, metrics, read_lines, run_script, write_c
 import bags
 from bags.analysis.paper import METHODS
 from bags.analysis.tables import read_seconds
-from bags.classifier_sections import GroupSoftmaxConfig
+from bags.classifiers.group_softmax import GroupSoftmaxSettings
 from bags.data.statistics import CategoryStats
 from bags.engine.metrics import Stopwatch
-from bags.methods import build_classifier, columns
 
 
 @pytest.fixture(scope="module")
@@ -126,29 +125,29 @@ def test_methods_combine_with_other_samplers_and_the_whole_detector():
 def test_groups_of_equal_instances_from_a_configuration():
     """`equal_groups` replaces the boundaries; more of them than distinct counts is one clear error."""
     stats = CategoryStats((1, 2, 3), ("a", "b", "c"), (500, 50, 450), (9, 9, 9))
-    classifier = build_classifier(GroupSoftmaxConfig(equal_groups=2, temperatures="learned"), 4, 0, stats)
+    classifier = GroupSoftmaxSettings(equal_groups=2, temperatures="learned").build(4, 0, stats)
     assert classifier.groups.boundaries == (500,) and len(classifier.log_factors) == 3
     with pytest.raises(bags.UserError, match="classifier.equal_groups: expected 1 to 3"):
-        build_classifier(GroupSoftmaxConfig(equal_groups=4), 4, 0, stats)
+        GroupSoftmaxSettings(equal_groups=4).build(4, 0, stats)
 
 
 def test_groups_that_were_given():
     """By category ids, here not their labels: each in one list. Weights are exchanged within equal groups alone."""
     stats = CategoryStats((7, 8, 3), ("a", "b", "c"), (500, 50, 450), (9, 9, 9))
-    config = GroupSoftmaxConfig(groups=((3, 7), (8,)))
-    groups = build_classifier(config, 4, 0, stats).groups
+    config = GroupSoftmaxSettings(groups=((3, 7), (8,)))
+    groups = config.build(4, 0, stats).groups
     assert groups.sizes == (2, 1) and groups.group_of == (0, 1, 0) and groups.members(0) == [1, 3]
-    by_count = GroupSoftmaxConfig(boundaries=(100,))
-    assert columns(config, stats) == columns(GroupSoftmaxConfig(groups=((7, 3), (8,))), stats)
-    assert columns(config, stats) != columns(by_count, stats)
-    assert columns(by_count, stats) == columns(GroupSoftmaxConfig(groups=((8,), (3, 7))), stats)
+    by_count = GroupSoftmaxSettings(boundaries=(100,))
+    assert config.columns(stats) == GroupSoftmaxSettings(groups=((7, 3), (8,))).columns(stats)
+    assert config.columns(stats) != by_count.columns(stats)
+    assert by_count.columns(stats) == GroupSoftmaxSettings(groups=((8,), (3, 7))).columns(stats)
     for given, message in {
         ((3, 7),): r"classifier.groups: .* no group has category 8",
         ((3, 7), (8, 9, 10)): r"there is no category 9 \(and 1 more\)",
         ((3, 7), (8, 3)): "more than one place has category 3",
     }.items():
         with pytest.raises(bags.UserError, match=message):
-            build_classifier(GroupSoftmaxConfig(groups=given), 4, 0, stats)
+            GroupSoftmaxSettings(groups=given).build(4, 0, stats)
 
 
 def test_impossible_groups_are_refused_before_anything_is_trained(glyphs, tmp_path):
@@ -180,7 +179,7 @@ def test_names_of_swept_rows_fit_into_a_folder():
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("classifier={name: eql, prior: 0}", "classifier.prior: expected a probability"),
+        ("classifier={name: eql, prior: 0}", "classifier.prior: expected between 0 and 1"),
         ("classifier={name: drop_loss, tail_images: -1}", "classifier.tail_images: expected 0 or more"),
         ("classifier={name: eql_v2, gamma: -1}", "classifier.gamma: expected 0 or more"),
         ("classifier={name: seesaw, p: .inf}", "classifier.p: "),

@@ -27,6 +27,14 @@ def test_other_settings_in_the_same_run_folder_are_refused(job):
     assert done.returncode == 2 and "trained with train.lr=0.01, now it is 0.5" in done.stderr
 
 
+def test_settings_that_change_no_result_leave_a_run_complete(job):
+    configs, runs, _ = job
+    keys = ["data.workers=1", "data.max_bad_images=2", "device=cpu", "test.batch_size=2", "train.log_every=3"]
+    keys += ["train.checkpoint_every=9", "train.nonfinite=skip", "train.evaluate_every=1"]
+    done = fork_script("train", configs, f"output={runs}", *keys)
+    assert done.returncode == 0 and done.stdout.count("complete, not run again") == 3, done.stderr
+
+
 def test_changed_annotations_under_a_complete_run_are_refused(job, glyphs, tmp_path):
     configs, runs, _ = job
     shutil.copytree(runs / "tiny", tmp_path / "tiny")

@@ -19,6 +19,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import bags.build
 from bags.build import build_detector, initialise, load_detector
+from bags.classifiers import method_settings
 from bags.config import config_to_dict
 from bags.data.statistics import CategoryStats
 from bags.detectors.weights import describe, fold_batch_norm_eps, read_state, select_labels, to_torchvision, translate
@@ -327,13 +328,16 @@ def test_every_released_layout_fits_its_row(monkeypatch, row, framework, backbon
     }
     tensors = sum(not key.endswith("tracked") for key in shapes)
     assert tensors == documented.get((framework, backbone), tensors)
-    build_classifier = bags.build.build_classifier
 
-    def with_memory(*arguments):  # groups are made of numbers
-        with torch.device("cpu"):
-            return build_classifier(*arguments)
+    def with_memory(build):  # groups are made of numbers
+        def on_cpu(*arguments):
+            with torch.device("cpu"):
+                return build(*arguments)
 
-    monkeypatch.setattr("bags.build.build_classifier", with_memory)
+        return on_cpu
+
+    for method in method_settings().values():
+        monkeypatch.setattr(method, "build", with_memory(method.build))
     with torch.device("meta"):
         translated = translate({key: torch.empty(shape) for key, shape in shapes.items()}, "file")
         config = bags.load_config(ROOT / "configs/lvis_v0.5" / f"{row}.yaml", ["detector.conventions=released"])

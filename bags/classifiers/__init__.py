@@ -1,0 +1,44 @@
+"""The methods. Each is one file: its settings with their ranges, its class, and how one is made of the other."""
+
+import functools
+import importlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from bags.classifiers.base import ClassifierSettings
+
+METHODS = {  # name of the class, as in `bags.ACSL`: its file in this folder
+    "ACSL": "acsl",
+    "BalancedSigmoid": "balanced_sigmoid",
+    "ClassBalancedSigmoid": "class_balanced",
+    "DropLoss": "drop_loss",
+    "EqualizationLoss": "equalization",
+    "EqualizationLossV2": "equalization_v2",
+    "Federated": "federated",
+    "GroupSoftmax": "group_softmax",
+    "LogitAdjusted": "logit_adjustment",
+    "NearestClassMean": "ncm",
+    "NorCal": "norcal",
+    "ReweightedSoftmax": "reweighted_softmax",
+    "Seesaw": "seesaw",
+    "Sigmoid": "sigmoid",
+    "SigmoidFocal": "focal",
+    "SimCal": "simcal",
+    "Softmax": "softmax",
+    "TauNorm": "tau_norm",
+}
+
+
+@functools.cache
+def method_settings() -> dict[str, type["ClassifierSettings"]]:
+    """Name in a configuration -> the method's settings. Imports every method, and so torch."""
+    from bags.classifiers.base import ClassifierSettings
+
+    settings: dict[str, type[ClassifierSettings]] = {}
+    for file in METHODS.values():
+        module = importlib.import_module(f"bags.classifiers.{file}")
+        for value in vars(module).values():
+            defined_here = isinstance(value, type) and value.__module__ == module.__name__
+            if defined_here and issubclass(value, ClassifierSettings) and value.name:
+                settings[value.name] = value
+    return settings

@@ -1,4 +1,4 @@
-"""The one seam of the project: how a proposal's features become a loss and probabilities.
+"""The seam of the project: how a proposal's features become a loss and probabilities.
 
 Shape shorthand: R proposals of the batch, C categories, D logits (private to each classifier).
 Labels are 0..C and 0 is the background.
@@ -7,63 +7,95 @@ Labels are 0..C and 0 is the background.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bags.settings import Settings, need
+
 
 class BoxFeatures(NamedTuple):
-    """What the detector knows of each proposal."""
+    """Features of R proposals, as the detector computes them."""
 
     pooled: Tensor  # [R, channels, 7, 7]  RoIAlign output
     fc: Tensor  # [R, in_features]  after the box head
 
 
 class ProposalClassifier(nn.Module, ABC):
-    """A layer, its loss and its scores. Subclasses set `num_categories` (C)."""
+    """A layer with its loss and its scores. Subclasses set `num_categories` (C)."""
 
     num_categories: int
 
     @abstractmethod
     def forward(self, features: BoxFeatures) -> Tensor:
-        """Features of R proposals -> logits [R, D]."""
+        """Compute logits [R, D] from the features of R proposals."""
 
     @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Named scalar losses, to be added up. logits [R, D]; labels [R] int64 in 0..C, 0 = background."""
+        """Compute named scalar losses, to be added up. logits [R, D]; labels [R] int64 in 0..C, 0 = background."""
 
     @abstractmethod
     def probs(self, logits: Tensor) -> Tensor:
-        """Scores [R, C+1] in 0..1 for ranking detections; column 0 is the background."""
+        """Compute scores [R, C+1] in 0..1 for ranking detections; column 0 is the background."""
 
     @abstractmethod
     def weight_norms(self) -> Tensor:
-        """Norm of the weight vector that scores each label, [C+1]; entry 0 is the background (Figures 1, 3)."""
+        """Return the norm of the weight vector that scores each label, [C+1]; entry 0 is the background."""
 
     def fit(self, batches: Iterable[tuple[BoxFeatures, Tensor]]) -> None:
-        """For methods without gradients: one pass over (features, labels [R]) of training proposals.
+        """Learn without gradients, in one pass over (features, labels [R]) of training proposals.
 
-        Methods that need none of it do not override this, and are spared the pass.
+        The pass is made only for methods that override this.
         """
 
 
-def need(holds: bool, argument: str, expected: str, given: object) -> None:
-    """Raises ValueError, naming the argument, where it does not hold."""
-    if not holds:
-        raise ValueError(f"{argument}: expected {expected}, got {given!r}")
+class TrainingCounts(Protocol):
+    """What a method may be made from: C categories in label order (entry c is label c + 1), counted over training.
+
+    instance_counts: boxes of each category. image_counts: images with at least one box of it.
+    """
+
+    @property
+    def category_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def instance_counts(self) -> tuple[int, ...]: ...
+
+    @property
+    def image_counts(self) -> tuple[int, ...]: ...
+
+    @property
+    def num_categories(self) -> int: ...
 
 
-def need_not_negative(**arguments: float) -> None:
-    """Raises ValueError for the first that is not a number of 0 or more."""
-    for name, value in arguments.items():
-        need(0 <= value < math.inf, name, "a number of 0 or more", value)
+@dataclass(frozen=True)
+class ClassifierSettings(Settings, ABC):
+    """The section `classifier` of a configuration: the settings of one method, every key with its default and range."""
+
+    name: str = ""
+
+    trained = True  # False: no gradients; a configuration then needs train.part=none
+    on_softmax = False  # works on, or beside, the layer of a softmax that is trained already
+    fitted = False  # `ProposalClassifier.fit` must see training proposals, pooled features included
+
+    @abstractmethod
+    def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> ProposalClassifier:
+        """Make the untrained classifier. Sizes: numbers per proposal in BoxFeatures.fc and in BoxFeatures.pooled."""
+
+    def columns(self, training: TrainingCounts) -> tuple:
+        """Say what the rows of the layer stand for, here those of a plain softmax.
+
+        Layers with equal columns can take each other's weights.
+        """
+        return ()
 
 
 def checked_counts(name: str, counts: Sequence[int] | Tensor, number: int | None = None) -> Tensor:
-    """Counts of labels 1..C as int64 [C]; `number` is the C that is wanted. Raises ValueError for anything else."""
+    """Return counts of labels 1..C as int64 [C]. Raises ValueError for anything else, or unless C is `number`."""
     values = torch.as_tensor(counts)
     shape = tuple(values.shape)
     need(values.ndim == 1 and len(values) > 0, name, "one count per category", shape)
@@ -74,7 +106,7 @@ def checked_counts(name: str, counts: Sequence[int] | Tensor, number: int | None
 
 
 def checked_weights(name: str, weights: Sequence[float] | Tensor, number: int) -> Tensor:
-    """Factors [number]. Raises ValueError unless they are that many numbers of 0 or more."""
+    """Return factors [number]. Raises ValueError unless they are that many numbers of 0 or more."""
     values = torch.as_tensor(weights)
     usable = values.shape == (number,) and bool(((values >= 0) & (values < math.inf)).all())
     need(usable, name, f"{number} numbers of 0 or more", values.tolist() if number < 10 else tuple(values.shape))
@@ -82,7 +114,7 @@ def checked_weights(name: str, weights: Sequence[float] | Tensor, number: int) -
 
 
 def new_linear(in_features: int, outputs: int) -> nn.Linear:
-    """A classification layer as in the paper's code: weights N(0, 0.01), biases 0."""
+    """Make a classification layer as in the paper's code: weights N(0, 0.01), biases 0."""
     layer = nn.Linear(in_features, outputs)
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
@@ -99,17 +131,17 @@ class CosineLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[R, in_features] -> [R, outputs]."""
+        """Map [R, in_features] to [R, outputs]."""
         return F.linear(self.scale * F.normalize(features, dim=1), F.normalize(self.weight, dim=1), self.bias)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Added up over all processes, in place: what a classifier counts is the same on each of them."""
+    """Add up a tensor over all processes, in place, so that each of them holds the same counts."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Half-precision logits of autocast as float32; others as they are."""
+    """Return half-precision logits, as autocast makes them, in float32, and others unchanged."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

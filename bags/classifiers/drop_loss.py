@@ -1,9 +1,27 @@
-"""DropLoss (Hsieh et al., AAAI 2021): equalization loss whose background proposals are dropped, too, by chance."""
+"""DropLoss (Hsieh et al., AAAI 2021): equalization loss that also drops background proposals at random."""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from bags.classifiers.equalization import EqualizationLoss
+from bags.classifiers.base import TrainingCounts
+from bags.classifiers.equalization import EqualizationLoss, TailImages
+from bags.classifiers.sigmoid import Prior, SigmoidLayerSettings
+
+
+@dataclass(frozen=True)
+class DropLossSettings(SigmoidLayerSettings):
+    """DropLoss (Hsieh et al. 2021)."""
+
+    name: Literal["drop_loss"] = "drop_loss"
+    tail_images: TailImages = 100
+    prior: Prior = 0.001
+
+    def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "DropLoss":
+        """Make the untrained classifier."""
+        return DropLoss(in_features, training.image_counts, self.tail_images, self.prior)
 
 
 class DropLoss(EqualizationLoss):
@@ -18,7 +36,7 @@ class DropLoss(EqualizationLoss):
     """
 
     def element_weights(self, targets: Tensor, labels: Tensor) -> Tensor:
-        """0 for what is dropped, else 1."""
+        """Return 0 for the elements that are dropped, else 1: [R, C]. targets [R, C] are 0 or 1; labels [R]."""
         foreground = (labels > 0).to(targets.dtype)
         number = foreground.sum()
         rare = (targets * self.is_tail.to(targets.dtype)).sum()

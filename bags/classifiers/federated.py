@@ -1,18 +1,35 @@
 """Federated loss (Zhou et al. 2021, "Probabilistic two-stage detection", CenterNet2)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from bags.classifiers.base import checked_counts, need, need_not_negative
-from bags.classifiers.sigmoid import Sigmoid
+from bags.classifiers.base import TrainingCounts, checked_counts
+from bags.classifiers.sigmoid import Prior, Sigmoid, SigmoidLayerSettings
+from bags.settings import Range
+
+
+@dataclass(frozen=True)
+class FederatedSettings(SigmoidLayerSettings):
+    """Federated loss (Zhou et al. 2021)."""
+
+    name: Literal["federated"] = "federated"
+    number: Annotated[int, Range(ge=1)] = 50  # categories in the loss of a batch
+    power: Annotated[float, Range(ge=0)] = 0.5  # of the training images, for drawing them
+    prior: Prior = 0.01
+
+    def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "Federated":
+        """Make the untrained classifier."""
+        return Federated(in_features, training.image_counts, self.number, self.power, self.prior)
 
 
 class Federated(Sigmoid):
     """Binary cross entropy over a few categories of each batch: those that appear, and others drawn by frequency.
 
-    LVIS's annotations are federated: most images say nothing of most categories, so a proposal that is labelled
+    LVIS's annotations are federated: most images say nothing about most categories, so a proposal that is labelled
     background may well be an object of one of them.
     image_counts  [C] training images of each category; a category is drawn with probability ~ count^power,
                   without replacement, from torch's global generator; 0 is taken as 1
@@ -28,19 +45,18 @@ class Federated(Sigmoid):
         self,
         in_features: int,
         image_counts: Sequence[int],
-        number: int = 50,
-        power: float = 0.5,
-        prior: float = 0.01,
+        number: int = FederatedSettings.number,
+        power: float = FederatedSettings.power,
+        prior: float = FederatedSettings.prior,
     ):
         super().__init__(in_features, len(image_counts), prior)
-        need(number >= 1, "number", "1 or more", number)
-        need_not_negative(power=power)
-        self.number = number
-        log_weights = power * checked_counts("image_counts", image_counts).double().clamp(min=1).log()
+        settings = FederatedSettings(number=number, power=power)
+        self.number = settings.number
+        log_weights = settings.power * checked_counts("image_counts", image_counts).double().clamp(min=1).log()
         self.register_buffer("log_weights", log_weights, persistent=False)
 
     def element_weights(self, targets: Tensor, labels: Tensor) -> Tensor:
-        """[1, C]: 1 for the categories of this batch.
+        """Return 1 for the categories of this batch, else 0: [1, C].
 
         Gumbel's trick: the best k of log-weights plus Gumbel noise are a draw without replacement.
         """

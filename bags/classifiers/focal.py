@@ -1,11 +1,28 @@
 """Sigmoid focal loss at proposal level (models (8) and (9) of Table 1; Lin et al. 2017)."""
 
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
 from torch import Tensor
 from torch.nn.functional import one_hot
 from torchvision.ops import sigmoid_focal_loss
 
-from bags.classifiers.base import at_least_float32, need, need_not_negative
+from bags.classifiers.base import ClassifierSettings, TrainingCounts, at_least_float32
 from bags.classifiers.softmax import Softmax
+from bags.settings import Range
+
+
+@dataclass(frozen=True)
+class SigmoidFocalSettings(ClassifierSettings):
+    """Sigmoid focal loss at proposal level."""
+
+    name: Literal["sigmoid_focal"] = "sigmoid_focal"
+    gamma: Annotated[float, Range(ge=0)] = 2.0
+    alpha: Annotated[float, Range(ge=0, le=1)] = 0.25
+
+    def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "SigmoidFocal":
+        """Make the untrained classifier."""
+        return SigmoidFocal(in_features, training.num_categories, self.gamma, self.alpha)
 
 
 class SigmoidFocal(Softmax):
@@ -14,16 +31,21 @@ class SigmoidFocal(Softmax):
     gamma >= 0: focus on hard elements; alpha in 0..1: weight of positive elements (1 - alpha for negatives).
     """
 
-    def __init__(self, in_features: int, num_categories: int, gamma: float = 2.0, alpha: float = 0.25):
+    def __init__(
+        self,
+        in_features: int,
+        num_categories: int,
+        gamma: float = SigmoidFocalSettings.gamma,
+        alpha: float = SigmoidFocalSettings.alpha,
+    ):
         super().__init__(in_features, num_categories)
-        need_not_negative(gamma=gamma)
-        need(0 <= alpha <= 1, "alpha", "0 to 1", alpha)
-        self.gamma, self.alpha = gamma, alpha
+        settings = SigmoidFocalSettings(gamma=gamma, alpha=alpha)
+        self.gamma, self.alpha = settings.gamma, settings.alpha
 
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The mean over all R * (C+1) elements, the released normaliser; the target is the one-hot label.
+        """Average over all R * (C+1) elements, the released normaliser; the target is the one-hot label.
 
-        (The released CUDA operator misread that target; this is what its Python version computes.)
+        (The released CUDA operator misread that target; its Python version computes this.)
         """
         logits = at_least_float32(logits)
         targets = one_hot(labels, logits.shape[1]).to(logits.dtype)

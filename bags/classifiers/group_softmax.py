@@ -6,8 +6,9 @@ group [others, its categories by ascending label]. C = 1230 and 4 groups give D 
 Shape shorthand: R proposals, C categories, N foreground groups, L = C + 2 + N columns of the full layout.
 """
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +16,80 @@ from torch import Tensor, nn
 
 from bags.classifiers.base import (
     BoxFeatures,
+    ClassifierSettings,
     CosineLinear,
     ProposalClassifier,
+    TrainingCounts,
     at_least_float32,
     checked_weights,
-    need,
-    need_not_negative,
     new_linear,
 )
-from bags.classifiers.groups import CategoryGroups
+from bags.classifiers.groups import CategoryGroups, assign_groups, equal_boundaries, given_groups, within_group_weights
+from bags.errors import UserError
+from bags.settings import Range, need
 
-NEVER = -1e4  # the logit of a column that a variant lacks: probability 0, and finite even in float16
+NEVER = -1e4  # the logit of a column that must have probability 0; finite even in float16
+
+
+@dataclass(frozen=True)
+class GroupSoftmaxSettings(ClassifierSettings):
+    """Balanced Group Softmax (Eq. 3-5)."""
+
+    name: Literal["group_softmax"] = "group_softmax"
+    boundaries: Annotated[tuple[int, ...], Range(gt=0, empty=False, rising=True)] = (10, 100, 1000)  # instances
+    others_ratio: Annotated[float | Literal["n", "all"], Range(ge=0)] = 8.0  # beta
+    background_group: bool = True  # b in Table 4
+    others: bool = True  # o in Table 4
+    group_weights: Annotated[tuple[float, ...] | None, Range(ge=0)] = None  # of the losses, the background group first
+    reweight: bool = False  # samples of a group weighted by 1/n within it
+    # The rest is not in the paper.
+    equal_groups: Annotated[int, Range(ge=0)] = 0  # so many groups of equal total instances, in place of boundaries
+    groups: tuple[tuple[int, ...], ...] | None = None  # category ids of each, in place of boundaries
+    scale: Annotated[float, Range(ge=0)] = 0.0  # of a cosine layer; 0: a linear layer
+    temperatures: Annotated[tuple[float, ...] | Literal["learned"] | None, Range(gt=0)] = None  # one for each group
+
+    def __post_init__(self) -> None:
+        """Check also that every list for the groups has as many items as there are groups. Raises ValueError."""
+        super().__post_init__()
+        groups, weights, temperatures = self.groups, self.group_weights, self.temperatures
+        need(groups is None or len(groups) > 0, "groups", "one list of category ids or more, got none")
+        need(groups is None or not self.equal_groups, "groups", "only one of groups and equal_groups")
+        number = (len(groups or ()) or self.equal_groups or len(self.boundaries) + 1) + 1
+        fits = weights is None or len(weights) == number
+        need(fits, "group_weights", f"{number} numbers, the background group's first", weights)
+        fits = temperatures in (None, "learned") or len(temperatures or ()) == number
+        need(fits, "temperatures", f"learned, or {number} numbers above 0", temperatures)
+
+    def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "GroupSoftmax":
+        """Make the untrained classifier. Raises UserError for groups that the categories do not allow."""
+        groups = self.category_groups(training)
+        return GroupSoftmax(
+            in_features,
+            groups,
+            self.others_ratio,
+            self.background_group,
+            self.others,
+            self.group_weights,
+            within_group_weights(groups, training.instance_counts) if self.reweight else None,
+            self.scale,
+            self.temperatures,
+        )
+
+    def columns(self, training: TrainingCounts) -> tuple:
+        """Each category's group, and which columns the layer has."""
+        return self.category_groups(training).group_of, self.background_group, self.others, self.scale > 0
+
+    def category_groups(self, training: TrainingCounts) -> CategoryGroups:
+        """Divide the categories. Raises UserError, naming the key, for groups that they do not allow."""
+        counts = training.instance_counts
+        try:
+            if self.groups is not None:
+                return given_groups(self.groups, training.category_ids)
+            if not self.equal_groups:
+                return assign_groups(counts, self.boundaries)
+            return assign_groups(counts, equal_boundaries(counts, self.equal_groups))
+        except ValueError as error:
+            raise UserError(f"classifier.{error}") from None
 
 
 class GroupSoftmax(ProposalClassifier):
@@ -37,7 +101,7 @@ class GroupSoftmax(ProposalClassifier):
                       every group (section 5.4, Figure 4)
     background_group  the paper's *b* (Table 4). Without it, scores are not rescaled, and the background's
                       score is the product of all groups' P(others)
-    others            the paper's *o*. Without it, background proposals train no group but the background's,
+    others            the paper's *o*. Without it, background proposals train only the background's group,
                       which is then one logit (the background's) with sigmoid cross entropy (section 4.1)
     group_weights     [1 + N] factors >= 0 of the losses, the background group's first
     class_weights     [C + 1] factors >= 0 of each label's foreground samples (see `groups.within_group_weights`);
@@ -51,8 +115,8 @@ class GroupSoftmax(ProposalClassifier):
 
     targets: Tensor
     columns: Tensor
-    fill: Tensor
-    real: Tensor
+    constants: Tensor
+    learned: Tensor
     factors: Tensor
     class_weights: Tensor
     sharpness: Tensor | None
@@ -61,80 +125,65 @@ class GroupSoftmax(ProposalClassifier):
         self,
         in_features: int,
         groups: CategoryGroups,
-        others_ratio: float | str = 8.0,
-        background_group: bool = True,
-        others: bool = True,
+        others_ratio: float | Literal["n", "all"] = GroupSoftmaxSettings.others_ratio,
+        background_group: bool = GroupSoftmaxSettings.background_group,
+        others: bool = GroupSoftmaxSettings.others,
         group_weights: Sequence[float] | None = None,
         class_weights: Tensor | None = None,
-        scale: float = 0.0,
-        temperatures: Sequence[float] | str | None = None,
+        scale: float = GroupSoftmaxSettings.scale,
+        temperatures: Sequence[float] | Literal["learned"] | None = None,
     ):
         super().__init__()
-        number = len(groups.sizes)
-        known = others_ratio in ("n", "all") if isinstance(others_ratio, str) else 0 <= others_ratio < math.inf
-        need(known, "others_ratio", "a number of 0 or more, 'n' or 'all'", others_ratio)
-        need_not_negative(scale=scale)
-        learned = temperatures == "learned"
         fixed = None if temperatures is None or isinstance(temperatures, str) else tuple(temperatures)
-        usable = fixed is not None and len(fixed) == number + 1 and all(0 < t < math.inf for t in fixed)
-        need(learned or temperatures is None or usable, "temperatures",
-             f"'learned' or {number + 1} numbers above 0", temperatures)  # fmt: skip
+        GroupSoftmaxSettings(
+            others_ratio=others_ratio,
+            background_group=background_group,
+            others=others,
+            group_weights=None if group_weights is None else tuple(group_weights),
+            groups=tuple(tuple(groups.members(group)) for group in range(len(groups.sizes))),  # as labels
+            scale=scale,
+            temperatures=temperatures if isinstance(temperatures, str) else fixed,
+        )
         self.groups, self.num_categories = groups, groups.num_categories
         self.others_ratio, self.background_group, self.others = others_ratio, background_group, others
         self.widths = [2, *(size + 1 for size in groups.sizes)]
-
-        # For each label: its target in every group (0 = others), and its column in the full layout.
-        targets = torch.zeros(number + 1, self.num_categories + 1, dtype=torch.long)
-        columns = torch.zeros(self.num_categories + 1, dtype=torch.long)
-        targets[0, 1:] = 1
-        starts, start = [], 2
-        for group, size in enumerate(groups.sizes):
-            labels = torch.tensor(groups.members(group), dtype=torch.long)
-            targets[group + 1, labels] = torch.arange(1, size + 1)
-            columns[labels] = start + torch.arange(1, size + 1)
-            starts.append(start)
-            start += size + 1
-        # A variant has fewer logits than the full layout has columns; the others hold a constant.
-        fill = torch.full((start,), float("nan"))
-        if not others:
-            fill[[1, *starts]] = torch.tensor([0.0, *[NEVER] * number])  # sigmoid(z) is softmax over [z, 0]
-        if not background_group:
-            fill[:2] = torch.tensor([NEVER, 0.0])
-        self.variant = not (others and background_group)
-        factors = torch.ones(number + 1)
+        self.variant = not (others and background_group)  # a variant has fewer logits than the full layout has columns
+        self.uniform = class_weights is None
+        number = len(groups.sizes) + 1
+        factors, weights = torch.ones(number), torch.ones(self.num_categories + 1)
         if group_weights is not None:
-            factors = checked_weights("group_weights", group_weights, number + 1)
-        weights = torch.ones(self.num_categories + 1)
+            factors = torch.as_tensor(group_weights)
         if class_weights is not None:
             weights = checked_weights("class_weights", class_weights, self.num_categories + 1)
-        self.uniform = class_weights is None
-        real = fill.isnan().nonzero().squeeze(1)
-        self.log_factors = nn.Parameter(torch.zeros(number + 1)) if learned else None
+        self.log_factors = nn.Parameter(torch.zeros(number)) if temperatures == "learned" else None
         sharpness = None if fixed is None else 1 / torch.tensor(fixed, dtype=torch.float64)
         self.register_buffer("sharpness", sharpness, persistent=False)
-        buffers = {"targets": targets, "columns": columns, "fill": fill, "real": real, "factors": factors}
-        for name, value in (buffers | {"class_weights": weights}).items():
+        layout = _layout(groups, background_group, others)
+        learned = layout.is_learned.nonzero().squeeze(1)
+        buffers = {"targets": layout.targets, "columns": layout.columns, "constants": layout.constants}
+        buffers |= {"learned": learned, "factors": factors, "class_weights": weights}
+        for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
-        self.linear = CosineLinear(in_features, len(real), scale) if scale else new_linear(in_features, len(real))
+        self.linear = CosineLinear(in_features, len(learned), scale) if scale else new_linear(in_features, len(learned))
 
     def forward(self, features: BoxFeatures) -> Tensor:
-        """Features -> logits [R, D]; D = L = C + 2 + N with `others` and `background_group`, else fewer."""
+        """Compute logits [R, D]; D = L = C + 2 + N with `others` and `background_group`, else fewer."""
         return self.linear(features.fc)
 
     def full_layout(self, logits: Tensor) -> Tensor:
-        """[R, D] -> [R, L], at least float32."""
+        """Spread logits [R, D] over the columns of the full layout, [R, L], at least float32."""
         logits = at_least_float32(logits)
         if self.variant:
-            logits = self.fill.to(logits.dtype).repeat(len(logits), 1).index_copy(1, self.real, logits)
+            logits = self.constants.to(logits.dtype).repeat(len(logits), 1).index_copy(1, self.learned, logits)
         return logits if self.log_factors is None else logits * self._by_column(self.log_factors.exp(), logits)
 
     def _by_column(self, of_group: Tensor, logits: Tensor) -> Tensor:
-        """[1 + N] -> [L], in the logits' type."""
+        """Repeat a number of each group, [1 + N], for the group's columns: [L], in the logits' type."""
         widths = torch.tensor(self.widths, device=of_group.device)
         return of_group.to(logits.dtype).repeat_interleave(widths, output_size=sum(self.widths))
 
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Eq. 5 with the sampling of section 4.3: one cross entropy per group, to be added up.
+        """Compute Eq. 5 with the sampling of section 4.3: one cross entropy per group, to be added up.
 
         Each group's loss is the mean over the proposals that train it: all R of them for the
         background group (`loss_group0`), the group's foreground and its sampled `others` for
@@ -152,7 +201,7 @@ class GroupSoftmax(ProposalClassifier):
         return {f"loss_group{n}": losses[n] for n in range(first, len(self.widths))}
 
     def sample_weights(self, targets: Tensor) -> Tensor:
-        """Which proposals train which group: 0 or 1, float [1 + N, R], from targets [1 + N, R].
+        """Choose which proposals train which group: 0 or 1, float [1 + N, R], from targets [1 + N, R].
 
         No host synchronisation: `others` are ranked by a random key and the first ones are taken.
         """
@@ -188,16 +237,49 @@ class GroupSoftmax(ProposalClassifier):
         return scores
 
     def weight_norms(self) -> Tensor:
-        """[C+1]; a category's vector is the one of its own group. NaN for a background without a vector."""
-        own = self.linear.weight.detach().norm(dim=1)
-        norms = self.fill.to(own.dtype).index_copy(0, self.real, own)[self.columns]
+        """Norms [C+1] of the layer's rows, for a category that in its group. NaN for a background without a row."""
+        rows = self.linear.weight.detach().norm(dim=1)
+        norms = rows.new_zeros(len(self.constants)).index_copy(0, self.learned, rows)[self.columns]
         if not self.background_group:
             norms[0] = float("nan")
         return norms
 
 
+class _Layout(NamedTuple):
+    targets: Tensor  # [1 + N, C + 1] int64, each label's target within every group, 0 = others
+    columns: Tensor  # [C + 1] int64, each label's column
+    is_learned: Tensor  # [L] bool, columns whose logits the layer computes
+    constants: Tensor  # [L], logits of the other columns
+
+
+def _layout(groups: CategoryGroups, background_group: bool, others: bool) -> _Layout:
+    """Lay out the columns: [background, foreground], then for each group [others, its categories by label].
+
+    Without `others` or `background_group` a column that the variant lacks holds a constant instead of a logit.
+    """
+    targets = torch.zeros(len(groups.sizes) + 1, groups.num_categories + 1, dtype=torch.long)
+    columns = torch.zeros(groups.num_categories + 1, dtype=torch.long)
+    targets[0, 1:] = 1
+    columns_of_others, start = [], 2
+    for group, size in enumerate(groups.sizes):
+        labels = torch.tensor(groups.members(group), dtype=torch.long)
+        targets[group + 1, labels] = torch.arange(1, size + 1)
+        columns[labels] = start + torch.arange(1, size + 1)
+        columns_of_others.append(start)
+        start += size + 1
+    is_learned = torch.ones(start, dtype=torch.bool)
+    constants = torch.zeros(start)
+    if not others:
+        is_learned[[1, *columns_of_others]] = False  # the foreground's logit is 0: sigmoid(z) is softmax over [z, 0]
+        constants[columns_of_others] = NEVER
+    if not background_group:
+        is_learned[:2] = False
+        constants[0] = NEVER  # P(foreground) is 1
+    return _Layout(targets, columns, is_learned, constants)
+
+
 def dense_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, widths: list[int]) -> Tensor:
-    """Weighted mean cross entropy of each block of columns, [G].
+    """Compute the weighted mean cross entropy of each block of columns, [G].
 
     logits [R, sum(widths)]; targets [G, R] within the block; weights [G, R] >= 0. The divisor is the
     sum of weights, but at least 1.
@@ -210,15 +292,15 @@ def dense_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, widths
 
 
 class SelectedCrossEntropy(torch.autograd.Function):
-    """`dense_cross_entropy` from the rows with weight alone, its gradient made on the way.
+    """`dense_cross_entropy` that reads only the rows with weight, and computes its gradient on the way.
 
-    Most blocks are trained by few rows, which makes this several times faster on a CPU. Finding the
-    rows would be a host synchronisation on a GPU.
+    Most blocks are trained by few rows, which makes this several times faster on a CPU. On a GPU, selecting the rows
+    would be a host synchronisation.
     """
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, weights: Tensor, widths: list[int]) -> Tensor:
-        """See the class; arguments as of `dense_cross_entropy`."""
+        """Compute what `dense_cross_entropy` computes, from the same arguments."""
         gradient = torch.zeros_like(logits)
         losses = []
         divisors = weights.sum(1).clamp(min=1)
@@ -236,7 +318,7 @@ class SelectedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream: Tensor):
-        """Scales each block's gradient."""
+        """Scale each block's gradient."""
         (gradient,) = ctx.saved_tensors
         if not (upstream == 1).all():
             gradient = gradient * upstream.repeat_interleave(torch.tensor(ctx.widths))

@@ -1,4 +1,4 @@
-"""Which categories compete with which: groups of similar training frequency (Eq. 3), or others."""
+"""Groups of categories that compete: those of similar training frequency (Eq. 3), or others."""
 
 import itertools
 from collections import Counter
@@ -28,14 +28,14 @@ class CategoryGroups:
     boundaries: tuple[int, ...]
 
     def members(self, group: int) -> list[int]:
-        """Labels (1..C) of a group's categories, ascending."""
+        """Return the labels (1..C) of a group's categories, ascending."""
         return [label for label, g in enumerate(self.group_of, start=1) if g == group]
 
 
 def assign_groups(
     instance_counts: Sequence[int] | Tensor, boundaries: Sequence[int] = (10, 100, 1000)
 ) -> CategoryGroups:
-    """Category j goes to group n if boundaries[n-1] <= count_j < boundaries[n] (Eq. 3).
+    """Put category j into group n if boundaries[n-1] <= count_j < boundaries[n] (Eq. 3).
 
     instance_counts: [C] training boxes per category, in the order of labels 1..C; each >= 0.
     boundaries: strictly rising, above 0; N - 1 of them make N groups.
@@ -51,7 +51,7 @@ def assign_groups(
 
 
 def equal_boundaries(instance_counts: Sequence[int] | Tensor, number: int) -> tuple[int, ...]:
-    """Boundaries of `number` groups whose total training instances are as equal as they can be.
+    """Return boundaries of `number` groups whose total training instances are as equal as they can be.
 
     That is, the sum of the squared totals is least (found exactly, by dynamic programming over the distinct
     counts). instance_counts: [C]. Raises ValueError where there are fewer distinct counts than groups.
@@ -77,7 +77,7 @@ def equal_boundaries(instance_counts: Sequence[int] | Tensor, number: int) -> tu
 
 
 def given_groups(groups: Sequence[Sequence[int]], category_ids: Sequence[int]) -> CategoryGroups:
-    """Groups of one's own choice (not in the paper), each a list of category ids.
+    """Make groups of one's own choice (not in the paper), each a list of category ids.
 
     category_ids: [C] in the order of labels 1..C. Raises ValueError unless each of them is in exactly one group.
     """
@@ -96,9 +96,10 @@ def given_groups(groups: Sequence[Sequence[int]], category_ids: Sequence[int]) -
 
 
 def within_group_weights(groups: CategoryGroups, instance_counts: Sequence[int] | Tensor) -> Tensor:
-    """1/n over its mean within the category's group, clipped to [0.1, 5]: float64 [C+1], entry 0 (background) 1.
+    """Weigh each label by 1/n over its mean within the category's group, clipped to [0.1, 5]: float64 [C+1].
 
-    The released `with0_reweight` variant. instance_counts: [C], 0 is taken as 1. Raises ValueError for others.
+    Entry 0, the background, is 1. This is the released `with0_reweight` variant. instance_counts: [C], 0 is taken as 1.
+    Raises ValueError for counts that are not whole numbers of 0 or more.
     """
     counts = checked_counts("instance_counts", instance_counts, groups.num_categories)
     inverse = 1 / counts.double().clamp(min=1)

@@ -1,12 +1,31 @@
 """Normalised calibration of a trained softmax (NorCal; Pan et al. 2021). Nothing is trained."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from bags.classifiers.base import checked_counts, need_not_negative
+from bags.classifiers.base import ClassifierSettings, TrainingCounts, checked_counts
 from bags.classifiers.softmax import Softmax
+from bags.settings import Range
+
+
+@dataclass(frozen=True)
+class NorCalSettings(ClassifierSettings):
+    """Normalised calibration; takes a trained softmax, trains nothing."""
+
+    trained, on_softmax = False, True
+
+    name: Literal["norcal"] = "norcal"
+    gamma: Annotated[float, Range(ge=0)] = 0.6
+    counts: Literal["images", "instances"] = "images"  # a category's exp(logit) is divided by these, to the gamma
+
+    def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "NorCal":
+        """Make the classifier, which scores with the layer of a trained softmax."""
+        counts = training.image_counts if self.counts == "images" else training.instance_counts
+        return NorCal(in_features, counts, self.gamma)
 
 
 class NorCal(Softmax):
@@ -18,12 +37,11 @@ class NorCal(Softmax):
 
     log_factors: Tensor
 
-    def __init__(self, in_features: int, counts: Sequence[int], gamma: float = 0.6):
+    def __init__(self, in_features: int, counts: Sequence[int], gamma: float = NorCalSettings.gamma):
         super().__init__(in_features, len(counts))
-        need_not_negative(gamma=gamma)
-        factors = gamma * checked_counts("counts", counts).double().clamp(min=1).log()
+        factors = NorCalSettings(gamma=gamma).gamma * checked_counts("counts", counts).double().clamp(min=1).log()
         self.register_buffer("log_factors", torch.cat([factors.new_zeros(1), factors]), persistent=False)
 
     def probs(self, logits: Tensor) -> Tensor:
-        """[R, C+1], rows sum to 1."""
+        """Calibrated softmax [R, C+1], column 0 the background. Rows sum to 1."""
         return super().probs(logits - self.log_factors.to(logits.dtype))

@@ -4,37 +4,71 @@ Shape shorthand: R proposals, C categories; logits [R, C], column c the category
 """
 
 import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bags.classifiers.base import BoxFeatures, ProposalClassifier, at_least_float32, need, new_linear
+from bags.classifiers.base import (
+    BoxFeatures,
+    ClassifierSettings,
+    ProposalClassifier,
+    TrainingCounts,
+    at_least_float32,
+    new_linear,
+)
+from bags.settings import Range
+
+Prior = Annotated[float, Range(gt=0, lt=1)]  # every category's score before training
+
+
+@dataclass(frozen=True)
+class SigmoidLayerSettings(ClassifierSettings):
+    """Base of the settings of all methods on this layer, which can take each other's weights."""
+
+    def columns(self, training: TrainingCounts) -> tuple:
+        """The same for all of them."""
+        return ("sigmoid",)
+
+
+@dataclass(frozen=True)
+class SigmoidSettings(SigmoidLayerSettings):
+    """A sigmoid for each category, none for the background."""
+
+    name: Literal["sigmoid"] = "sigmoid"
+    prior: Prior = 0.001
+
+    def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "Sigmoid":
+        """Make the untrained classifier."""
+        return Sigmoid(in_features, training.num_categories, self.prior)
 
 
 class Sigmoid(ProposalClassifier):
     """Binary cross entropy of each category; a background proposal is a negative of all of them.
 
-    prior: in 0..1, every category's score before training (bias of the layer), so that the many negatives of
+    prior: between 0 and 1, every category's score before training (bias of the layer), so that the many negatives of
     the first steps do not swamp it; 0.001 as in the published long-tail models.
     """
 
-    def __init__(self, in_features: int, num_categories: int, prior: float = 0.001):
+    def __init__(self, in_features: int, num_categories: int, prior: float = SigmoidSettings.prior):
         super().__init__()
+        settings = SigmoidSettings(prior=prior)
         self.num_categories = num_categories
         self.linear = new_linear(in_features, num_categories)
-        nn.init.constant_(self.linear.bias, prior_bias(prior))
+        nn.init.constant_(self.linear.bias, prior_bias(settings.prior))
 
     def forward(self, features: BoxFeatures) -> Tensor:
-        """Features -> logits [R, C]."""
+        """Compute logits [R, C]."""
         return self.linear(features.fc)
 
     def element_weights(self, targets: Tensor, labels: Tensor) -> Tensor:
-        """Weight of each element, broadcast to [R, C], from targets [R, C] (0 or 1) and labels [R]. Plain: 1."""
+        """Weigh each element: factors broadcast to [R, C]; here 1. targets [R, C] are 0 or 1; labels [R]."""
         return targets.new_ones(1, 1)
 
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Weighted binary cross entropies, summed over the categories, averaged over the R proposals."""
+        """Sum the weighted binary cross entropies over the categories and average them over the R proposals."""
         logits = at_least_float32(logits)
         targets = category_targets(labels, self.num_categories, logits.dtype)
         elements = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
@@ -42,7 +76,7 @@ class Sigmoid(ProposalClassifier):
         return {"loss_classifier": total / max(len(labels), 1)}
 
     def probs(self, logits: Tensor) -> Tensor:
-        """[R, C+1]. Categories score independently; the background 1 minus the best of them.
+        """Scores [R, C+1]. Categories score independently; the background scores 1 minus the best of them.
 
         So a proposal is background where no category is more likely than not. Rows do not sum to 1.
         """
@@ -50,17 +84,16 @@ class Sigmoid(ProposalClassifier):
         return torch.cat([1 - scores.amax(1, keepdim=True), scores], dim=1)
 
     def weight_norms(self) -> Tensor:
-        """[C+1]; NaN for the background, which has no vector."""
+        """Norms [C+1] of the layer's rows; NaN for the background, which has no row."""
         norms = self.linear.weight.detach().norm(dim=1)
         return torch.cat([norms.new_full((1,), math.nan), norms])
 
 
 def prior_bias(prior: float) -> float:
-    """The logit of a probability in 0..1. Raises ValueError for another."""
-    need(0 < prior < 1, "prior", "a probability between 0 and 1", prior)
+    """Return the logit of a probability between 0 and 1."""
     return math.log(prior / (1 - prior))
 
 
 def category_targets(labels: Tensor, num_categories: int, dtype: torch.dtype) -> Tensor:
-    """[R, C]: 1 at each proposal's category, nothing for background."""
+    """Return [R, C]: 1 at each proposal's category, zeros for background."""
     return F.one_hot(labels, num_categories + 1)[:, 1:].to(dtype)
