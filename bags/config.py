@@ -33,19 +33,17 @@ from bags.classifier_sections import (
 )
 from bags.errors import UserError
 from bags.files import write_text
+from bags.rows import compose
 from bags.sections import ClassBalancedConfig, Config, DetectorConfig, RepeatFactorConfig, TailOnlyConfig
-from bags.typed_yaml import convert, merge, parse_yaml, read_tree
+from bags.typed_yaml import convert, merge, parse_yaml
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Reads a YAML file, its bases, then `section.key=value` overrides, left to right.
+    """Reads a row (DATASET/METHOD, or a YAML file with its bases), then `section.key=value` overrides, left to right.
 
     Raises UserError, naming the file and the key, for anything that cannot be used.
     """
-    path = Path(path)
-    tree = read_tree(path)
-    tree.setdefault("name", path.stem)
-    return _resolve(tree, overrides, str(path))
+    return _resolve(compose(Path(path)).tree, overrides, str(path))
 
 
 def override_config(config: Config, overrides: typing.Sequence[str]) -> Config:

@@ -5,7 +5,6 @@ import difflib
 import reprlib
 import types
 import typing
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -32,31 +31,6 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, _UniqueKeyLoader)
 
 
-def read_tree(path: Path, children: tuple[Path, ...] = ()) -> dict:
-    """A file laid over its `base`, as nested values. `children` are the files that led here."""
-    if path.resolve() in children:
-        raise UserError(f"{path}: its `base` leads back to itself")
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
-        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
-        raise UserError(f"{path}: no such configuration file{hint}") from None
-    except (OSError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected `section: {{key: value}}`, found {type(tree).__name__}")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    if not isinstance(base, str):
-        raise UserError(f"{path}: base: expected the path of one YAML file, got {_shown(base)}")
-    return merge(read_tree(path.parent / base, (*children, path.resolve())), tree)
-
-
 def merge(tree: dict, changes: dict) -> dict:
     """Lays `changes` over `tree` in place; a section whose `name` changes is replaced."""
     for key, value in changes.items():
@@ -71,7 +45,7 @@ def merge(tree: dict, changes: dict) -> dict:
     return tree
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value in an error, cut short: aliases of aliases would fill the memory when spelt out."""
     brief = reprlib.Repr()
     brief.maxlevel, brief.maxlist, brief.maxdict, brief.maxstring, brief.maxother = 3, 12, 12, 200, 200
@@ -115,7 +89,7 @@ def convert(value: Any, kind: Any, key: str, source: str) -> Any:
         if kind is str and "\0" in value:
             raise UserError(f"{source}: {key}: a text must not hold NUL characters")
         return value
-    raise UserError(f"{source}: {key}: expected {_describe(kind)}, got {_shown(value)}{_as_list(value, kind)}")
+    raise UserError(f"{source}: {key}: expected {_describe(kind)}, got {shown(value)}{_as_list(value, kind)}")
 
 
 def _as_list(value: Any, kind: Any) -> str:
@@ -132,7 +106,7 @@ def _as_list(value: Any, kind: Any) -> str:
 
 def _convert_section(value: Any, kind: type, key: str, source: str) -> Any:
     if not isinstance(value, dict):
-        raise UserError(f"{source}: {key}: expected a section of keys, got {_shown(value)}")
+        raise UserError(f"{source}: {key}: expected a section of keys, got {shown(value)}")
     hints, prefix = typing.get_type_hints(kind), f"{key}." if key else ""
     for name in value:
         if name not in hints:
@@ -145,12 +119,12 @@ def _convert_section(value: Any, kind: type, key: str, source: str) -> Any:
 def _chosen(value: Any, sections: dict, key: str, source: str) -> type:
     if not isinstance(value, dict):
         hint = f"write {key}.name={value}" if value in tuple(sections) else f"names: {', '.join(sections)}"
-        raise UserError(f"{source}: {key}: expected a section of keys, got {_shown(value)}; {hint}")
+        raise UserError(f"{source}: {key}: expected a section of keys, got {shown(value)}; {hint}")
     name = value.get("name")
     if not isinstance(name, str) or name not in sections:
-        near = difflib.get_close_matches(_shown(name), sections, 1)
+        near = difflib.get_close_matches(shown(name), sections, 1)
         hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(sections)}"
-        raise UserError(f"{source}: {key}.name: unknown name {_shown(name)}; {hint}")
+        raise UserError(f"{source}: {key}.name: unknown name {shown(name)}; {hint}")
     return sections[name]
 
 
