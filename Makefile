@@ -1,6 +1,7 @@
 # Set-up is a prerequisite of every target: a virtual environment from requirements.txt, made once.
 #
-#   CONFIG      a YAML file, or a folder whose rows are all run      GPUS    processes (torchrun), one per GPU
+#   CONFIG      a dataset (configs/NAME), a row or a YAML file       GPUS    processes (torchrun), one per GPU
+#   METHODS     rows of the dataset instead of its default ones, as METHODS="seesaw bags_cosine"
 #   CHECKPOINT  what eval and predict use                            ARGS    section.key=value overrides, or flags
 #   IMAGES      what predict looks at                                RUNS    run folders that table compares
 #   RUN, OTHER  run folders: what report is about, and what it is compared with
@@ -15,12 +16,14 @@ RUN ?= runs/glyphs-100/bags
 OTHER ?=
 GPUS ?= 1
 ARGS ?=
+METHODS ?=
 TABLE ?=
 PYTHON ?= python3
 VENV ?= .venv
 
 BIN = $(VENV)/bin
 READY = $(VENV)/.bags-ready
+READY_DEV = $(VENV)/.bags-ready-dev
 ifeq ($(filter-out 1,$(GPUS)),)
 LAUNCH = $(BIN)/python
 else
@@ -33,7 +36,7 @@ help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-9s %s\n", $$1, $$2}'
 
 train: $(READY)  ## Train CONFIG (default: softmax, its control and BAGS on the embedded dataset) and compare
-	$(LAUNCH) scripts/train.py $(CONFIG) $(ARGS)
+	$(LAUNCH) scripts/train.py $(CONFIG) $(if $(METHODS),--methods $(METHODS)) $(ARGS)
 
 eval: $(READY)  ## Evaluate CHECKPOINT on its validation set
 	$(LAUNCH) scripts/evaluate.py $(CHECKPOINT) $(ARGS)
@@ -47,10 +50,10 @@ table: $(READY)  ## Compare the finished runs in RUNS; or TABLE=1, 2, 3, 4, fig4
 report: $(READY)  ## Write RUN/report.html, one file about that run; with OTHER also what changed from OTHER to RUN
 	$(BIN)/python scripts/report.py $(RUN) $(OTHER) $(ARGS)
 
-test: $(READY)  ## Run the tests
+test: $(READY_DEV)  ## Run the tests
 	$(BIN)/python -m pytest -q $(ARGS)
 
-lint: $(READY)  ## Check style, formatting and types
+lint: $(READY_DEV)  ## Check style, formatting and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
@@ -64,4 +67,9 @@ $(READY): requirements.txt
 	@$(BIN)/python -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make clean, then make PYTHON=... names one")'
 	@echo "installing requirements.txt into $(VENV) (once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(READY_DEV): $(READY) requirements-dev.txt
+	@echo "installing requirements-dev.txt into $(VENV) (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

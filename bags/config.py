@@ -24,20 +24,18 @@ import yaml
 
 from bags.errors import UserError
 from bags.files import write_text
+from bags.rows import compose
 from bags.sections import ClassBalancedConfig, Config
 from bags.settings import NO_RESULT, marks, need
-from bags.typed_yaml import convert, merge, option_types, read_override, read_tree
+from bags.typed_yaml import convert, merge, option_types, read_override
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read a YAML file, its bases, then `section.key=value` overrides, left to right.
+    """Read a row (DATASET/METHOD, or a YAML file with its bases), then `section.key=value` overrides, left to right.
 
     Raises UserError, naming the file and the key, for anything that cannot be used.
     """
-    path = Path(path)
-    tree = read_tree(path)
-    tree.setdefault("name", path.stem)
-    return _resolve(tree, overrides, str(path))
+    return _resolve(compose(Path(path)).tree, overrides, str(path))
 
 
 def check_config(config: Config, source: str) -> Config:

@@ -6,13 +6,11 @@ import reprlib
 import types
 import typing
 from collections.abc import Hashable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from bags.errors import UserError
-from bags.files import read_text
 
 CHOSEN_BY_NAME = ("classifier", "sampler")  # a new `name` replaces these sections
 NULLS = ("", "~", "null", "Null", "NULL")  # the spellings of null in YAML
@@ -73,33 +71,6 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, _UniqueKeyLoader)
 
 
-def read_tree(path: Path, children: tuple[Path, ...] = ()) -> dict:
-    """A file laid over its `base`, as nested values. `children` are the files that led here."""
-    if path.resolve() in children:
-        raise UserError(f"{path}: its `base` leads back to itself")
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: not a regular file; expected a YAML file")
-    try:
-        tree = parse_yaml(read_text(path))
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
-        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
-        raise UserError(f"{path}: no such configuration file{hint}") from None
-    except (OSError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected `section: {{key: value}}`, found {type(tree).__name__}")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    if not isinstance(base, str):
-        raise UserError(f"{path}: base: expected the path of one YAML file, got {_shown(base)}")
-    return merge(read_tree(path.parent / base, (*children, path.resolve())), tree)
-
-
 def merge(tree: dict, changes: dict) -> dict:
     """Lays `changes` over `tree` in place; a section whose `name` changes is replaced."""
     for key, value in changes.items():
@@ -114,7 +85,7 @@ def merge(tree: dict, changes: dict) -> dict:
     return tree
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value in an error, cut short: aliases of aliases would fill the memory when spelt out."""
     brief = reprlib.Repr()
     brief.maxlevel, brief.maxlist, brief.maxdict, brief.maxstring, brief.maxother = 3, 12, 12, 200, 200
@@ -170,7 +141,7 @@ def convert(value: Any, kind: Any, key: str, source: str) -> Any:
                 f"{source}: {key}: expected a whole number below 2^63, got one of {value.bit_length()} bits"
             )
         return value
-    raise UserError(f"{source}: {key}: expected {_describe(kind)}, got {_shown(value)}{_as_list(value, kind)}")
+    raise UserError(f"{source}: {key}: expected {_describe(kind)}, got {shown(value)}{_as_list(value, kind)}")
 
 
 def _need_one_line(text: str, key: str, source: str) -> None:
@@ -178,11 +149,11 @@ def _need_one_line(text: str, key: str, source: str) -> None:
     if "\0" in text:
         raise UserError(f"{source}: {key}: a text must not hold NUL characters")
     if text.splitlines() not in ([], [text]):
-        raise UserError(f"{source}: {key}: a text must be a single line, got {_shown(text)}")
+        raise UserError(f"{source}: {key}: a text must be a single line, got {shown(text)}")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{source}: {key}: a text must be valid UTF-8, got {_shown(ascii(text))}") from None
+        raise UserError(f"{source}: {key}: a text must be valid UTF-8, got {shown(ascii(text))}") from None
 
 
 def read_override(text: str, kinds: Sequence[Any]) -> Any:
@@ -232,14 +203,14 @@ def _as_list(value: Any, kind: Any) -> str:
 
 def _convert_section(value: Any, kind: type, key: str, source: str) -> Any:
     if not isinstance(value, dict):
-        raise UserError(f"{source}: {key}: expected a section of keys, got {_shown(value)}")
+        raise UserError(f"{source}: {key}: expected a section of keys, got {shown(value)}")
     hints, prefix = typing.get_type_hints(kind), f"{key}." if key else ""
     for name in value:
         if name not in hints:
-            shown = name if isinstance(name, str) and len(name) < 100 else _shown(name)
-            near = difflib.get_close_matches(shown, hints, 1, 0.5)
+            key_text = name if isinstance(name, str) and len(name) < 100 else shown(name)
+            near = difflib.get_close_matches(key_text, hints, 1, 0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(hints)}"
-            raise UserError(f"{source}: {prefix}{shown}: unknown key; {hint}")
+            raise UserError(f"{source}: {prefix}{key_text}: unknown key; {hint}")
     fields = {n: convert(v, hints[n], prefix + n, source) for n, v in value.items()}
     try:
         return kind(**fields)
@@ -250,12 +221,12 @@ def _convert_section(value: Any, kind: type, key: str, source: str) -> Any:
 def _chosen(value: Any, sections: dict, key: str, source: str) -> type:
     if not isinstance(value, dict):
         hint = f"write {key}.name={value}" if value in tuple(sections) else f"names: {', '.join(sections)}"
-        raise UserError(f"{source}: {key}: expected a section of keys, got {_shown(value)}; {hint}")
+        raise UserError(f"{source}: {key}: expected a section of keys, got {shown(value)}; {hint}")
     name = value.get("name")
     if not isinstance(name, str) or name not in sections:
-        near = difflib.get_close_matches(_shown(name), sections, 1)
+        near = difflib.get_close_matches(shown(name), sections, 1)
         hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(sections)}"
-        raise UserError(f"{source}: {key}.name: unknown name {_shown(name)}; {hint}")
+        raise UserError(f"{source}: {key}.name: unknown name {shown(name)}; {hint}")
     return sections[name]
 
 

@@ -70,7 +70,7 @@ def main() -> None:
                 raise UserError(f"--{option} is for a results file; a checkpoint takes data.val=... or test.bins=...")
         metrics, name = evaluate_checkpoint(arguments.source, arguments.overrides, arguments.output)
     if metrics is None:  # not the main process
-        return
+        return None
     from bags.analysis.tables import render_table, without_nan
 
     if arguments.json:

@@ -101,7 +101,7 @@ def import_weights(source: str, config: Config, annotations: Path | None, eps: f
             raise UserError(f"{source}: its detector has {key} {value}, the configuration {getattr(wanted, key)}")
     if translated.origin == "torchvision" and config.classifier.name == "softmax":
         logits, ids = describe(found)["logits"], stats.category_ids
-        if logits == 91 and len(ids) == 80 and 1 <= min(ids) and max(ids) == 90:  # COCO's ids are its labels
+        if logits == 91 and len(ids) == 80 and min(ids) >= 1 and max(ids) == 90:  # COCO's ids are its labels
             found = select_labels(found, [0, *ids])
             lines.append(f"left out: {logits - 1 - len(ids)} labels without a category ({logits - 1} in the file)")
     foreign = [f"{i} '{name}'" for i, name in zip(stats.category_ids, stats.names, strict=True) if name not in names]

@@ -111,11 +111,30 @@ def test_a_schedule_without_milestones():
     assert bags.load_config(ROOT / "configs/glyphs-100/softmax.yaml", ["train.milestones=[]"]).train.milestones == ()
 
 
-TEXTS = (
-    """exp #2|- a|[1, 2]|{a: 1}|&a|*a|!x|'a'|"a"|2024|1e5|on|null|true|é 🎈| a |%|a=b|~x|0x10|2024-01-02|a\tb""".split(
-        "|"
-    )
-)
+TEXTS = [
+    "exp #2",
+    "- a",
+    "[1, 2]",
+    "{a: 1}",
+    "&a",
+    "*a",
+    "!x",
+    "'a'",
+    '"a"',
+    "2024",
+    "1e5",
+    "on",
+    "null",
+    "true",
+    "é 🎈",
+    " a ",
+    "%",
+    "a=b",
+    "~x",
+    "0x10",
+    "2024-01-02",
+    "a\tb",
+]
 TEXTS += ["a: b", "|", "\x1b[1m", "# a", "?", "`", "-"]
 
 

@@ -64,7 +64,7 @@ def test_boxes_areas_and_masks_agree(glyphs, split):
     image = content["images"][0]
     assert Image.open(glyphs / image["file_name"]).size == (image["width"], image["height"])
     semantic = np.asarray(Image.open(glyphs / f"semantic_{split}" / "00000001.png"))
-    assert semantic.shape == (64, 64) and 1 <= semantic.min() and semantic.max() <= len(TEXTURES)
+    assert semantic.shape == (64, 64) and semantic.min() >= 1 and semantic.max() <= len(TEXTURES)
 
 
 def test_lvis_fields(glyphs):

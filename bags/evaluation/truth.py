@@ -169,7 +169,7 @@ def _images(
     """(whether LVIS's protocol applies, minimal images). A list that an image lacks is empty."""
     listed, minimal = sum(isinstance(image.get(NEGATIVE), list) for image in entries), []
     lvis = 2 * listed > len(entries)
-    if 0 < listed and not lvis:
+    if listed > 0 and not lvis:
         notes.sentences.append(f"only {listed} of {len(entries)} images have {NEGATIVE}: COCO's protocol applies")
     for image in entries:
         sides = {side: image[side] if _is_side(image.get(side)) else 0 for side in ("width", "height")}
