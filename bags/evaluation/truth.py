@@ -130,7 +130,7 @@ def read_truth(path: str | Path) -> Truth:
         np.sort(ids["images"]),
         np.sort(ids["categories"]),
         ids["annotations"],
-        [str(category.get("name", category["id"])) for category in by_id],
+        [name_of(category) for category in by_id],
         {"images": image_entries, "annotations": annotations, "categories": category_entries},
         [_counts(category, count_notes) for category in by_id],
         lvis,
@@ -160,6 +160,13 @@ class Notes:
 def ranks_of(ids: np.ndarray) -> dict[int, int]:
     """The rank, from 1, of each id [N] among the sorted ones."""
     return {key: rank for rank, key in enumerate(np.sort(ids).tolist(), start=1)}
+
+
+def name_of(category: dict) -> str:
+    """The name of a category, which is its id where the file gives neither text nor a number; no lone surrogates."""
+    name = category.get("name")
+    usable = (isinstance(name, str) and name.strip()) or is_number(name)
+    return str(name if usable else category["id"]).encode(errors="replace").decode()
 
 
 def shown(value: object) -> str:
