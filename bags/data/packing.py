@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from bags.data.json_files import EMPTY, NUMBERS, is_box, shown, stream
+from bags.data.json_files import EMPTY, NUMBERS, is_box, is_number, shown, stream
 from bags.errors import UserError
 
 LIMIT = 1e9  # coordinates of boxes beyond this are no pixels
@@ -51,10 +51,10 @@ KEPT = ("id", "name", "instance_count", "image_count", "frequency")  # of a cate
 
 
 def category_name(category: dict) -> str:
-    """A category's name, or its id where it has none. Lone surrogates, which no encoding has, are escaped."""
+    """A category's name, or its id where the file gives neither text nor a number. Lone surrogates are escaped."""
     name = category.get("name")
-    text = str(category["id"] if name is None else name)
-    return text.encode("utf-8", "backslashreplace").decode()
+    usable = (isinstance(name, str) and name.strip()) or is_number(name)
+    return str(name if usable else category["id"]).encode("utf-8", "backslashreplace").decode()
 
 
 def _id(path: Path, kind: str, entry: dict) -> int:
