@@ -128,9 +128,9 @@ def test_groups_by_confusion(job, glyphs, tmp_path):
         assert sorted(itertools.chain(*groups)) == ids and [len(group) for group in groups] == [2] * 4
 
 
-def test_readme_has_a_line_for_each_file():
+def test_the_architecture_page_has_a_line_for_each_file():
     """In the tree: the packages' and scripts' modules and the notebooks, each once."""
-    tree = re.search(r"```\n(bags/\n.*?)```", (ROOT / "README.md").read_text(), re.S)
+    tree = re.search(r"```\n(bags/\n.*?)```", (ROOT / "docs/architecture.md").read_text(), re.S)
     listed, folder = [], ""
     for line in tree[1].splitlines():
         if not line.startswith(" "):
