@@ -111,7 +111,7 @@ def test_weight_norms_are_drawn_without_a_background(tmp_path):
 
 
 def test_groups_by_confusion(job, glyphs, tmp_path):
-    """The script of docs/results/options.md: each category in one of four groups of equal size, least confused `apart`."""
+    """The script of docs/results/options.md: four groups of equal size; `apart` confuses least."""
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs/results/options.md").read_text(), re.S)
     script = tmp_path / "confusion.py"
     script.write_text(code[1])
