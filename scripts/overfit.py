@@ -18,10 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bags.errors import UserError, run_script
 
-ROWS = {"faster_rcnn": "softmax", "mask_rcnn": "paper/mask", "cascade_rcnn": "paper/cascade",
-        "cascade_mask_rcnn": "paper/cascade_mask", "htc": "paper/htc"}  # fmt: skip
+ROWS = {
+    "faster_rcnn": "softmax",
+    "mask_rcnn": "mask",
+    "cascade_rcnn": "cascade",
+    "cascade_mask_rcnn": "cascade_mask",
+    "htc": "htc",
+}
 CLASSIFIERS = {"softmax": [], "group_softmax": ["classifier.name=group_softmax", "classifier.boundaries=[2, 3]"]}
-CONFIGS = Path(__file__).resolve().parent.parent / "configs/glyphs-100"
+DATASET = Path("glyphs-100")
 IMAGES = 8
 SCHEDULE = ["train.epochs=200", "train.batch_size=4", "train.optimizer=adamw", "train.lr=0.002",
             "train.milestones=[160]", "train.warmup_iterations=50", "train.checkpoint_every=100000",
@@ -56,7 +61,7 @@ def few_images(folder: Path, overrides: list[str]) -> list[str]:
     from bags.data.glyphs import PRESETS, make_glyphs
     from bags.data.json_files import read_json
 
-    data = load_config(CONFIGS / "softmax.yaml", overrides).data
+    data = load_config(DATASET / "softmax", overrides).data
     if data.glyphs:
         make_glyphs(data.root, PRESETS[data.glyphs])
     content = read_json(Path(data.root) / data.train)
@@ -72,10 +77,10 @@ def overfit(framework: str, classifier: str, overrides: list[str]) -> bool:
     """Trains one detector from nothing; prints its AP50 and returns whether it has learnt the images."""
     from bags.config import load_config
     from bags.distributed import distributed
-    from scripts.train import run
+    from bags.jobs.train import run
 
     config = load_config(
-        CONFIGS / f"{ROWS[framework]}.yaml", [*CLASSIFIERS[classifier], f"name={framework}-{classifier}", *overrides]
+        DATASET / ROWS[framework], [*CLASSIFIERS[classifier], f"name={framework}-{classifier}", *overrides]
     )
     start = time.perf_counter()
     with distributed(config.device) as device:

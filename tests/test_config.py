@@ -108,7 +108,7 @@ def test_files_that_are_not_configurations(tmp_path):
 
 
 def test_a_schedule_without_milestones():
-    assert bags.load_config(ROOT / "configs/glyphs-100/softmax.yaml", ["train.milestones=[]"]).train.milestones == ()
+    assert bags.load_config("glyphs-100/softmax", ["train.milestones=[]"]).train.milestones == ()
 
 
 TEXTS = [

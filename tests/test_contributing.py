@@ -20,8 +20,8 @@ FILE = r"`(?P<path>[\w./-]+)`\n\n(?P<blocks>(?:```\w+\n(?:.*\n)*?```\n\n?)+)"
 NEW = {
     "bags/classifiers/label_smoothing.py",
     "bags/detectors/convnext.py",
-    "configs/birds/_base.yaml",
-    "configs/glyphs-100/more/label_smoothing.yaml",
+    "configs/datasets/birds.yaml",
+    "configs/methods/label_smoothing.yaml",
     "tests/test_label_smoothing.py",
 }
 
@@ -65,8 +65,6 @@ def seen(glyphs, tmp_path_factory):
     (folder / "tests").mkdir()
     for name in ("pyproject.toml", "tests/conftest.py", "tests/test_house.py", "tests/test_contributing.py"):
         shutil.copy(ROOT / name, folder / name)
-    shutil.copytree(folder / "configs/custom", folder / "configs/birds")
-    (folder / "configs/birds/_base.yaml").unlink()
     for path, blocks in examples().items():
         target = folder / path
         assert target.exists() == (path not in NEW), path
@@ -74,10 +72,10 @@ def seen(glyphs, tmp_path_factory):
             target.write_text(patch(target.read_text(), block) if language == "diff" else block)
     as_coco(glyphs, folder / "data/birds")
     tiny = yaml.safe_load((write_configs(folder / "tiny", glyphs) / "_base.yaml").read_text())
-    row = yaml.safe_load((folder / "configs/glyphs-100/more/label_smoothing.yaml").read_text())
-    tiny |= {"base": "_base.yaml", "data": {"workers": 0}, "classifier": row["classifier"]}
+    row = yaml.safe_load((folder / "configs/methods/label_smoothing.yaml").read_text())
+    tiny |= {"base": "configs/birds/softmax", "data": {"workers": 0}, "classifier": row["classifier"]}
     tiny["detector"] |= {"backbone_weights": None, "frozen_stages": 0}
-    (folder / "configs/birds/smoothed.yaml").write_text(yaml.safe_dump(tiny))
+    (folder / "smoothed.yaml").write_text(yaml.safe_dump(tiny))
     command = [sys.executable, "tests/test_contributing.py"]
     environment = os.environ | {"PYTHONPATH": str(folder)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
@@ -141,26 +139,26 @@ def look() -> dict:
 
     assert Path(bags.__file__).is_relative_to(Path.cwd())
     facts: dict = {"check": script("prepare_data", "check", "configs/birds")}
-    assert script("train", "configs/birds/smoothed.yaml", "train.epochs=1") == 0
+    assert script("train", "smoothed.yaml", "train.epochs=1") == 0
     detector, _ = bags.load_detector("runs/birds/smoothed/last.pth")
     classifier = detector.roi_heads.classifier
     facts["loaded"] = [type(classifier).__name__, classifier.smoothing]
     facts["detections"] = sorted(detector([torch.rand(3, 64, 64)])[0])
     try:
-        bags.load_config("configs/birds/smoothed.yaml", ["classifier.smoothing=1"])
+        bags.load_config("smoothed.yaml", ["classifier.smoothing=1"])
     except bags.UserError as error:
         facts["refused"] = str(error)
     rows = ("softmax", "softmax_retrained", "bags")
-    facts["rows"] = {name: bags.load_config(f"configs/birds/{name}.yaml").data.name for name in rows}
-    smoothed = bags.load_config("configs/glyphs-100/more/label_smoothing.yaml")
-    softmax = bags.load_config("configs/birds/softmax.yaml")
+    facts["rows"] = {name: bags.load_config(f"configs/birds/{name}").data.name for name in rows}
+    smoothed = bags.load_config("configs/glyphs-100/label_smoothing")
+    softmax = bags.load_config("configs/birds/softmax")
     facts["for_balance"] = not method_settings()["label_smoothing"].fitted
     facts["row"] = smoothed.classifier.name
     stats = bags.CategoryStats((1, 2), ("a", "b"), (5, 6), (5, 6))
     facts["same_columns"] = smoothed.classifier.columns(stats) == softmax.classifier.columns(stats)
 
     keys = ["detector.backbone=convnext_tiny", "detector.min_size=64", "detector.max_size=64", "detector.roi.fc=16"]
-    config = bags.load_config("configs/birds/softmax.yaml", [*keys, "detector.fpn_channels=16"])
+    config = bags.load_config("configs/birds/softmax", [*keys, "detector.fpn_channels=16"])
     model = bags.build_detector(config, stats)
     image = torch.rand(3, 64, 64)
     target = {"boxes": torch.tensor([[8.0, 8, 40, 48]]), "labels": torch.tensor([1])}

@@ -455,5 +455,5 @@ def test_mistakes_in_a_sweep(swept, arguments, message):
 
 
 def test_a_sweep_whose_configuration_comes_last():
-    done = fork_script("sweep", "--over", "classifier.others_ratio", "2", "8", "configs/glyphs-100/bags.yaml")
+    done = fork_script("sweep", "--over", "classifier.others_ratio", "2", "8", "configs/glyphs-100/bags")
     assert done.returncode == 2 and "no configuration: put CONFIG and section.key=value before --over" in done.stderr

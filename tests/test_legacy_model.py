@@ -18,7 +18,7 @@ import bags
 from bags.build import load_detector
 from bags.engine.checkpoint import write_checkpoint
 from bags.engine.optim import train_mode
-from scripts import import_weights
+from bags.jobs import import_weights
 
 FRAMEWORKS = ("faster_rcnn", "mask_rcnn", "cascade_rcnn", "htc")
 COUNTS = (5, 2000, 60, 7, 150)  # training instances of the labels 1 to 5 ...

@@ -169,7 +169,7 @@ def test_impossible_groups_are_refused_before_anything_is_trained(glyphs, tmp_pa
 
 def test_names_of_swept_rows_fit_into_a_folder():
     """Short values as they are; long ones, which groups can be, by a digest of their own."""
-    from scripts.sweep import row_name
+    from bags.jobs.sweep import row_name
 
     assert row_name("bags", ("classifier.others_ratio=2", "train.lr=0.1")) == "bags,others_ratio=2,lr=0.1"
     names = {row_name("bags", (f"classifier.groups={[list(range(300)), [last]]}",)) for last in (300, 301)}
@@ -202,4 +202,4 @@ def test_names_of_swept_rows_fit_into_a_folder():
 )
 def test_impossible_settings(override, message):
     with pytest.raises(bags.UserError, match=message):
-        bags.load_config(ROOT / "configs/glyphs-100/softmax.yaml", [override])
+        bags.load_config("glyphs-100/softmax", [override])

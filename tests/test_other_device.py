@@ -15,7 +15,7 @@ import bags
 from bags.classifiers.base import BoxFeatures
 from bags.engine.checkpoint import load_checkpoint
 from bags.engine.optim import train_mode
-from scripts.train import run
+from bags.jobs.train import run
 
 COUNTS = [5, 50, 500, 5000, 7, 70, 700, 7000]
 

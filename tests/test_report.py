@@ -16,8 +16,8 @@ from PIL import Image
 from bags.analysis.examples import crop_window, judged, overlap
 from bags.analysis.run_results import read_run
 from bags.analysis.tables import column_title, read_categories, tail_below
+from bags.cli import evaluate
 from bags.evaluation.comparison import compare
-from scripts import evaluate
 
 HOSTILE = '<script>alert("1")</script> & \'$x_1$'
 

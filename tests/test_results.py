@@ -17,16 +17,16 @@ from bags.analysis.plots import plot_weight_norms
 from bags.analysis.results import TABLE, load_results, render_page
 from bags.errors import UserError
 
-PAGES = [page for page in ("README.md", "RESULTS.md") if (ROOT / page).exists()]
+PAGES = ["README.md", *sorted(f"docs/results/{page.name}" for page in (ROOT / "docs/results").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_show_what_is_kept(page):
     """Every table of a page is what its file says; the files say how they came about."""
-    text = (ROOT / page).read_text()
-    assert render_page(text, ROOT) == text
-    for file in {found["file"] for found in TABLE.finditer(text)}:
-        content = load_results(ROOT / file)
+    text, folder = (ROOT / page).read_text(), (ROOT / page).parent
+    assert render_page(text, folder) == text
+    for file in {table["file"] for table in TABLE.finditer(text)}:
+        content = load_results(folder / file)
         assert content["command"].startswith("python scripts/") and content["environment"]["packages"]["torch"]
 
 
@@ -111,8 +111,8 @@ def test_weight_norms_are_drawn_without_a_background(tmp_path):
 
 
 def test_groups_by_confusion(job, glyphs, tmp_path):
-    """The script in RESULTS.md: each category in one of four groups of equal size; `apart` confuses least."""
-    code = re.search(r"```python\n(.*?)```", (ROOT / "RESULTS.md").read_text(), re.S)
+    """The script of docs/results/options.md: four groups of equal size; `apart` confuses least."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/results/options.md").read_text(), re.S)
     script = tmp_path / "confusion.py"
     script.write_text(code[1])
     command = [sys.executable, str(script), str(job[1] / "tiny/softmax")]
@@ -128,9 +128,9 @@ def test_groups_by_confusion(job, glyphs, tmp_path):
         assert sorted(itertools.chain(*groups)) == ids and [len(group) for group in groups] == [2] * 4
 
 
-def test_readme_has_a_line_for_each_file():
+def test_the_architecture_page_has_a_line_for_each_file():
     """In the tree: the packages' and scripts' modules and the notebooks, each once."""
-    tree = re.search(r"```\n(bags/\n.*?)```", (ROOT / "README.md").read_text(), re.S)
+    tree = re.search(r"```\n(bags/\n.*?)```", (ROOT / "docs/architecture.md").read_text(), re.S)
     listed, folder = [], ""
     for line in tree[1].splitlines():
         if not line.startswith(" "):

@@ -19,8 +19,9 @@ from conftest import ROOT, ROWS, fork_script, metrics, read_lines, run_script
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from bags.cli.arguments import split_arguments
 from bags.engine.checkpoint import keep_best, load_checkpoint
-from scripts.train import in_order, split_arguments
+from bags.jobs.train import in_order
 
 
 def test_train_shows_the_comparison(job):

@@ -25,7 +25,7 @@ from bags.data.statistics import CategoryStats
 from bags.detectors.weights import describe, fold_batch_norm_eps, read_state, select_labels, to_torchvision, translate
 from bags.engine.checkpoint import save_checkpoint
 from bags.engine.optim import train_mode
-from scripts import import_weights
+from bags.jobs import import_weights
 
 CATEGORIES = [
     {"id": i, "name": f"thing {i}", "instance_count": n, "image_count": n // 2 + 1, "frequency": "c"}
@@ -340,7 +340,7 @@ def test_every_released_layout_fits_its_row(monkeypatch, row, framework, backbon
         monkeypatch.setattr(method, "build", with_memory(method.build))
     with torch.device("meta"):
         translated = translate({key: torch.empty(shape) for key, shape in shapes.items()}, "file")
-        config = bags.load_config(ROOT / "configs/lvis_v0.5" / f"{row}.yaml", ["detector.conventions=released"])
+        config = bags.load_config(ROOT / "configs/lvis_v0.5" / row, ["detector.conventions=released"])
         numbers = tuple(range(1, 1231))
         stats = CategoryStats(numbers, tuple(map(str, numbers)), numbers, numbers)
         detector = build_detector(config, stats)
@@ -519,7 +519,7 @@ def test_torchvisions_own_weights_need_no_annotations(monkeypatch, tmp_path):
     asked = []
     fetch = lambda model, name: asked.append((model, name)) or (peer.state_dict(), names)  # noqa: E731
     monkeypatch.setattr(import_weights, "fetch_state", fetch)
-    config = bags.load_config(ROOT / "configs/coco/softmax.yaml", [f"data.root={tmp_path}"])
+    config = bags.load_config(ROOT / "configs/coco/softmax", [f"data.root={tmp_path}"])
     content, lines = import_weights.import_weights("COCO_V1", config, None, None)
     assert asked == [("fasterrcnn_resnet50_fpn", "COCO_V1")]
     ids, known = content["stats"]["category_ids"], content["stats"]["names"]

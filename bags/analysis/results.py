@@ -1,4 +1,4 @@
-"""Numbers that are kept: finished runs -> a small JSON file -> the tables in README.md and RESULTS.md.
+"""Numbers that are kept: finished runs -> a small JSON file -> the tables in README.md and docs/results.
 
 A page holds, where a table belongs, two comments with the table between them, which `render_page` makes anew:
 

@@ -231,8 +231,10 @@ def _make(root: Path, folder: Path, preset: Preset, seed: int, workers: int | No
     jobs = []
     for split, wanted in (("train", counts), ("val", np.full_like(counts, preset.val_instances))):
         dealt = _deal(wanted, preset, rng)
-        for first in range(0, len(dealt), CHUNK):
-            jobs.append((preset, seed, split, folder, first + 1, dealt[first : first + CHUNK], characters))
+        jobs += [
+            (preset, seed, split, folder, first + 1, dealt[first : first + CHUNK], characters)
+            for first in range(0, len(dealt), CHUNK)
+        ]
     _run(jobs, workers or os.cpu_count() or 1, root.name)
     _merge(folder, characters, settings)
     os.replace(folder, root)

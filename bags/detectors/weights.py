@@ -199,9 +199,11 @@ def to_torchvision(state: dict[str, Tensor], num_categories: int) -> dict[str, T
     state: a detector's state dict. A box regression shared by all categories is repeated for each label. Raises
     ValueError for other detectors, or for a classifier that is not one linear layer of C + 1 outputs.
     """
-    if any(key.startswith("roi_heads.stages.") for key in state) or "backbone.body.conv1.weight" not in state:
-        if not any(key.startswith("backbone.body.0.") for key in state):
-            raise ValueError("expected a Faster or Mask R-CNN with a ResNet or MobileNet: torchvision has no other")
+    plain_resnet = (
+        not any(key.startswith("roi_heads.stages.") for key in state) and "backbone.body.conv1.weight" in state
+    )
+    if not plain_resnet and not any(key.startswith("backbone.body.0.") for key in state):
+        raise ValueError("expected a Faster or Mask R-CNN with a ResNet or MobileNet: torchvision has no other")
     if any(".offsets." in key for key in state):
         raise ValueError("torchvision's own backbones have no deformable stages")
     names = {"roi_heads.classifier.linear.": "roi_heads.box_predictor.cls_score.",

@@ -103,7 +103,7 @@ def train_once(config, name: str, live: bool, epochs: int, device, mirrored: boo
     from bags import build, cached
     from bags.data.statistics import CategoryStats
     from bags.engine.train import train
-    from scripts.train import _begin
+    from bags.jobs.train import begin
 
     features = "live" if live else "cached"
     folder = str(Path(config.output) / f"{name}.features")
@@ -115,7 +115,7 @@ def train_once(config, name: str, live: bool, epochs: int, device, mirrored: boo
     index = build.open_index(config, "train")
     stats = CategoryStats.from_index(index)
     named = [dataclasses.replace(config, name=f"{name} {k}", seed=k) for k in range(classifiers)]
-    runs = [_begin(own, index, stats, device) for own in named]
+    runs = [begin(own, index, stats, device) for own in named]
     loader = build.build_train_loader(config, index, stats)
     start = time.perf_counter()
     if not live:

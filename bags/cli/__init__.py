@@ -1,0 +1,33 @@
+"""The command line: `bags VERB ...`. Each verb is a module with `main`, which parses arguments and calls a job."""
+
+import importlib
+import sys
+
+from bags.errors import run_script
+
+VERBS = {
+    "train": "train the rows of a dataset, and compare them",
+    "evaluate": "score a checkpoint or a results file, or compare two results files",
+    "predict": "detect objects in any images",
+    "prepare-data": "make, fetch and check datasets",
+    "tables": "compare finished runs; the paper's tables",
+    "report": "write a run as one HTML file",
+    "sweep": "run a row for every combination of some keys' values",
+    "import-weights": "import weights of other projects, and export ours",
+}
+
+
+def main() -> None:
+    """Run the verb that the first argument names. Exit code 2 for an unknown one."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb not in VERBS:
+        lines = [f"  {name:<16}{words}" for name, words in VERBS.items()]
+        print("\n".join(["usage: bags VERB ...; bags VERB --help shows the options of a verb", *lines]))
+        sys.exit(0 if verb in ("--help", "-h") else 2)
+    sys.argv[:2] = [f"bags {verb}"]
+    run(verb)
+
+
+def run(verb: str) -> None:
+    """Run a verb on the arguments of this process, and end it with the exit code of `run_script`."""
+    run_script(importlib.import_module(f"bags.cli.{verb.replace('-', '_')}").main)

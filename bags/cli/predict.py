@@ -1,0 +1,51 @@
+"""Detects objects in any image, or in all images of a folder.
+
+    python scripts/predict.py runs/glyphs-100/bags/last.pth photo.jpg folder/ --output out
+
+Writes one drawn PNG per image and predictions.json: a list of {file_name, category_id, category,
+bbox (x, y, width, height in pixels), score, and segmentation (RLE) where the detector has masks}.
+
+Images are read as in validation: the checkpoint's data.exif says whether they are turned as their EXIF orientation
+says. predictions.json is a whole list after every image, so a run that is stopped loses nothing. Images that
+cannot be read and drawings that cannot be written are named on stderr and counted in the last line; the exit code is
+then still 0, unless no image could be read. Subfolders are not searched.
+"""
+
+import argparse
+from pathlib import Path
+
+from bags.errors import UserError
+from bags.jobs.predict import detect, image_files
+
+
+def main() -> None:
+    """Parses the command line; loads, detects, draws."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("images", nargs="+", type=Path, help="image files or folders")
+    parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder (default: predictions)")
+    parser.add_argument("--score", type=float, default=0.3, help="least score (default 0.3)")
+    parser.add_argument("--min-size", type=int, help="shorter side in pixels (default: as trained)")
+    parser.add_argument("--max-size", type=int, help="longer side in pixels (default: as trained)")
+    parser.add_argument("--max-pixels", type=int, help="of the largest image (default: the run's data.max_pixels)")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+    arguments = parser.parse_intermixed_args()
+    for name in ("min_size", "max_size", "max_pixels"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected pixels, 1 or more")
+    if not 0 <= arguments.score <= 1:
+        raise UserError(f"--score {arguments.score}: expected 0 to 1")
+    files = image_files(arguments.images)
+    from bags import distributed
+    from bags.build import load_detector
+
+    output = arguments.output
+    with distributed.distributed(arguments.device) as device, distributed.locked(output, "choose another --output"):
+        if distributed.world_size() > 1:
+            raise UserError("predict.py works in one process: start it without torchrun")
+        detector, meta = load_detector(arguments.checkpoint, arguments.min_size, arguments.max_size)
+        max_pixels = arguments.max_pixels or meta["config"].data.max_pixels
+        detect(detector.to(device), meta, files, output, arguments.score, max_pixels, device)

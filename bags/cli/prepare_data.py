@@ -1,0 +1,53 @@
+"""Makes, fetches and checks datasets.
+
+    python scripts/prepare_data.py glyphs-100                        # the embedded dataset, to data/glyphs-100
+    python scripts/prepare_data.py glyphs-1230 --root /data/glyphs
+    python scripts/prepare_data.py lvis --root data/lvis --version v0.5
+    python scripts/prepare_data.py coco_lt --source instances_train2017.json --targets counts.json --output coco_lt.json
+    python scripts/prepare_data.py check configs/muscima data.root=/data/muscima_tiles
+    python scripts/prepare_data.py check train.json --images train2017   # an annotation file without a configuration
+    python scripts/prepare_data.py remap val.json --like train.json --output val_all.json   # categories by name
+
+check lists every defect with its count, examples by id, and what training will do about it. It ends with
+code 1 if training would stop at one of them, else 0; --json prints the list for machines.
+"""
+
+import argparse
+from pathlib import Path
+
+from bags.data.glyphs import PRESETS
+from bags.jobs import prepare_data
+
+
+def main() -> None:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for preset in PRESETS:
+        glyphs = commands.add_parser(preset, help="make the embedded dataset")
+        glyphs.add_argument("--root", type=Path, default=Path("data", preset), help="folder (default: data/<preset>)")
+        glyphs.add_argument("--seed", type=int, default=0)
+        glyphs.add_argument("--workers", type=int, help="processes (default: all cores)")
+    lvis = commands.add_parser("lvis", help="fetch LVIS")
+    lvis.add_argument("--root", type=Path, default=Path("data/lvis"))
+    lvis.add_argument("--version", choices=["v0.5", "v1"], default="v1")
+    lvis.add_argument("--no-images", action="store_true", help="annotations only")
+    coco_lt = commands.add_parser("coco_lt", help="cut COCO to COCO-LT")
+    coco_lt.add_argument("--source", type=Path, required=True, help="instances_train2017.json")
+    coco_lt.add_argument("--targets", type=Path, help="JSON: instances per category id")
+    coco_lt.add_argument("--image-lists", type=Path, help="JSON: the authors' image ids per category id, instead")
+    coco_lt.add_argument("--output", type=Path, required=True)
+    coco_lt.add_argument("--seed", type=int, default=0)
+    remap = commands.add_parser("remap", help="give a file the categories of another one, by name")
+    remap.add_argument("source", type=Path, help="annotation file")
+    remap.add_argument("--like", type=Path, required=True, help="the file whose categories are taken")
+    remap.add_argument("--output", type=Path, required=True)
+    check = commands.add_parser("check", help="list the defects of a dataset")
+    check.add_argument("source", type=Path, help="configuration, folder of them, or annotation file")
+    check.add_argument("overrides", nargs="*", help="section.key=value, for a configuration")
+    check.add_argument("--images", type=Path, help="image folder of an annotation file")
+    check.add_argument("--decode", action="store_true", help="read every pixel, not only the images' headers")
+    check.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    verbs = {name: getattr(prepare_data, name) for name in ("lvis", "coco_lt", "remap", "check")}
+    verbs.get(arguments.command, prepare_data.glyphs)(arguments)

@@ -1,0 +1,56 @@
+"""Shows what changed between finished runs: the paper's table, weight norms, example predictions.
+
+    python scripts/tables.py runs/glyphs-100                       # all runs of a dataset
+    python scripts/tables.py runs/seed*/glyphs-100                 # mean and deviation over seeds
+    python scripts/tables.py runs/glyphs-100/softmax runs/glyphs-100/bags
+    python scripts/tables.py --paper 1 configs/glyphs-100          # the paper's table; runs what is missing
+    python scripts/tables.py --paper 1 configs/glyphs-100 --seeds 0,1,2 --save results/glyphs-100-table1.json
+    python scripts/tables.py --render README.md docs/results/*.md         # their tables anew, from results/*.json
+
+`--paper` is 1, 2, 3, 4 or fig4, or methods: later ones beside BAGS, with the seconds of their training steps and the
+published numbers that can be compared. It takes section.key=value overrides and --seeds as train.py does. Without
+it, figures are written to `figures` beside the first seed's run folders: weight_norms.png (the paper's
+Figures 1 and 3 for these runs) and predictions.png (validation images, every run's boxes).
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from bags.cli.arguments import seeds_of, split_arguments
+from bags.errors import UserError
+from bags.jobs.tables import compare, paper_table, render_pages
+
+
+def main() -> None:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run folders, or folders of them; with --paper a folder of configs")
+    parser.add_argument("--no-figures", action="store_true", help="print the table only")
+    parser.add_argument("--paper", help="a table of the paper: 1, 2, 3, 4 or fig4; or methods")
+    parser.add_argument("--seeds", help="with --paper: comma-separated, for mean and deviation")
+    parser.add_argument("--save", type=Path, metavar="JSON", help="keep the numbers, the command and the environment")
+    parser.add_argument("--render", action="store_true", help="make the tables of pages (Markdown) anew")
+    arguments = parser.parse_intermixed_args()
+    if arguments.render:
+        if arguments.save or arguments.paper or arguments.seeds:
+            raise UserError("--render takes pages alone: what it shows was kept before, with --save")
+        render_pages([Path(path) for path in arguments.runs])
+        return
+    if arguments.paper:
+        paths, overrides = split_arguments(arguments.runs)
+        if len(paths) != 1:
+            raise UserError(f"--paper {arguments.paper}: expected one dataset, got {paths}")
+        paper_table(arguments.paper, paths[0], overrides, seeds_of(arguments.seeds), arguments.save)
+        return
+    if arguments.seeds or any("=" in run and not os.path.exists(run) for run in arguments.runs):
+        raise UserError("--seeds and section.key=value go with --paper; finished runs are compared as they are")
+    rows: dict[str, list[Path]] = {}
+    for path in map(Path, arguments.runs):
+        for folder in [path] if (path / "config.yaml").exists() else sorted(path.glob("*/")):
+            known = [other.resolve() for other in rows.get(folder.name, [])]
+            if (folder / "metrics.json").exists() and folder.resolve() not in known:
+                rows.setdefault(folder.name, []).append(folder)
+    if not rows:
+        raise UserError(f"{', '.join(map(str, arguments.runs))}: no finished run (with a metrics.json) in there")
+    compare(rows, not arguments.no_figures, arguments.save)

@@ -1,0 +1,115 @@
+"""Detect objects in any images, and draw them."""
+
+import os
+import sys
+from pathlib import Path
+
+from bags.data.images import SUFFIXES, read_image
+from bags.errors import UnreadableImage, UserError
+from bags.files import JsonList
+
+MOST_NAMED = 10  # skipped files of a folder that are named
+LONGEST_STEM = 230  # bytes of an image's name in that of its drawing, which has 255 at most
+
+
+def image_files(paths: list[Path]) -> list[Path]:
+    """The images among files and folders. Says what of a folder is skipped."""
+    files = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(path.iterdir())
+            chosen = [p for p in inside if p.suffix.lower() in SUFFIXES and not p.is_dir()]
+            files += chosen
+            skipped = [f"{p.name}/" if p.is_dir() else p.name for p in inside if p not in set(chosen)]
+            if chosen and skipped:
+                more = f" and {len(skipped) - MOST_NAMED} more" if len(skipped) > MOST_NAMED else ""
+                names = f"{', '.join(skipped[:MOST_NAMED])}{more}"
+                print(f"note: {path}: skipped, by their suffix no images: {names}", file=sys.stderr)
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such image'}")
+    if not files:
+        raise UserError(f"{', '.join(map(str, paths))}: no image in there ({' '.join(sorted(SUFFIXES))})")
+    return files
+
+
+def detect(detector, meta: dict, files: list[Path], output: Path, least_score: float, max_pixels: int, device) -> None:
+    """Writes drawings and predictions.json to `output`, image by image."""
+    from tqdm import tqdm
+
+    from bags.engine.predict import results_entries
+
+    stats, exif = meta["stats"], meta["config"].data.exif
+    name_of = dict(zip(stats.category_ids, stats.names, strict=True))
+    detector.transform.encode_masks = True
+    output.mkdir(parents=True, exist_ok=True)
+    objects, unreadable, undrawn = 0, 0, 0
+    with _results(output / "predictions.json") as results:
+        for number, file in enumerate(tqdm(files, unit="image")):
+            try:
+                image = read_image(file, exif, max_pixels)
+            except UnreadableImage as error:
+                tqdm.write(f"warning: left out: {error}", file=sys.stderr)
+                unreadable += 1
+                continue
+            detection = _detections(detector, image, least_score, device)
+            entries = results_entries(number, detection, stats.category_ids)
+            for entry in entries:
+                del entry["image_id"]
+            results.extend(
+                {"file_name": str(file), "category": name_of[entry["category_id"]], **entry} for entry in entries
+            )
+            objects += len(entries)
+            try:
+                _draw(output / _drawing_name(number, file), image, detection, stats.names)
+            except OSError as error:
+                tqdm.write(f"warning: drawing of {file}: cannot be written ({error})", file=sys.stderr)
+                undrawn += 1
+    if unreadable == len(files):
+        raise UserError(f"{output}: nothing predicted: none of the {unreadable} images could be read")
+    left_out = f" ({unreadable} more left out)" if unreadable else ""
+    not_drawn = f" ({undrawn} of them without a drawing)" if undrawn else ""
+    seen = f"{len(files) - unreadable} images{left_out}{not_drawn}"
+    print(f"{seen}, {objects} objects with a score of {least_score} or more: {output}")
+
+
+def _results(path: Path) -> JsonList:
+    """The results file. Raises UserError where another process writes it."""
+    try:
+        return JsonList(path)
+    except BlockingIOError:
+        raise UserError(f"{path}: another process writes it: choose another --output, or wait for that one") from None
+
+
+def _detections(detector, image, least_score: float, device) -> dict:
+    """The detections of one image with a score of `least_score` or more: boxes, labels, scores, and rles of masks."""
+    import torch
+
+    from bags.data.transforms import to_input
+
+    with torch.inference_mode():
+        detection = detector([to_input(image).to(device)])[0]
+    kept = torch.where(detection["scores"] >= least_score)[0]
+    rles = detection.pop("rles", [])
+    detection = {key: value[kept] for key, value in detection.items()}
+    detection["rles"] = [rles[k] for k in kept.tolist()] if rles else []
+    return detection
+
+
+def _drawing_name(number: int, file: Path) -> str:
+    """The number keeps names apart; a stem that would make the name too long is cut."""
+    return f"{number:06d}_{os.fsencode(file.stem)[:LONGEST_STEM].decode(errors='ignore')}.png"
+
+
+def _draw(path: Path, image, detection: dict, names: tuple[str, ...]) -> None:
+    """Writes the image with its detections."""
+    import matplotlib
+
+    from bags.analysis.plots import save_drawing
+
+    palette = [matplotlib.colors.to_hex(colour) for colour in matplotlib.colormaps["tab10"](range(10))]
+    labels = detection["labels"].tolist()
+    colours = [palette[label % len(palette)] for label in labels]
+    texts = [names[label - 1] for label in labels]
+    save_drawing(path, image, detection["boxes"].cpu(), texts, colours, detection["scores"].tolist())

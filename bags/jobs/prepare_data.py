@@ -1,0 +1,99 @@
+"""Make, fetch and check datasets."""
+
+import json
+import sys
+from pathlib import Path
+
+from bags.data.glyphs import PRESETS, make_glyphs
+from bags.errors import UserError
+from bags.sections import Config, DataConfig
+from bags.terminal import printable
+
+
+def glyphs(arguments) -> None:
+    print(make_glyphs(arguments.root, PRESETS[arguments.command], arguments.seed, arguments.workers))
+
+
+def lvis(arguments) -> None:
+    from bags.data.lvis import fetch_lvis
+
+    print("\n".join(fetch_lvis(arguments.root, arguments.version, not arguments.no_images)))
+
+
+def coco_lt(arguments) -> None:
+    from bags.data.coco_lt import BOUNDARIES, make_coco_lt, read_image_lists, read_targets
+    from bags.data.statistics import instance_bin
+
+    if (arguments.targets is None) == (arguments.image_lists is None):
+        raise UserError("coco_lt: expected either --targets or --image-lists")
+    targets = read_targets(arguments.targets) if arguments.targets else {}
+    lists = read_image_lists(arguments.image_lists) if arguments.image_lists else None
+    counts = make_coco_lt(arguments.source, arguments.output, targets, lists, arguments.seed)
+    bins = instance_bin(list(counts.values()), BOUNDARIES).tolist()
+    sizes = "/".join(str(bins.count(n)) for n in range(len(BOUNDARIES) + 1))
+    print(f"{arguments.output}: {sum(counts.values())} annotations; categories per bin (1-20-400-8000): {sizes}")
+
+
+def remap(arguments) -> None:
+    from bags.data.remap import remap_categories
+
+    annotations, categories = remap_categories(arguments.source, arguments.like, arguments.output)
+    print(f"{arguments.output}: {annotations} annotations, {categories} categories as in {arguments.like}")
+
+
+def check(arguments) -> None:
+    from bags.data.checks import check_annotations, check_images, check_splits
+    from bags.data.findings import STOP, as_dicts, render
+    from bags.data.index import AnnotationIndex
+
+    configs: list[Config] = []
+    if arguments.source.suffix == ".json":
+        if arguments.overrides:
+            raise UserError(f"{arguments.overrides[0]}: overrides are for a configuration, not for an annotation file")
+        sources = [(arguments.source, arguments.images, None, True)]
+    else:
+        if arguments.images:
+            raise UserError("--images goes with an annotation file; a configuration takes data.train_images=...")
+        configs, sources = _sources(arguments.source, arguments.overrides)
+    masks, data = any(config.detector.has_masks for config in configs), configs[0].data if configs else DataConfig()
+    findings, indices = [], []
+    for path, images, boundaries, training in sources:
+        in_file = check_annotations(path, boundaries, training, masks)
+        if not any(finding.level == STOP for finding in in_file):
+            indices.append(AnnotationIndex.open(path))
+            if images is not None and not images.is_dir():
+                raise UserError(f"{images}: no such image folder; set data.root, data.*_images or --images")
+            if images is not None:
+                in_file += check_images(indices[-1], images, arguments.decode, data.exif, data.max_pixels)
+        findings += in_file
+    if len(sources) == len(indices) == 2:
+        findings += check_splits(indices[0], indices[1], sources[0][1], sources[1][1])
+    if not any(finding.level == STOP for finding in findings):
+        _check_rows(configs)
+    if arguments.json:
+        print(json.dumps(as_dicts(findings), indent=1))
+    else:
+        print("\n".join(map(printable, render(findings).split("\n"))) or "no defects")
+    sys.exit(1 if any(finding.level == STOP for finding in findings) else 0)
+
+
+def _check_rows(configs: list[Config]) -> None:
+    """Raise the error that the start of the rows' training would raise: impossible groups, for example."""
+    if configs:
+        from bags.preflight import check_data
+
+        check_data(configs)
+
+
+def _sources(path: Path, overrides: list[str]) -> tuple[list[Config], list[tuple]]:
+    """The rows; (annotation file, image folder, group borders, is it trained on) of train and val."""
+    from bags.config import load_config
+    from bags.rows import rows_of
+
+    configs = [load_config(row, overrides) for row in rows_of(path)]
+    data, root = configs[0].data, Path(configs[0].data.root)
+    borders = getattr(configs[0].classifier, "boundaries", configs[0].test.bins)
+    return configs, [
+        (root / data.train, root / data.train_images, borders, True),
+        (root / data.val, root / data.val_images, None, False),
+    ]

@@ -1,0 +1,118 @@
+"""Gather what the report of a run shows."""
+
+import contextlib
+import filecmp
+from pathlib import Path
+
+from bags.errors import UserError
+
+EXAMPLES = 4  # categories with images, of the best and of the worst
+MEND = "data.root=... says where the dataset is now"
+
+
+def read_runs(folders: list[Path], overrides: list[str]) -> list:
+    """The runs, with names that differ. Raises UserError unless they are finished and can be compared."""
+    from bags.analysis.run_results import read_run
+
+    runs = [read_run(folder, overrides) for folder in folders]
+    if len(runs) == 1:
+        return runs
+    first, other = runs
+    if first.folder.resolve() == other.folder.resolve():
+        raise UserError(f"{other.folder}: is the same run; OTHER is another one of the same dataset")
+    if first.label == other.label:
+        first.label, other.label = str(first.folder), str(other.folder)
+    keys = ("id", "name", "training_instances")
+    if [[row[key] for key in keys] for row in first.rows] != [[row[key] for key in keys] for row in other.rows]:
+        raise UserError(f"{other.folder}: has other categories or training counts than {first.folder}: another dataset")
+    if first.config.test.bins != other.config.test.bins:
+        bins = [",".join(map(str, run.config.test.bins)) for run in runs]
+        raise UserError(
+            f"{other.folder}: scored with test.bins={bins[1]}, {first.folder} with {bins[0]}: use one of them"
+        )
+    ours, theirs = (Path(run.config.data.root) / run.config.data.val for run in runs)
+    if ours.exists() and theirs.exists() and not filecmp.cmp(ours, theirs, shallow=False):
+        raise UserError(f"{other.folder}: was validated on {theirs}, {first.folder} on {ours}, which differ")
+    return runs
+
+
+def gather(runs: list, draws: int):
+    """What the page shows beside the runs' own numbers. What cannot be had becomes a note."""
+    from bags.analysis import examples as shown
+    from bags.analysis.report import Findings, best_and_worst
+    from bags.data.statistics import CategoryStats
+
+    first = runs[0]
+    columns = ("id", "name", "training_instances", "training_images")
+    stats = CategoryStats(*(tuple(row[column] for row in first.rows) for column in columns))
+    name_of = dict(zip(stats.category_ids, stats.names, strict=True))
+    found = Findings(tail=best_and_worst(first.rows, first.config.test.bins))
+    for run in runs:
+        if (run.folder / "last.pth").exists():
+            run.norms = norms_of(run)
+        else:
+            found.notes.append(f"{run.folder / 'last.pth'}: no such file: no weight norms of {run.label}")
+    entries = [shown.read_detections(run.folder, name_of) for run in runs]
+    found.detected = [{entry["category_id"] for entry in own} for own in entries]
+    dataset = open_validation(first, stats, found)
+    if found.objects is not None and len(runs) > 1:
+        found.comparison = compare_runs(runs, stats, draws)
+    if dataset is not None:
+        rows = [row for part in found.tail for row in part[:EXAMPLES]]
+        detections = {run.label: shown.by_image(own) for run, own in zip(runs, entries, strict=True)}
+        try:
+            found.examples = {e.category["id"]: e for e in shown.examples(dataset, rows, detections, name_of)}
+        except UserError as error:
+            found.notes.append(f"{error}: no example images; {MEND}")
+    return found
+
+
+def norms_of(run):
+    """The weight norms of a run's classifier, [C+1]."""
+    from bags.jobs.tables import weight_norms
+
+    norms, _, stats, _ = weight_norms({run.label: [run.folder]})
+    if list(stats.category_ids) != [row["id"] for row in run.rows]:
+        raise UserError(f"{run.folder / 'categories.csv'}: has other categories than last.pth; evaluate the run again")
+    return norms[run.label][0]
+
+
+def open_validation(run, stats, found):
+    """The validation set, or None; its counts and what is missing go to `found`."""
+    import numpy as np
+
+    from bags.build import build_val_dataset, check_categories, open_index
+
+    config = run.config
+    try:
+        index = open_index(config, "val")
+    except UserError as error:
+        found.notes.append(f"{error}: no comparison by images, no example images; {MEND}")
+        return None
+    check_categories(stats, index, run.folder / "categories.csv")
+    found.objects = np.bincount(index.labels[~index.crowd], minlength=stats.num_categories + 1)[1:]
+    found.images["validation"] = len(index)
+    with contextlib.suppress(UserError):  # its counts are in categories.csv
+        found.images = {"training": len(open_index(config, "train"))} | found.images
+    try:
+        return build_val_dataset(config)
+    except UserError as error:
+        found.notes.append(f"{error}: no example images; {MEND}")
+    return None
+
+
+def compare_runs(runs: list, stats, draws: int) -> dict:
+    """From the other run to the first one: boxes, and masks where both have them."""
+    from bags.evaluation.comparison import compare
+
+    config = runs[0].config
+    kinds = ["bbox", "segm"] if all("mask_AP" in run.metrics for run in runs) else ["bbox"]
+    before, after = (run.folder / "predictions.json" for run in reversed(runs))
+    settings = {
+        "instance_counts": stats.instance_counts,
+        "image_counts": stats.image_counts,
+        "boundaries": config.test.bins,
+        "max_detections": max(run.config.test.max_detections for run in runs),
+    }
+    truth = Path(config.data.root) / config.data.val
+    return {kind: compare(truth, before, after, kind, draws, **settings) for kind in kinds}

@@ -1,0 +1,70 @@
+"""The rows of a sweep: one for every combination of some keys' values."""
+
+import dataclasses
+import hashlib
+import itertools
+import math
+import re
+from pathlib import Path
+
+from bags.cli.arguments import KEY
+from bags.errors import UserError
+from bags.sections import Config
+
+NUMBER = re.compile(r"(mask_)?(AP([0-9]+|[smlrcf]|_tail|_head)?|AR)|ACC([0-9]+|bg)?")
+TAKEN = {"name": "rows are named by their values", "output": "rows share one folder"}
+LONGEST = 60  # characters of a value in the name of its row, which is a folder
+BEFORE = "put CONFIG and section.key=value before --over"
+
+
+def combinations(over: list[list[str]], taken: dict[str, str]) -> list[tuple[str, ...]]:
+    """Overrides of each row. taken: keys that cannot be swept, and why."""
+    for key, *values in over:
+        if not values or "=" in key:
+            raise UserError(f"--over {key}: expected a key and its values, as in --over classifier.others_ratio 1 8")
+        if len(set(values)) < len(values):
+            raise UserError(f"--over {key}: a value is there twice")
+        if key in taken:
+            raise UserError(f"--over {key}: cannot be swept: {taken[key]}")
+        late = next((value for value in values if "=" in value and KEY.fullmatch(value.partition("=")[0])), None)
+        if late:
+            raise UserError(f"--over {key}: {late}: {BEFORE}")
+    return list(itertools.product(*([f"{key}={value}" for value in values] for key, *values in over)))
+
+
+def refuse_equal(rows: list[Config]) -> None:
+    """Raises UserError for two rows that differ in nothing but the spelling of a value."""
+    names: dict[Config, str] = {}
+    for row in rows:
+        other = names.setdefault(dataclasses.replace(row, name=""), row.name)
+        if other != row.name:
+            raise UserError(f"--over: {other} and {row.name} have equal settings: leave one out")
+
+
+def row_name(name: str, overrides: tuple[str, ...]) -> str:
+    """The row's folder: what is swept, without its section; a long value as its beginning and a digest."""
+    parts = [name]
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if len(value) > LONGEST:
+            value = f"{value[: LONGEST - 11]}...{hashlib.sha256(value.encode()).hexdigest()[:8]}"
+        parts.append(f"{key.split('.')[-1]}={value}")
+    return ",".join(parts).replace("/", "_")
+
+
+def show(folders: dict[str, list[Path]], best: str, title: str, save: Path | None) -> None:
+    """Prints the table, and the row whose mean of `best` is highest; keeps the numbers in `save`."""
+    from bags.analysis.results import save_results, this_command
+    from bags.analysis.tables import read_metrics, render_table
+
+    rows = {name: [read_metrics(folder) for folder in own] for name, own in folders.items()}
+    print(f"\n{render_table(rows)}")
+    if save:
+        save_results(save, title, this_command(), folders, rows)
+    means = {name: sum(run.get(best, math.nan) for run in own) / len(own) for name, own in rows.items()}
+    known = {name: value for name, value in means.items() if not math.isnan(value)}
+    if not known:
+        raise UserError(
+            f"--best {best}: no row has that number: expected one of {', '.join(next(iter(rows.values()))[0])}"
+        )
+    print(f"\nhighest {best}: {max(known, key=lambda name: known[name])}, {100 * max(known.values()):.2f}")

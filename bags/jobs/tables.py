@@ -1,0 +1,164 @@
+"""Compare finished runs, and make the paper's tables of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bags.analysis.paper import METHODS, PAPER, PaperTable
+from bags.analysis.results import save_results, this_command
+from bags.analysis.tables import read_metrics, read_seconds, render_paper_table, render_table, spread
+from bags.config import load_config
+from bags.errors import UserError
+from bags.jobs.train import in_order, run_jobs
+from bags.rows import find_dataset, row_beside
+from bags.terminal import printable
+
+CROWDED = 25  # in an image with more boxes only tail categories are named
+
+
+def render_pages(paths: list[Path]) -> None:
+    """Tables of Markdown pages, from the files beside them that they name."""
+    from bags.analysis.results import render_page
+    from bags.files import write_text
+
+    pages = {}
+    for path in paths:
+        if not path.is_file() or path.suffix != ".md":
+            raise UserError(f"{path}: no such page (a Markdown file, *.md)")
+        try:
+            pages[path] = render_page(path.read_text(encoding="utf-8"), path.parent)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    for path, text in pages.items():
+        write_text(path, text)
+
+
+def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None = None) -> None:
+    """Prints the table of `rows` (method -> run folders, one per seed) and draws both figures."""
+    numbers = {name: [read_metrics(f) for f in folders] for name, folders in rows.items()}
+    table = render_table(numbers)
+    norms, correlations, stats, config = weight_norms(rows)
+    print(f"\n{table}\n\nrank correlation of classifier weight norm and training instances:")
+    print("\n".join(f"  {printable(name)}: {spread(own, '.2f')}" for name, own in correlations.items()))
+    if save:
+        for name, own in correlations.items():
+            for folder, run, value in zip(rows[name], numbers[name], own, strict=True):
+                run |= {"correlation": value, "seconds": read_seconds(folder)}
+        save_results(save, config.data.name, this_command(), rows, numbers)
+    if figures:
+        from bags.analysis.plots import plot_weight_norms
+
+        folder = next(iter(rows.values()))[0].parent / "figures"
+        first = {name: values[0] for name, values in norms.items()}
+        plot_weight_norms(folder / "weight_norms.png", first, stats.instance_counts, config.test.bins)
+        _draw_predictions(folder / "predictions.png", {name: f[0] for name, f in rows.items()}, config, stats)
+        print(f"figures: {folder / 'weight_norms.png'} {folder / 'predictions.png'}")
+
+
+def weight_norms(rows: dict[str, list[Path]]):
+    """Norms of every run's classifier, and their correlation with the counts, by row."""
+    from bags.analysis.weight_norms import classifier_norms, rank_correlation
+    from bags.build import load_detector
+
+    norms: dict[str, list] = {}
+    correlations: dict[str, list[float]] = {}
+    stats = None
+    for name, folders in rows.items():
+        norms[name], correlations[name] = [], []
+        for folder in folders:
+            detector, meta = load_detector(folder / "last.pth")
+            stats = stats or meta["stats"]
+            if meta["stats"] != stats:
+                raise UserError(f"{folder}: trained on another dataset than {next(iter(rows.values()))[0]}")
+            norms[name].append(classifier_norms(detector))
+            correlations[name].append(rank_correlation(norms[name][-1][1:], meta["stats"].instance_counts))
+    return norms, correlations, stats, meta["config"]
+
+
+def _draw_predictions(path: Path, runs: dict[str, Path], config, stats, num_images: int = 4) -> None:
+    """The validation images with most instances of tail categories, as each run sees them."""
+    import numpy as np
+
+    from bags.analysis.examples import LEAST_SCORE, TRUTH, by_image, judged, read_detections
+    from bags.analysis.plots import plot_predictions
+    from bags.analysis.tables import tail_below
+    from bags.build import build_val_dataset, check_categories
+
+    dataset = build_val_dataset(config)
+    index = dataset.index
+    tail = np.array([0, *(count < tail_below(config.test.bins) for count in stats.instance_counts)])
+    in_tail = np.bincount(index.owners, tail[index.labels], len(index))
+    chosen = np.argsort(-in_tail, kind="stable")[:num_images]
+    images, truths = [], []
+    for position in chosen:
+        image, target = dataset.read(position)
+        names = [stats.names[label - 1] for label in target["labels"].tolist()]
+        truths.append({"boxes": target["boxes"].numpy(), "names": names, "colours": [TRUTH] * len(names)})
+        images.append(image)
+    image_ids = index.image_ids[chosen].tolist()
+    columns = {"ground truth": truths}
+    name_of = dict(zip(stats.category_ids, stats.names, strict=True))
+    check_categories(stats, index, next(iter(runs.values())))
+    for run, folder in runs.items():
+        found = by_image(read_detections(folder, name_of))
+        columns[run] = [judged(found.get(i, []), t, name_of) for i, t in zip(image_ids, truths, strict=True)]
+    caption = f"scores of {LEAST_SCORE:.0%} or more; green: object and category are right, red: one of them is wrong"
+    tail_names = {name for name, is_tail in zip(stats.names, tail[1:], strict=True) if is_tail}
+    if any(len(drawing["names"]) > CROWDED for column in columns.values() for drawing in column):
+        caption += "; only tail categories are named"
+        for drawing in (drawing for column in columns.values() for drawing in column):
+            drawing["names"] = [name if name in tail_names else "" for name in drawing["names"]]
+    plot_predictions(path, images, columns, caption)
+
+
+def paper_table(
+    name: str,
+    path: Path,
+    overrides: Sequence[str] = (),
+    seeds: Sequence[int | None] = (None,),
+    save: Path | None = None,
+) -> None:
+    """Run the rows of one of the paper's tables that are missing on a dataset, and print the table.
+
+    name: 1, 2, 3, 4, fig4 or methods. path: the dataset. save: a JSON file that keeps the numbers.
+    """
+    tables = {**PAPER, "methods": METHODS}
+    if name not in tables:
+        raise UserError(f"--paper {name}: expected one of {', '.join(tables)}")
+    table, rows = tables[name], _rows_of_table(tables[name], name, path)
+    configs = [load_config(row, overrides) for row in rows.values()]
+    wrong = next((config.name for config in configs if config.name not in rows), None)
+    if wrong is not None:
+        raise UserError(f"{path}: name is {wrong}; a row of a table keeps the name of its method: remove `name`")
+    waiting = list(configs)
+    while waiting:
+        source = waiting.pop().init_row
+        if source and source not in rows:
+            rows[source] = row_beside(next(iter(rows.values())), source)
+            waiting.append(load_config(rows[source], overrides))
+    published = table.foreign or configs[0].data.name.startswith("lvis")
+    jobs = [in_order(list(rows.values()), overrides, seed) for seed in seeds]
+    run_jobs(jobs, lambda folders: _show_table(table, folders, published, save))
+
+
+def _rows_of_table(table: PaperTable, name: str, path: Path) -> dict[str, Path]:
+    """Method -> row of the dataset, for the table's rows that the dataset does not leave out."""
+    dataset = find_dataset(path)
+    if dataset is None:
+        raise UserError(f"--paper {name}: expected one dataset, as configs/glyphs-100, got {path}")
+    wanted = [row.config for row in table.rows if not (table.optional and row.config in dataset.left_out)]
+    return {method: dataset.name / method for method in wanted}
+
+
+def _show_table(table: PaperTable, folders: dict[str, list[Path]], published: bool, save: Path | None) -> None:
+    """Print a table of finished runs (method -> run folders, one per seed), and keep its numbers in `save`."""
+    runs = {
+        method: [read_metrics(run) | {"seconds": read_seconds(run)} for run in seeds]
+        for method, seeds in folders.items()
+    }
+    print(f"\n{render_paper_table(table, runs, published)}")
+    if save:
+        chosen = {row.title: row for row in table.rows if row.config in folders}
+        numbers = {title: runs[row.config] for title, row in chosen.items()}
+        others = {title: table.published(row) for title, row in chosen.items() if row.published}
+        kept = {title: folders[row.config] for title, row in chosen.items()}
+        save_results(save, table.title, this_command(), kept, numbers, others)

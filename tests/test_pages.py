@@ -1,0 +1,93 @@
+"""README and docs: links lead somewhere, tables can be read, the summary agrees with the saved numbers."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from bags.analysis.results import TABLE, load_results
+from bags.analysis.tables import spread
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+LONGEST_CELL = 70
+SUMMARIZED = {  # dataset of the summary table -> the files that have its rows, the first match is shown
+    "glyphs-100": ("glyphs-100-methods", "glyphs-100-table1"),
+    "glyphs-1230": ("glyphs-1230-methods",),
+    "muscima": ("muscima-methods", "muscima-table1"),
+}
+
+
+def slugs(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def cells(line: str) -> list[str]:
+    """The cells of a line of a Markdown table."""
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    """Files exist, and anchors are headings."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link:
+            continue
+        target, _, anchor = link.partition("#")
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{page.name}: {link}: no such file"
+        assert not anchor or anchor in slugs(file), f"{page.name}: {link}: no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_cells_of_tables_are_short(page):
+    """A cell takes no more than a line; rendered tables are left out."""
+    text = re.sub(r"```.*?```", "", TABLE.sub("", page.read_text()), flags=re.S)
+    for line in re.findall(r"^ *\|.*\|$", text, re.M):
+        shown = [re.sub(r"\]\([^)]*\)|[\[`*]", "", cell) for cell in cells(line)]
+        assert max(map(len, shown)) <= LONGEST_CELL, f"{page.name}: {max(shown, key=len)}"
+
+
+def test_the_readme_is_one_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_every_page_can_be_found():
+    """README links to each page of docs/, docs/results/README.md to each page beside it."""
+    for index, folder in ((ROOT / "README.md", "docs"), (ROOT / "docs/results/README.md", "docs/results")):
+        links = {(index.parent / link).resolve() for link in re.findall(r"\]\(([^)\s#]+)", index.read_text())}
+        missing = set((ROOT / folder).glob("*.md")) - links - {index}
+        assert not missing, f"{index}: no link to {missing}"
+
+
+def test_the_summary_is_what_was_saved():
+    """Each number of the first table in docs/results: mean and deviation of mAP and tail over the seeds."""
+    lines = (ROOT / "docs/results/README.md").read_text().splitlines()
+    lines = list(
+        itertools.takewhile(lambda line: line.startswith("|"), itertools.dropwhile(lambda x: x[:1] != "|", lines))
+    )
+    compared = 0
+    for row in map(cells, lines[2:]):
+        name, title, *numbers = row
+        for dataset, shown in zip(SUMMARIZED, zip(numbers[::2], numbers[1::2], strict=True), strict=True):
+            runs = saved_row(dataset, name.strip("`"), title)
+            expected = (
+                [spread([100 * run[key] for run in runs], ".1f") for key in ("AP", "AP_tail")] if runs else ["-"] * 2
+            )
+            assert list(shown) == expected, f"{name}, {dataset}"
+            compared += bool(runs)
+    assert compared > 70
+
+
+def saved_row(dataset: str, name: str, title: str) -> list[dict[str, float]]:
+    """One dict for each seed of the row that is called `name` or `title`, with or without the paper's number."""
+    for file in SUMMARIZED[dataset]:
+        for key, runs in load_results(ROOT / f"results/{file}.json")["rows"].items():
+            if key in (name, title) or re.sub(r"^\(\d+\) ", "", key) == title:
+                return runs
+    return []
