@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 from torch.nn.functional import one_hot
-from torchvision.ops import sigmoid_focal_loss
 
 from bags.classifiers.base import ClassifierSettings, TrainingCounts, at_least_float32
 from bags.classifiers.softmax import Softmax
@@ -47,6 +46,8 @@ class SigmoidFocal(Softmax):
 
         (The released CUDA operator misread that target; its Python version computes this.)
         """
+        from torchvision.ops import sigmoid_focal_loss  # here, as configurations are read without torchvision
+
         logits = at_least_float32(logits)
         targets = one_hot(labels, logits.shape[1]).to(logits.dtype)
         total = sigmoid_focal_loss(logits, targets, self.alpha, self.gamma, reduction="sum")

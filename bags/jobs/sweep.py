@@ -36,7 +36,7 @@ def refuse_equal(rows: list[Config]) -> None:
     """Raises UserError for two rows that differ in nothing but the spelling of a value."""
     names: dict[Config, str] = {}
     for row in rows:
-        other = names.setdefault(dataclasses.replace(row, name=""), row.name)
+        other = names.setdefault(dataclasses.replace(row, name="any"), row.name)
         if other != row.name:
             raise UserError(f"--over: {other} and {row.name} have equal settings: leave one out")
 
