@@ -104,6 +104,21 @@ def write_configs(folder: Path, data: Path) -> Path:
     return folder
 
 
+def write_dataset(folder: Path, data: Path, **keys) -> Path:
+    """The tiny dataset as a dataset file, whose rows are any packaged methods: `folder / "tiny"` names it.
+
+    Its rows softmax, softmax_retrained and bags are those of `write_configs`. keys: more of a dataset file's keys.
+    """
+    base = yaml.safe_load((write_configs(folder / "base", data) / "_base.yaml").read_text())
+    methods = yaml.safe_load((ROOT / "configs/datasets/glyphs-100.yaml").read_text())["methods"]
+    methods["bags"] = {"classifier": {"boundaries": [5, 15]}}
+    methods["large"]["detector"]["fpn_channels"] = 24
+    methods["htc_dcn"]["data"] = {"short_sides": [48, 64], "long_side": 64}
+    content = {**base, "rows": ["softmax", "softmax_retrained", "bags"], "methods": methods, **keys}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder / "tiny"
+
+
 def read_lines(path: Path) -> list[dict]:
     """Objects of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]

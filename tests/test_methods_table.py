@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, fork_script, metrics, read_lines, run_script, write_configs
+from conftest import fork_script, metrics, read_lines, run_script, write_configs, write_dataset
 
 import bags
 from bags.analysis.paper import METHODS
@@ -16,18 +16,15 @@ from bags.engine.metrics import Stopwatch
 
 
 @pytest.fixture(scope="module")
-def table(job, tmp_path_factory):
-    """The rows of configs/glyphs-100/more on the tiny dataset: (configs, runs, printed)."""
-    configs, runs, _ = job
+def table(job, glyphs, tmp_path_factory):
+    """The rows of the table on the tiny dataset: (dataset, runs, process)."""
+    _, runs, _ = job
     folder = tmp_path_factory.mktemp("methods")
-    shutil.copytree(configs, folder / "configs")
-    shutil.copytree(ROOT / "configs/glyphs-100/more", folder / "configs/more")
-    (folder / "configs/paper").mkdir()
-    shutil.copy(ROOT / "configs/glyphs-100/paper/rfs.yaml", folder / "configs/paper")
+    dataset = write_dataset(folder, glyphs)
     shutil.copytree(runs, folder / "runs")
-    done = run_script("tables", "--paper", "methods", folder / "configs", f"output={folder / 'runs'}")
+    done = run_script("tables", "--paper", "methods", dataset, f"output={folder / 'runs'}")
     assert done.returncode == 0, done.stderr
-    return folder / "configs", folder / "runs", done
+    return dataset, folder / "runs", done
 
 
 def test_every_method_has_a_row_of_its_own(table):
@@ -65,22 +62,24 @@ def test_every_method_has_a_row_of_its_own(table):
     assert not torch.equal(two["roi_heads.classifier.calibrated.weight"], start["roi_heads.classifier.linear.weight"])
 
 
-def test_rows_without_a_file_are_left_out(table, tmp_path):
+def test_rows_that_the_dataset_leaves_out(table, glyphs, tmp_path):
     _, runs, _ = table
-    configs = shutil.copytree(table[0], tmp_path / "configs")
-    for path in (configs / "more").glob("*.yaml"):
-        if path.stem not in ("norcal", "seesaw"):
-            path.unlink()
-    (configs / "paper/rfs.yaml").unlink()
-    done = run_script("tables", "--paper", "methods", configs, f"output={runs}")
+    kept = ("softmax", "norcal", "softmax_retrained", "bags", "seesaw")
+    left_out = [row.config for row in METHODS.rows if row.config not in kept]
+    dataset = write_dataset(tmp_path, glyphs, left_out=left_out)
+    done = run_script("tables", "--paper", "methods", dataset, f"output={runs}")
     assert done.returncode == 0, done.stderr
     titles = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line[:1] == "|"][2:]
     assert [title for title in titles if "published" not in title] == [
-        "softmax", "NorCal", "softmax, retrained", "BAGS", "Seesaw",
-    ]  # fmt: skip
-    (configs / "bags.yaml").unlink()
-    done = fork_script("tables", "--paper", "4", configs, f"output={runs}")
-    assert done.returncode == 2 and "this table needs that row" in done.stderr
+        "softmax",
+        "NorCal",
+        "softmax, retrained",
+        "BAGS",
+        "Seesaw",
+    ]
+    for wrong, words in (([tmp_path / "base"], "expected one dataset"), ([dataset, dataset], "expected one dataset")):
+        done = fork_script("tables", "--paper", "4", *wrong, f"output={runs}")
+        assert done.returncode == 2 and words in done.stderr, done.stderr
 
 
 def test_seconds_are_of_the_own_steps(table):
@@ -98,28 +97,13 @@ def test_seconds_are_of_the_own_steps(table):
     assert 0 < first <= clock.seconds()
 
 
-@pytest.mark.parametrize("dataset", ["glyphs-100", "lvis_v1", "glyphs-1230", "muscima"])
-def test_rows_of_the_table_are_shipped(dataset):
-    """Each with its command on top; published numbers fit their columns. Two datasets lack rows of whole detectors."""
-    folder = ROOT / "configs" / dataset
-    for row in METHODS.rows:
-        whole = row.config.endswith("_all")
-        if (dataset == "muscima" and whole) or (dataset == "glyphs-1230" and (whole or row.config == "rfs")):
-            continue
-        [path] = [p for p in (folder / i / f"{row.config}.yaml" for i in ("", "paper", "more")) if p.exists()]
-        config, text = bags.load_config(path), path.read_text()
-        assert config.name == row.config and config.data.name == dataset and str(path.relative_to(ROOT)) in text
-        assert len(row.published) in (0, len(METHODS.published_columns))
-
-
 def test_methods_combine_with_other_samplers_and_the_whole_detector():
     """Names of methods are overrides: no key of the replaced one stays."""
-    folder = ROOT / "configs/glyphs-100"
     for name in ("eql", "eql_v2", "seesaw", "federated", "drop_loss", "class_balanced_sigmoid", "balanced_sigmoid"):
         overrides = [f"classifier.name={name}", "sampler.name=repeat_factor", "sampler.threshold=0.05"]
-        config = bags.load_config(folder / "softmax.yaml", overrides)
+        config = bags.load_config("glyphs-100/softmax", overrides)
         assert config.classifier.name == name and config.train.part == "all"
-        assert bags.load_config(folder / "bags.yaml", [f"classifier.name={name}"]).is_cached
+        assert bags.load_config("glyphs-100/bags", [f"classifier.name={name}"]).is_cached
 
 
 def test_groups_of_equal_instances_from_a_configuration():

@@ -9,31 +9,28 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, metrics, read_lines, run_script
+from conftest import ROOT, metrics, read_lines, run_script, write_dataset
 
 from bags.analysis.paper import PAPER
 from bags.engine.checkpoint import load_checkpoint, weights_digest
 
 
 @pytest.fixture(scope="module")
-def paper_job(job, tmp_path_factory):
-    """The paper's rows as they are in configs/glyphs-100/paper, on the tiny dataset: (configs, runs, printed)."""
-    configs, runs, _ = job
+def paper_job(job, glyphs, tmp_path_factory):
+    """The paper's rows on the tiny dataset: (dataset, runs, printed)."""
+    _, runs, _ = job
     folder = tmp_path_factory.mktemp("paper")
-    shutil.copytree(configs, folder / "configs")
-    shutil.copytree(ROOT / "configs/glyphs-100/paper", folder / "configs/paper")
-    several_scales = folder / "configs/paper/htc_dcn.yaml"
-    several_scales.write_text(several_scales.read_text().replace("[160, 224]", "[48, 64]").replace("224", "64"))
+    dataset = write_dataset(folder, glyphs)
     shutil.copytree(runs, folder / "runs")
     printed = {}
     for table in PAPER:
-        done = run_script("tables", "--paper", table, folder / "configs", f"output={folder / 'runs'}")
+        done = run_script("tables", "--paper", table, dataset, f"output={folder / 'runs'}")
         assert done.returncode == 0, done.stderr
         printed[table] = done.stdout
-    rows = [folder / "configs/paper" / f"{name}.yaml" for name in ("cascade_mask", "cascade_mask_bags")]
-    done = run_script("train", *rows, f"output={folder / 'runs'}")  # not in the paper
+    rows = ["cascade_mask", "cascade_mask_bags"]
+    done = run_script("train", dataset, f"output={folder / 'runs'}", "--methods", *rows)  # not in the paper
     assert done.returncode == 0, done.stderr
-    return folder / "configs", folder / "runs", printed
+    return dataset, folder / "runs", printed
 
 
 def test_tables_of_the_paper_run_what_is_missing(paper_job):
@@ -102,10 +99,10 @@ def test_frameworks_train_and_evaluate(paper_job, row):
 
 def test_two_ranks_fit_what_one_rank_fits(paper_job, tmp_path):
     """NCM's means do not depend on how the images were split, up to which proposals were sampled."""
-    configs, runs, _ = paper_job
+    dataset, runs, _ = paper_job
     shutil.copytree(runs / "tiny/softmax", tmp_path / "tiny/softmax")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "scripts/train.py"), str(configs / "paper/ncm_fc.yaml"), f"output={tmp_path}"]
+    command += [str(ROOT / "scripts/train.py"), str(dataset / "ncm_fc"), f"output={tmp_path}"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
