@@ -55,7 +55,7 @@ class FasterRCNN(GeneralizedRCNN):
         return layers
 
     def prefixes(self, modules: Iterable[nn.Module]) -> tuple[str, ...]:
-        """What the names of the modules' tensors begin with in the state dict, such as `roi_heads.classifier.`."""
+        """Prefixes of the names of the modules' tensors in the state dict, such as `roi_heads.classifier.`."""
         names = {module: f"{name}." for name, module in self.named_modules()}
         return tuple(names[module] for module in modules)
 

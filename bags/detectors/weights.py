@@ -104,7 +104,7 @@ def fetch_state(model: str, name: str) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def need_cache(url: str) -> None:
-    """Raises UserError where torch would keep what it fetches in a folder called ~: the user has no home folder."""
+    """Raise UserError for an unknown home folder, where torch would keep fetched files in a folder called ~."""
     if Path(torch.hub.get_dir()).parts[0].startswith("~"):
         raise UserError(f"{url}: cannot be fetched: the home folder is unknown; set TORCH_HOME, or name a local file")
 
