@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from bags import distributed
@@ -113,15 +112,15 @@ def loader(config: Config, dataset: Dataset, batches: Iterable[list], join: Call
 
 
 def build_detector(config: Config, stats: CategoryStats) -> FasterRCNN:
-    """The detector of a configuration with new weights (`initialise` loads `init_from`).
+    """Build the detector of a configuration with new weights (`initialise` loads `init_from`).
 
-    In training mode `detector(images, targets)` gives a dict of losses, in evaluation mode
-    `detector(images)` a list of {boxes, scores, labels}, as torchvision's detectors do. Raises UserError for a
-    detector that this machine's memory cannot hold.
+    `detector(images, targets)` returns a dict of losses in training mode, `detector(images)` a list of
+    {boxes, scores, labels} in evaluation mode, as torchvision's detectors do. Raises UserError for a detector that
+    this machine's memory cannot hold.
     """
     check_memory(config, stats)
-    detector, rpn, roi, test = config.detector, config.detector.rpn, config.detector.roi, config.test
-    levels = 2 if len(rpn.anchor_sizes) == 2 else 3
+    detector, anchor_sizes = config.detector, config.detector.rpn.anchor_sizes
+    levels = 2 if len(anchor_sizes) == 2 else 3
     backbone = build_backbone(
         detector.backbone,
         detector.fpn_channels,
@@ -130,45 +129,26 @@ def build_detector(config: Config, stats: CategoryStats) -> FasterRCNN:
         detector.frozen_stages,
         detector.deformable_stages,
     )
-    if len(rpn.anchor_sizes) != len(backbone.strides):
+    if len(anchor_sizes) != len(backbone.strides):
         raise UserError(
             f"{config.name}: detector.rpn.anchor_sizes: expected {len(backbone.strides)} lists, one for each pyramid "
-            f"level of backbone {detector.backbone}, got {len(rpn.anchor_sizes)}"
+            f"level of backbone {detector.backbone}, got {len(anchor_sizes)}"
         )
-    augments = CONVENTIONS[detector.conventions].augments
+    data = config.data
     model = faster_rcnn(
         backbone,
         lambda fc, pooled: config.classifier.build(fc, pooled, stats),
-        framework=detector.framework,
-        conventions=detector.conventions,
-        anchor_sizes=rpn.anchor_sizes,
-        aspect_ratios=rpn.aspect_ratios,
-        rpn_batch_size=rpn.batch_size,
-        train_proposals=rpn.train_proposals,
-        test_proposals=rpn.test_proposals,
-        roi_batch_size=roi.batch_size,
-        positive_fraction=roi.positive_fraction,
-        sampling_ratio=roi.sampling_ratio,
-        fc=roi.fc,
-        class_agnostic=roi.class_agnostic,
-        semantic_classes=config.data.semantic_classes if config.data.train_semantic else stats.num_categories + 1,
-        min_size=detector.min_size,
-        max_size=detector.max_size,
-        score_threshold=test.score_threshold,
-        nms_threshold=test.nms_threshold,
-        max_detections=test.max_detections,
-        max_per_category=test.max_per_category,
-        agnostic_nms=test.agnostic_nms,
-        resize_in_training=augments or not config.data.short_sides,
-        image_mean=detector.image_mean,
-        image_std=detector.image_std,
+        detector,
+        config.test,
+        data.semantic_classes if data.train_semantic else stats.num_categories + 1,
     )
-    if augments:
-        data = config.data
-        sides = short_sides(data.short_sides, data.any_short_side)
-        transform = model.transform
-        transform.flip, transform.training_sides = data.flip, sides
-        transform.training_long_side = data.long_side if sides else 0
+    transform = model.transform
+    if CONVENTIONS[detector.conventions].augments:
+        transform.flip = data.flip
+        transform.training_sides = short_sides(data.short_sides, data.any_short_side)
+        transform.training_long_side = data.long_side if transform.training_sides else 0
+    else:
+        transform.resize_in_training = not data.short_sides
     return model
 
 
@@ -200,12 +180,12 @@ def check_memory(config: Config, stats: CategoryStats) -> None:
         )
 
 
-def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stats: CategoryStats) -> list[str]:
-    """Loads `detector.init_from`, if any; returns the names of the parameters that stay new.
+def initialise(detector: FasterRCNN, config: Config, index: AnnotationIndex, stats: CategoryStats) -> list[str]:
+    """Load `detector.init_from`, if given, and return the names of the tensors that keep their new values.
 
-    The classifier's layer is taken where its rows stand for the same labels, in the same groups. With
-    `detector.other_categories` everything that depends on categories stays new.
-    Raises UserError where the checkpoint is of other categories or of another detector.
+    The classifier is loaded if its outputs stand for the same labels, in the same groups. With
+    `detector.other_categories`, everything that depends on categories stays new.
+    Raises UserError if the checkpoint has other categories or is of another detector.
     """
     path = config.init_file
     if path is None:
@@ -218,11 +198,11 @@ def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stat
     saved_config = check_config(config_from_dict(checkpoint["config"], f"{path}: config"), f"{path}: config")
     saved = saved_config.classifier
     same = saved.columns(saved_stats) == config.classifier.columns(stats)
-    skip = ["classifier."] if config.detector.reset_classifier or not same else []
+    classifiers, semantic = (detector.prefixes(m) for m in (detector.classifiers(), detector.semantic_layers()))
+    skip = classifiers if config.detector.reset_classifier or not same else ()
     if config.detector.other_categories:
-        skip = ["classifier.", "mask_fcn_logits."]
-        skip += [] if config.data.train_semantic else ["semantic.logits."]
-        skip += [] if config.detector.roi.class_agnostic else ["box_regressor."]
+        painted = () if config.data.train_semantic else semantic  # label maps painted from the objects' masks
+        skip = detector.prefixes(detector.category_layers()) + painted
     else:
         check_categories(saved_stats, index, path)
     if config.train.part != "all":
@@ -231,15 +211,17 @@ def initialise(detector: nn.Module, config: Config, index: AnnotationIndex, stat
     new = [name for name in load_weights(detector, checkpoint, skip) if not name.endswith(counters)]
     keeps = "two heads" if config.classifier.on_softmax else None
     keeps = "train.part=none" if config.train.part == "none" else keeps
-    if keeps and any("classifier.linear." in name for name in new):
+    layers = (m for c in detector.classifiers() for name, m in c.named_children() if name == "linear")
+    trained_layers = detector.prefixes(layers)
+    if keeps and any(name.startswith(trained_layers) for name in new):
         raise UserError(
             f"{path}: with {keeps} the classifier {config.classifier.name} needs trained weights, but those of "
             f"{saved.name} {'are reset by detector.reset_classifier' if same else 'are of another kind'}"
         )
     unused = [name for name in checkpoint["model"] if name not in detector.state_dict()]
-    foreign = [n for n in (*new, *unused) if not any(part in n for part in ("classifier.", counters, *skip))]
+    foreign = [n for n in (*new, *unused) if not n.endswith(counters) and not n.startswith(classifiers + skip)]
     if foreign:
-        maps = "semantic.logits" in foreign[0]
+        maps = foreign[0].startswith(semantic)
         section = "data.train_semantic and data.semantic_classes" if maps else "detector section"
         raise UserError(
             f"{path}: its detector is another than this configuration's: {foreign[0]} does not fit "

@@ -23,7 +23,7 @@ from bags.data.images import image_path
 from bags.data.index import AnnotationIndex
 from bags.data.samplers import ShardSampler
 from bags.detectors.faster_rcnn import FasterRCNN
-from bags.detectors.from_features import FromFeatures, Seen, seen, training_pool
+from bags.detectors.from_features import FromFeatures, StoredProposals, proposals_to_store, training_pool
 from bags.engine.checkpoint import weights_digest
 from bags.engine.features import (
     FeatureStore,
@@ -77,9 +77,8 @@ def validation_store(config: Config, detector: FasterRCNN, dataset: DetectionDat
 
     def records(images: list[Tensor], _, positions: list[int]) -> list[Record]:
         """Some images."""
-        return [
-            _seen_record(*pair) for pair in zip(seen(detector, [i.to(device) for i in images]), positions, strict=True)
-        ]
+        proposals = proposals_to_store(detector, [image.to(device) for image in images])
+        return [_seen_record(*pair) for pair in zip(proposals, positions, strict=True)]
 
     layout = Layout("float32", SeenRow, SeenView, stages, width)
     return _open(config, "val", detector, dataset, {}, layout, records)
@@ -109,7 +108,7 @@ def validation_loader(config: Config, detector: FasterRCNN, dataset: DetectionDa
     """This rank's share of the validation images, as `FromFeatures` takes them."""
     store = validation_store(config, detector, dataset, device)
     sampler = ShardSampler(len(dataset), config.test.batch_size)
-    return build.loader(config, SeenFeatures(store, Seen, dataset.target), sampler)
+    return build.loader(config, SeenFeatures(store, StoredProposals, dataset.target), sampler)
 
 
 def _free_memory(device: torch.device) -> int:
@@ -231,7 +230,7 @@ def _pool_record(pool, position: int, mirrored: bool) -> Record:
     return Record(pool.fc, rows, (position, mirrored))
 
 
-def _seen_record(found: Seen, position: int) -> Record:
-    rows = np.empty(len(found.boxes), SeenRow)
-    rows["box"] = found.boxes.cpu().numpy()
-    return Record(found.fc, rows, (position, False, found.size, found.scale, found.original))
+def _seen_record(proposals: StoredProposals, position: int) -> Record:
+    rows = np.empty(len(proposals.boxes), SeenRow)
+    rows["box"] = proposals.boxes.cpu().numpy()
+    return Record(proposals.fc, rows, (position, False, proposals.size, proposals.scale, proposals.original))

@@ -12,7 +12,7 @@ from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredict
 from torchvision.ops import MultiScaleRoIAlign
 
 import bags
-from bags.detectors.from_features import FromFeatures, seen, training_pool
+from bags.detectors.from_features import FromFeatures, proposals_to_store, training_pool
 from bags.engine.train import Run, train
 from bags.sections import TrainConfig
 
@@ -278,7 +278,7 @@ def test_from_stored_features():
     images, targets = batch()
     expected = detect(detector)
     halves = FromFeatures(detector).eval()
-    assert_same(halves(seen(detector, images)), expected)
+    assert_same(halves(proposals_to_store(detector, images)), expected)
     pools = training_pool(detector, [i.clone() for i in images], [dict(t) for t in targets], 20, [0, 1])
     fc, labels = torch.cat([p.fc[:, 0] for p in pools]), torch.cat([p.labels[:, 0] for p in pools])
     assert sorted(set(labels.tolist())) == [0, 1, 3, 4]

@@ -480,7 +480,7 @@ def test_released_images_are_augmented_by_the_detector(tmp_path, glyphs):
     scale = width / own[0].shape[2]
     assert torch.allclose(targets[0]["boxes"][:, 0], width - own[1]["boxes"][:, 2] * scale, atol=1.5)
     standard = build_detector(tiny_config(tmp_path, *keys, f"data.root={glyphs}"), stats).transform
-    assert standard._skip_resize and not hasattr(standard, "flip")
+    assert not standard.resize_in_training and not hasattr(standard, "flip")
 
 
 @pytest.mark.parametrize("kind", ["ties", "all equal", "tiny", "few"])

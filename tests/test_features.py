@@ -18,7 +18,7 @@ import bags
 from bags import build, cached
 from bags.analysis.results import load_results
 from bags.data.statistics import CategoryStats
-from bags.detectors.from_features import FromFeatures, seen
+from bags.detectors.from_features import FromFeatures, proposals_to_store
 from bags.engine.features import TrainingFeatures, collate_samples, shards_of
 from bags.engine.optim import set_trained_part, train_mode
 from bags.errors import UserError
@@ -147,7 +147,10 @@ def test_detections_from_stored_features(tmp_path, glyphs, framework):
 def test_one_image_seen_alone_or_with_others(tmp_path, glyphs):
     _, detector, dataset = prepared(tmp_path, glyphs)
     images = [dataset[position, 0][0] for position in range(3)]
-    together, alone = seen(detector.eval(), images), [seen(detector, [image])[0] for image in images]
+    together, alone = (
+        proposals_to_store(detector.eval(), images),
+        [proposals_to_store(detector, [image])[0] for image in images],
+    )
     for a, b in zip(together, alone, strict=True):
         assert a.size == b.size and a.original == b.original and len(a.boxes) == len(b.boxes)
         torch.testing.assert_close(a.fc, b.fc, rtol=1e-4, atol=1e-5)

@@ -436,9 +436,11 @@ def test_training_draws_a_size_or_leaves_all_alone():
     transform.training_sides, transform.training_long_side = (), 0
     transform.min_size, transform.max_size = (39,), 40
     assert transform.resize(image)[0].shape[-1] == 40
-    left, same = transform_of(26, 99, _skip_resize=True).resize(image, target)
+    transform = transform_of(26, 99)
+    transform.resize_in_training = False
+    left, same = transform.resize(image, target)
     assert torch.equal(left, image) and same is target
-    batch, _ = transform_of(26, 99, _skip_resize=True)([image], [target])
+    batch, _ = transform([image], [target])
     assert torch.allclose(batch.tensors[0, :, :13, :20], transform.normalize(image))
 
 

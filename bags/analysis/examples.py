@@ -1,4 +1,4 @@
-"""What a run found in some validation images: boxes judged right or wrong, and crops around single objects."""
+"""Detections of runs in validation images: boxes judged right or wrong, and crops around single objects."""
 
 from collections.abc import Container, Iterable
 from pathlib import Path
@@ -13,24 +13,24 @@ from bags.files import read_bytes
 
 TRUTH, CORRECT, WRONG, ASIDE = "#1b6ca8", "#2e933c", "#d1495b", "#9a9a9a"
 LEAST_SCORE = 0.4  # of a drawn detection
-SAME = 0.5  # IoU from which a detection is one of an object
-LEAST_CROP, AROUND = 120, 2.5  # a crop's sides: pixels, and times the object's longer side
-GUESSES = 3  # that are told of an object
+SAME = 0.5  # IoU from which a detection belongs to an object
+LEAST_CROP, AROUND = 120, 2.5  # least side of a crop in pixels, and in multiples of the object's longer side
+GUESSES = 3  # detections of an object that are listed
 
 
 class Example(NamedTuple):
-    """An object of a category, cut out. A drawing is what `plots.draw_boxes` takes, in the crop's pixels."""
+    """A crop around an object of a category. A drawing holds arguments of `plots.draw_boxes`, in the crop's pixels."""
 
     category: dict  # its row of categories.csv
     image: Image.Image
     source: str  # the image's file name
     truth: dict
-    found: dict[str, dict]  # run -> drawing
-    guesses: dict[str, list[tuple[str, float]]]  # run -> what the object itself was taken for, best first
+    drawings: dict[str, dict]  # run -> drawing of its detections
+    guesses: dict[str, list[tuple[str, float]]]  # run -> category names and scores of detections of it, best first
 
 
 def read_detections(folder: Path, categories: Container[int]) -> list[dict]:
-    """`predictions.json` of a run. Raises UserError where it is none, or of other categories."""
+    """Read the `predictions.json` of a run. Raises UserError for other content or other categories."""
     path = folder / "predictions.json"
     try:
         entries = orjson.loads(read_bytes(path))
@@ -47,22 +47,22 @@ def read_detections(folder: Path, categories: Container[int]) -> list[dict]:
 
 
 def by_image(entries: Iterable[dict]) -> dict[int, list[dict]]:
-    """Detections of each image that has some."""
-    found: dict[int, list[dict]] = {}
+    """Group detections by image id."""
+    detections: dict[int, list[dict]] = {}
     for entry in entries:
-        found.setdefault(entry["image_id"], []).append(entry)
-    return found
+        detections.setdefault(entry["image_id"], []).append(entry)
+    return detections
 
 
 def corners(entries: list[dict]) -> np.ndarray:
-    """Boxes [K, 4] x1, y1, x2, y2 of detections."""
+    """Boxes float32 [K, 4] x1, y1, x2, y2 of detections, in pixels."""
     boxes = np.array([entry["bbox"] for entry in entries], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return boxes
 
 
 def overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """IoU [K, L] of boxes [K, 4] and [L, 4]; 0 for empty ones."""
+    """IoU [K, L] in 0..1 of boxes [K, 4] and [L, 4]; 0 for empty boxes."""
     low = np.maximum(first[:, None, :2], second[None, :, :2])
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])
     common = np.clip(high - low, 0, None).prod(2)
@@ -72,7 +72,7 @@ def overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def judged(entries: list[dict], truth: dict, name_of: dict[int, str], least: float = LEAST_SCORE) -> dict:
-    """Detections as drawings: green where the object and its category are right, red where not."""
+    """Drawing of the detections with at least `least` as score: green if object and category are right, else red."""
     kept = [entry for entry in entries if entry["score"] >= least]
     boxes = corners(kept)
     names = [name_of[entry["category_id"]] for entry in kept]
@@ -86,19 +86,19 @@ def judged(entries: list[dict], truth: dict, name_of: dict[int, str], least: flo
 
 
 def examples(dataset, rows: list[dict], runs: dict[str, dict[int, list[dict]]], name_of: dict[int, str]) -> list:
-    """For each category (a row of categories.csv) its validation object of median size, as every run sees it.
+    """Choose for each category (a row of categories.csv) its validation object of median size: a list of Examples.
 
     dataset: a DetectionDataset; runs: name -> detections `by_image`. Categories without an object are left out.
     """
-    index, found = dataset.index, []
+    index, chosen = dataset.index, []
     label_of = {category: label for label, category in enumerate(index.category_ids.tolist(), start=1)}
     for row in rows:
-        own = np.flatnonzero((index.labels == label_of[row["id"]]) & ~index.crowd)
-        if len(own):
-            areas = (index.boxes[own, 2:] - index.boxes[own, :2]).prod(1)
-            chosen = own[np.argsort(areas, kind="stable")[len(own) // 2]]
-            found.append(_example(dataset, row, int(chosen), runs, name_of))
-    return found
+        objects = np.flatnonzero((index.labels == label_of[row["id"]]) & ~index.crowd)
+        if len(objects):
+            areas = (index.boxes[objects, 2:] - index.boxes[objects, :2]).prod(1)
+            median = objects[np.argsort(areas, kind="stable")[len(objects) // 2]]
+            chosen.append(_example(dataset, row, int(median), runs, name_of))
+    return chosen
 
 
 def _example(dataset, row: dict, annotation: int, runs: dict[str, dict], name_of: dict[int, str]) -> Example:
@@ -113,22 +113,21 @@ def _example(dataset, row: dict, annotation: int, runs: dict[str, dict], name_of
     for run, detections in runs.items():
         entries = sorted(detections.get(target["image_id"], ()), key=lambda entry: -entry["score"])
         on_object = overlap(corners(entries), box[None])[:, 0] >= SAME
-        mine = [entry for entry, on in zip(entries, on_object, strict=True) if on]
-        guesses[run] = [(name_of[entry["category_id"]], entry["score"]) for entry in mine[:GUESSES]]
-        rest = [e for e, on in zip(entries, on_object, strict=True) if not on and e["score"] >= LEAST_SCORE]
-        drawing = judged([*rest, *mine[:1]], truth, name_of, least=0)
-        for k, entry in enumerate(rest):  # names of other categories elsewhere would hide the object
+        of_object = [entry for entry, on in zip(entries, on_object, strict=True) if on]
+        guesses[run] = [(name_of[entry["category_id"]], entry["score"]) for entry in of_object[:GUESSES]]
+        others = [e for e, on in zip(entries, on_object, strict=True) if not on and e["score"] >= LEAST_SCORE]
+        drawing = judged([*others, *of_object[:1]], truth, name_of, least=0)
+        for k, entry in enumerate(others):  # names of other categories nearby would hide the object
             drawing["names"][k] = row["name"] if entry["category_id"] == row["id"] else ""
         drawings[run] = _cropped(drawing, window)
-    this = [name == row["name"] for name in names]
-    truth |= {"names": [name if t else "" for name, t in zip(names, this, strict=True)]}
-    truth |= {"colours": [TRUTH if t else ASIDE for t in this]}
+    truth["names"] = [name if name == row["name"] else "" for name in names]
+    truth["colours"] = [TRUTH if name == row["name"] else ASIDE for name in names]
     file_name = index.file_name(position)
     return Example(row, image.crop(window), file_name, _cropped(truth, window), drawings, guesses)
 
 
 def crop_window(box: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom around a box, inside an image of (width, height)."""
+    """Left, top, right, bottom of a crop around a box [4], inside an image of (width, height) pixels."""
     side = max(LEAST_CROP, AROUND * float(max(box[2:] - box[:2])))
     low, high = [], []
     for first, last, limit in zip(box[:2].tolist(), box[2:].tolist(), size, strict=True):
@@ -140,11 +139,10 @@ def crop_window(box: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, 
 
 
 def _cropped(drawing: dict, window: tuple[int, int, int, int]) -> dict:
-    """Boxes that reach into the window, in its pixels."""
+    """Keep the boxes that reach into the window, in its pixels."""
     left, top, right, bottom = window
     boxes = drawing["boxes"] - np.array([left, top, left, top], np.float32)
     boxes = np.clip(boxes, 0, [right - left, bottom - top] * 2)
-    seen = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] > 1).all(1)).tolist()
-    return {"boxes": boxes[seen]} | {
-        key: [values[k] for k in seen] for key, values in drawing.items() if key != "boxes"
-    }
+    visible = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] > 1).all(1)).tolist()
+    rest = {key: [column[k] for k in visible] for key, column in drawing.items() if key != "boxes"}
+    return {"boxes": boxes[visible]} | rest

@@ -26,7 +26,7 @@ MARGINS = {"left": 0.1, "right": 0.98, "bottom": 0.11, "top": 0.97}  # a layout 
 def plot_weight_norms(
     path: Path | BinaryIO, norms: dict[str, np.ndarray], instance_counts: Sequence[int], boundaries: Sequence[int]
 ) -> None:
-    """Figures 1 and 3 of the paper, as `draw_weight_norms` draws them."""
+    """Save Figures 1 and 3 of the paper; see `draw_weight_norms`."""
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     draw_weight_norms(axes, norms, instance_counts, boundaries)
     _save(figure, path)
@@ -35,10 +35,10 @@ def plot_weight_norms(
 def draw_weight_norms(
     axes, norms: dict[str, np.ndarray], instance_counts: Sequence[int], boundaries: Sequence[int]
 ) -> None:
-    """Categories by falling count, their classifier norms, group borders, on one matplotlib axes.
+    """Draw classifier norms of categories by falling count, and group borders, on matplotlib axes.
 
-    norms: method -> [C+1], entry 0 the background (drawn at index 0). instance_counts: [C]. The lines are running
-    means within each group: across a border, a method's norms may well jump.
+    norms: method -> [C+1], entry 0 is the background (drawn at index 0). instance_counts: [C]. The lines are running
+    means within each group, because norms may jump at the borders.
     """
     counts = np.asarray(instance_counts)
     order = np.argsort(-counts, kind="stable")
@@ -46,20 +46,21 @@ def draw_weight_norms(
     borders = [int((counts >= border).sum()) for border in sorted(boundaries, reverse=True)]
     pieces = [piece for piece in np.split(np.arange(len(counts)), borders) if len(piece)]
     half = max(1, len(counts) // 40)
-    for (name, values), colour in zip(norms.items(), COLOURS * (len(norms) // len(COLOURS) + 1), strict=False):
-        correlation = rank_correlation(values[1:], counts)
+    for (name, with_background), colour in zip(norms.items(), _colours(len(norms)), strict=True):
+        background, foreground = with_background[0], with_background[1:]
+        correlation = rank_correlation(foreground, counts)
         label = f"{plain(name)}  (rank correlation with count {correlation:.2f})"
-        axes.plot(index, values[1:][order], ".", ms=4, alpha=0.45, color=colour)
+        axes.plot(index, foreground[order], ".", ms=4, alpha=0.45, color=colour)
         for piece in pieces:
-            axes.plot(index[piece], _running_mean(values[1:][order][piece], half), color=colour, lw=1.8)
+            axes.plot(index[piece], _running_mean(foreground[order][piece], half), color=colour, lw=1.8)
         axes.plot([], [], color=colour, lw=1.8, label=label)
-        axes.plot(0, values[0], "D", ms=6, color=colour)
+        axes.plot(0, background, "D", ms=6, color=colour)
     for border in borders:
         axes.axvline(border + 0.5, color="0.5", ls="--", lw=1)
     axes.set(
         xlabel="category, by falling number of training instances (diamond: background)",
         ylabel="classifier weight norm",
-        ylim=(0, 1.4 * max(float(np.nanmax(values)) for values in norms.values())),  # room for the legend
+        ylim=(0, 1.4 * max(float(np.nanmax(norm)) for norm in norms.values())),  # leaves room for the legend
     )
     right = axes.twinx()
     right.plot(index, counts[order], color="0.75", lw=1.5, zorder=0)
@@ -69,23 +70,30 @@ def draw_weight_norms(
     axes.legend(loc="upper right", fontsize=8)
 
 
-def _running_mean(values: np.ndarray, half: int) -> np.ndarray:
-    """Mean of each value and its `half` neighbours on both sides; beyond the ends, the last value again."""
-    padded = np.pad(values, half, mode="edge")
+def _colours(number: int) -> list[str]:
+    return [COLOURS[k % len(COLOURS)] for k in range(number)]
+
+
+def _running_mean(series: np.ndarray, half: int) -> np.ndarray:
+    """Means [N] of each entry and its `half` neighbours on both sides; the ends are repeated."""
+    padded = np.pad(series, half, mode="edge")
     return np.convolve(padded, np.ones(2 * half + 1) / (2 * half + 1), mode="valid")
 
 
 def plain(name: str) -> str:
-    """A name of the user's as matplotlib shows it literally: no formula, no leading _ that hides a legend's line."""
+    """Escape a user's name so that matplotlib shows it literally, even with $ or a leading _."""
     return f" {name}".replace("$", r"\$")
 
 
 def plot_precision_recall(path: Path | BinaryIO, curves: dict[str, np.ndarray]) -> None:
-    """Mean precision [2, 101] of sets of categories at IoU 0.5 (solid) and 0.75 (dashed), over recall 0 to 1."""
+    """Save mean precision over recall, both in 0..1, at IoU 0.5 (solid) and 0.75 (dashed).
+
+    curves: set of categories ("AP", or "AP1", ...) -> precision [2, 101].
+    """
     figure, axes = plt.subplots(figsize=(6, 4.8))
     recall = np.linspace(0, 1, 101)
     shown = [name for name in curves if name == "AP" or name[2:].isdigit()]
-    for name, colour in zip(shown, ("black", *COLOURS * len(shown)), strict=False):
+    for name, colour in zip(shown, ["black", *_colours(len(shown))], strict=False):
         if np.isnan(curves[name]).all():
             continue
         label = "all categories" if name == "AP" else f"bin {name[2:]}"
@@ -98,17 +106,17 @@ def plot_precision_recall(path: Path | BinaryIO, curves: dict[str, np.ndarray]) 
 
 
 def plot_ap_by_instances(path: Path | BinaryIO, runs: dict[str, list[dict]], boundaries: Sequence[int]) -> None:
-    """AP of each category over its training instances; a line through the mean of neighbours; bins' borders dashed.
+    """Save the AP of each category over its training instances, with running means and the borders of the bins.
 
-    runs: name -> rows with AP and training_instances, as `detection_ap.score` gives them; rows without are left out.
+    runs: name -> rows with AP in 0..1 and training_instances, as from `detection_ap.score`; other rows are left out.
     """
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
-    for (name, rows), colour in zip(runs.items(), COLOURS * (len(runs) // len(COLOURS) + 1), strict=False):
+    for (name, rows), colour in zip(runs.items(), _colours(len(runs)), strict=True):
         known = [(r["training_instances"], 100 * r["AP"]) for r in rows if "training_instances" in r]
         points = np.array(sorted(p for p in known if p[1] == p[1]), float).reshape(-1, 2)
         if not len(points):
             continue
-        counts = np.maximum(points[:, 0], 0.5)  # none at all: left of 1
+        counts = np.maximum(points[:, 0], 0.5)  # categories without instances are left of 1
         half = max(1, len(points) // 40)
         axes.plot(counts, points[:, 1], ".", ms=5, alpha=0.4, color=colour)
         smooth = [_running_mean(side, half) for side in (counts, points[:, 1])]
@@ -123,25 +131,21 @@ def plot_ap_by_instances(path: Path | BinaryIO, runs: dict[str, list[dict]], bou
 
 
 def plot_training(path: Path | BinaryIO, logs: dict[str, list[dict]]) -> None:
-    """Losses over epochs, one panel for each run: their sum black, its parts coloured; the learning rate grey.
+    """Save losses over epochs, one panel for each run: the sum black, its parts coloured, the learning rate grey.
 
     logs: name -> objects of log.jsonl, with an epoch.
     """
     width = 9 if len(logs) == 1 else 12
     figure, panels = plt.subplots(1, len(logs), figsize=(width, 4), squeeze=False, layout="constrained")
     for axes, (name, steps) in zip(panels[0], logs.items(), strict=True):
-
-        def series(key: str, steps=steps) -> np.ndarray:
-            """Points [steps, 2] of epoch and value; those without a number are left out."""
-            points = [(step["epoch"], step.get(key)) for step in steps]
-            return np.array([p for p in points if type(p[1]) in (int, float)], float).reshape(-1, 2)
-
-        parts = dict.fromkeys(key for step in steps for key in step if key.startswith("loss_"))
-        for key, colour in zip(parts if len(parts) > 1 else (), COLOURS * len(parts), strict=False):
-            axes.plot(*series(key).T, color=colour, lw=1, alpha=0.8, label=key.removeprefix("loss_").replace("_", " "))
-        axes.plot(*series("loss").T, color="black", lw=1.6, label="sum")
+        parts = list(dict.fromkeys(key for step in steps for key in step if key.startswith("loss_")))
+        shown = parts if len(parts) > 1 else []
+        for key, colour in zip(shown, _colours(len(shown)), strict=True):
+            label = key.removeprefix("loss_").replace("_", " ")
+            axes.plot(*_series(steps, key).T, color=colour, lw=1, alpha=0.8, label=label)
+        axes.plot(*_series(steps, "loss").T, color="black", lw=1.6, label="sum")
         right = axes.twinx()
-        right.plot(*series("lr").T, color="0.75", lw=1.5, zorder=0)
+        right.plot(*_series(steps, "lr").T, color="0.75", lw=1.5, zorder=0)
         right.set(yscale="log", ylabel="learning rate (grey)")
         axes.set_zorder(right.get_zorder() + 1)
         axes.patch.set_visible(False)
@@ -150,13 +154,19 @@ def plot_training(path: Path | BinaryIO, logs: dict[str, list[dict]]) -> None:
     _save(figure, path)
 
 
+def _series(steps: list[dict], key: str) -> np.ndarray:
+    """Points [n, 2] of epoch and number; steps without a number are left out."""
+    points = [(step["epoch"], step.get(key)) for step in steps]
+    return np.array([point for point in points if type(point[1]) in (int, float)], float).reshape(-1, 2)
+
+
 def plot_predictions(
     path: Path | BinaryIO, images: Sequence[Image.Image], columns: Mapping[str, Sequence[dict]], caption: str = ""
 ) -> None:
-    """One row per image, one column per entry of `columns` (ground truth, methods).
+    """Save a grid of images with boxes: a row for each image, a column for each entry of `columns`.
 
-    An entry of a column is {"boxes": [K, 4] pixels, "names": K texts (empty: a box without a label),
-    "scores": [K] or absent, "colours": K colours}.
+    columns: title (ground truth, methods) -> for each image {"boxes": [K, 4] pixels, "names": K texts (empty: a box
+    without a label), "scores": [K] in 0..1 or absent, "colours": K colours}.
     """
     size = 4.2
     figure, grid = plt.subplots(
@@ -176,7 +186,7 @@ def plot_predictions(
 
 
 def draw_boxes(axes, image: Image.Image, boxes, names, colours, scores=None) -> None:
-    """An image with labelled boxes on one matplotlib axes."""
+    """Draw an image with labelled boxes [K, 4] in pixels on matplotlib axes; see `plot_predictions`."""
     axes.imshow(image)
     axes.axis("off")
     for k, (x1, y1, x2, y2) in enumerate(np.asarray(boxes).reshape(-1, 4).tolist()):
@@ -185,9 +195,9 @@ def draw_boxes(axes, image: Image.Image, boxes, names, colours, scores=None) -> 
         if not names[k]:
             continue
         text = names[k] if scores is None else f"{names[k]} {100 * scores[k]:.0f}"
-        side = "bottom" if y1 > 0.06 * image.height else "top"  # above the box, where there is room
-        axes.text(x1, y1, text, fontsize=9, color="white", va=side, parse_math=False, clip_on=True,
-                  bbox={"facecolor": colours[k], "pad": 0.8, "lw": 0})  # fmt: skip
+        side = "bottom" if y1 > 0.06 * image.height else "top"  # above the box if there is room
+        background = {"facecolor": colours[k], "pad": 0.8, "lw": 0}
+        axes.text(x1, y1, text, fontsize=9, color="white", va=side, parse_math=False, clip_on=True, bbox=background)
 
 
 def save_drawing(
@@ -211,7 +221,7 @@ def save_drawing(
 
 
 def _save(figure, path: Path | BinaryIO, **settings) -> None:
-    """Write a figure, as a whole or not at all where `path` is a path, and close it."""
+    """Write a figure and close it; a file is replaced as a whole or not at all."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that the font lacks: drawn as boxes

@@ -227,7 +227,7 @@ def _example(example: Example, labels: list[str]) -> str:
     for label in labels:
         # Isolated: a name that is written from right to left would take its score along.
         guesses = ", ".join(f"\u2068{guess}\u2069 {100 * score:.0f}" for guess, score in example.guesses[label])
-        drawings[f"{label}: {guesses or 'nothing found on the object'}"] = example.found[label]
+        drawings[f"{label}: {guesses or 'nothing found on the object'}"] = example.drawings[label]
     figures = [
         figure(drawn(plots.save_drawing, example.image, **drawing, **jpeg), caption, caption, "jpeg")
         for caption, drawing in drawings.items()

@@ -1,12 +1,12 @@
-"""Numbers that are kept: finished runs -> a small JSON file -> the tables in README.md and docs/results.
+"""Numbers of finished runs in small JSON files, and the tables of the documentation that are made from them.
 
-A page holds, where a table belongs, two comments with the table between them, which `render_page` makes anew:
+In a page, a table stands between two comments, and `render_page` renders it again:
 
     <!-- results/glyphs-100-table4.json: AP AP1 AP2 AP3 AP4 -->
     <!-- end -->
 
-The columns may be left out (all that there are). After a slash come those that the paper's numbers are shown in, after
-a bar the rows: `AP AP1 / AP | BAGS; Seesaw`.
+Without columns, all columns are shown. Columns after a slash show the paper's numbers, and a bar precedes the rows:
+`AP AP1 / AP | BAGS; Seesaw`.
 """
 
 import json
@@ -33,7 +33,7 @@ TABLE = re.compile(rf"(?P<head>{HEAD})(?:(?!<!-- ).)*(?P<end><!-- end -->)", re.
 
 
 def environment() -> dict:
-    """What the numbers of this process are made with."""
+    """The software and hardware of this process."""
     import torch
 
     here = Path(__file__).parent
@@ -49,7 +49,7 @@ def environment() -> dict:
 
 
 def this_command() -> str:
-    """The script that runs, with its arguments, as it can be given again; without --save."""
+    """The command line of this process, to be repeated, without --save."""
     pairs = zip(sys.argv[1:], sys.argv, strict=False)
     words = [word for word, before in pairs if "--save" not in (word, before) and not word.startswith("--save=")]
     return shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *words])
@@ -63,36 +63,40 @@ def save_results(
     runs: dict[str, list[dict[str, float]]],
     published: dict[str, dict[str, float]] | None = None,
 ) -> None:
-    """Writes what a table is rendered from.
+    """Write the file that a table is rendered from.
 
-    rows: title -> run folders, one for each seed; runs: their numbers; published: those of others, on their data.
+    rows       title -> run folders, one for each seed
+    runs       title -> the numbers of each run
+    published  title -> published numbers, on the data of the publication
     """
-    made = [read_environment(folder) for folders in rows.values() for folder in folders]
+    environments = [read_environment(folder) for folders in rows.values() for folder in folders]
     content = {
         "title": title,
         "command": command,
-        "environment": {key: made[0][key] for key in KEPT if key in made[0]},
-        "revisions": list(dict.fromkeys(e["revision"] for e in made if e.get("revision"))),  # that the runs began at
-        "rows": {
-            name: [{k: None if math.isnan(v) else round(v, DIGITS) for k, v in run.items()} for run in own]
-            for name, own in runs.items()
-        },
+        "environment": {key: environments[0][key] for key in KEPT if key in environments[0]},
+        "revisions": list(dict.fromkeys(e["revision"] for e in environments if e.get("revision"))),  # at the start
+        "rows": {title: [_rounded(numbers) for numbers in of_row] for title, of_row in runs.items()},
         "published": published or {},
     }
     _write(path, content)
 
 
+def _rounded(numbers: dict[str, float]) -> dict[str, float | None]:
+    """Numbers for JSON, in which NaN is null."""
+    return {key: None if math.isnan(number) else round(number, DIGITS) for key, number in numbers.items()}
+
+
 def read_environment(run: Path) -> dict:
-    """What a run was made with; nothing where its `environment.json` cannot be read."""
+    """Read the `environment.json` of a run folder; empty if it cannot be read."""
     try:
-        found = json.loads(read_text(run / "environment.json"))
+        environment = json.loads(read_text(run / "environment.json"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return environment if isinstance(environment, dict) else {}
 
 
 def save_benchmark(path: Path, title: str, command: str, cases: list[dict]) -> None:
-    """Writes what `scripts/benchmark.py` measured in this process and on this machine."""
+    """Write the measurements of `scripts/benchmark.py` in this process."""
     _write(path, {"title": title, "command": command, "environment": environment(), "cases": cases})
 
 
@@ -102,7 +106,7 @@ def _write(path: Path, content: dict) -> None:
 
 
 def load_results(path: Path) -> dict:
-    """What `save_results` or `save_benchmark` wrote; null is NaN again."""
+    """Read a file of `save_results` or `save_benchmark`, with NaN for null. Raises UserError for other files."""
     try:
         content = json.loads(read_text(path))
         if "cases" in content:
@@ -118,37 +122,37 @@ def load_results(path: Path) -> dict:
 
 
 def render_page(text: str, root: Path) -> str:
-    """A page with each of its tables made anew from the file that it names, below `root`."""
-
-    def table(found: re.Match) -> str:
-        """The two comments, and what belongs between them."""
-        content = load_results(root / found["file"])
-        if "cases" in content:
-            return f"{found['head']}{render_cases(content['cases'])}\n{found['end']}"
-        rows = content["rows"]
-        chosen, _, titles = (found["chosen"] or "").partition("|")
-        columns, _, foreign = chosen.partition("/")
-        if titles:
-            wanted = [title.strip() for title in titles.split(";")]
-            missing = [title for title in wanted if title not in rows]
-            if missing:
-                raise UserError(f"{root / found['file']}: no row {missing[0]!r}: it has {', '.join(rows)}")
-            rows = {title: rows[title] for title in wanted}
-        shown = [*_columns(columns.split(), rows), *(f"published_{column}" for column in foreign.split())]
-        for title, numbers in content.get("published", {}).items():
-            if title in rows:
-                others = {f"published_{column}": value for column, value in numbers.items()}
-                rows[title] = [{**run, **others} for run in rows[title]]
-        return f"{found['head']}{render_table(rows, shown)}\n{found['end']}"
-
+    """Render each table of a page again, from the file below `root` that it names."""
     for head in re.finditer(HEAD, text):
         if not TABLE.match(text, head.start()):
             raise UserError(f"{head[0].strip()} has no <!-- end --> below its table")
-    return TABLE.sub(table, text)
+    return TABLE.sub(lambda old: f"{old['head']}{_table(root / old['file'], old['chosen'] or '')}\n{old['end']}", text)
+
+
+def _table(path: Path, chosen: str) -> str:
+    """The table of a file. chosen: `columns / columns of published numbers | rows`, each of which may be missing."""
+    content = load_results(path)
+    if "cases" in content:
+        return render_cases(content["cases"])
+    rows = content["rows"]
+    chosen, _, titles = chosen.partition("|")
+    columns, _, published_columns = chosen.partition("/")
+    if titles:
+        wanted = [title.strip() for title in titles.split(";")]
+        missing = [title for title in wanted if title not in rows]
+        if missing:
+            raise UserError(f"{path}: no row {missing[0]!r}: it has {', '.join(rows)}")
+        rows = {title: rows[title] for title in wanted}
+    shown = [*_columns(columns.split(), rows), *(f"published_{column}" for column in published_columns.split())]
+    for title, numbers in content.get("published", {}).items():
+        if title in rows:
+            published = {f"published_{column}": number for column, number in numbers.items()}
+            rows[title] = [{**run, **published} for run in rows[title]]
+    return render_table(rows, shown)
 
 
 def render_cases(cases: list[dict]) -> str:
-    """Markdown of a benchmark's cases: seconds or megabytes of ours and of the peer, and how many times less."""
+    """Markdown table of a benchmark's cases: seconds or megabytes of this package and of the peer, and their ratio."""
     lines = ["| case | ours | peer | peer / ours | same output | peer is |", "|---|---:|---:|---:|---|---|"]
     for case in cases:
         ours, peer = (_quantity(case, side) for side in ("ours", "peer"))

@@ -1,4 +1,4 @@
-"""The folder of a finished run as one object, and in words."""
+"""The content of a finished run's folder, and its settings in words."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from bags.sections import Config
 
 @dataclass
 class RunResults:
-    """What a finished run left in its folder."""
+    """The content of a finished run's folder."""
 
     label: str  # its name on the page
     folder: Path
@@ -31,7 +31,7 @@ class RunResults:
 
 
 def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunResults:
-    """Raises UserError where there is no finished run."""
+    """Read a run folder. Raises UserError if it holds no finished run."""
     missing = [name for name in ("config.yaml", "metrics.json") if not (folder / name).exists()]
     if missing:
         known = f"no {missing[0]} in there" if folder.is_dir() else "no such folder"
@@ -43,7 +43,7 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunResults:
 
 
 def about(run: RunResults) -> dict[str, str]:
-    """The six choices that make a row of the paper, and what the run was made with."""
+    """Describe the six choices that make a row of the paper, and the run's software and hardware."""
     config, made = run.config, run.environment
     train, seconds, command = config.train, read_seconds(run.folder), made.get("command")
     packages, epochs = made.get("packages"), f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
@@ -69,17 +69,17 @@ def about(run: RunResults) -> dict[str, str]:
 
 
 def _choice(section) -> str:
-    """Name of a section's choice, and what is not as by default."""
-    own = {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if f.name != "name"}
-    other = [f"{key}={value}" for key, value in own.items() if value != getattr(type(section)(), key)]
-    return ", ".join([section.name, *other])
+    """The name of a section's choice, and its settings that differ from the defaults."""
+    settings = {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if f.name != "name"}
+    changed = [f"{key}={value}" for key, value in settings.items() if value != getattr(type(section)(), key)]
+    return ", ".join([section.name, *changed])
 
 
 def differences(first: Config, second: Config) -> list[tuple[str, object, object]]:
-    """Keys of settings that are not equal, with both values; - for a key that one has not."""
-    one, two = (dict(_leaves(config_to_dict(config))) for config in (first, second))
-    pairs = [(key, one.get(key, "-"), two.get(key, "-")) for key in {**one, **two}]
-    return [pair for pair in pairs if pair[1] != pair[2]]
+    """Settings that differ, as (key, first value, second value), with - for a missing key."""
+    left, right = (dict(_leaves(config_to_dict(config))) for config in (first, second))
+    triples = [(key, left.get(key, "-"), right.get(key, "-")) for key in {**left, **right}]
+    return [triple for triple in triples if triple[1] != triple[2]]
 
 
 def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -1,8 +1,8 @@
-"""Drawing for the embedded dataset: letters as outlines, images of letters among clutter.
+"""Drawing for the embedded dataset: outlines of letters, and images of letters among clutter.
 
-Whatever decides an annotation is computed here, equally on every machine: outlines come in integer
-font units, the scan converter counts sample points, and random numbers come from
-`numpy.random.RandomState`, whose streams are frozen. Pillow only touches colours.
+Everything that decides an annotation is computed equally on every machine: outlines are in integer font units, the scan
+converter counts sample points, and random numbers come from `numpy.random.RandomState`, whose streams are frozen.
+Pillow only changes colours.
 """
 
 import math
@@ -19,7 +19,7 @@ TEXTURES = ("plain", "noise", "grain", "stripes", "checks", "dots", "waves", "ri
 
 
 def load_outlines(characters: list[str] | None = None) -> dict[str, list[np.ndarray]]:
-    """Closed contours of letters, each [K, 2], y downwards, the longer side of the letter = 1.
+    """Read the closed contours [K, 2] of letters: x and y, y downwards, the longer side of the letter is 1.
 
     `characters=None` reads every letter of the font.
     """
@@ -41,7 +41,7 @@ def load_outlines(characters: list[str] | None = None) -> dict[str, list[np.ndar
 
 
 class _ContourPen(BasePen):
-    """Collects a glyph's contours in font units; a quadratic curve becomes four chords."""
+    """Collect a glyph's contours in font units; a quadratic curve becomes four chords."""
 
     def __init__(self, glyphs):
         super().__init__(glyphs)
@@ -62,10 +62,10 @@ class _ContourPen(BasePen):
 
 
 def coverage(contours: list[np.ndarray], height: int, width: int, samples: int = 3) -> np.ndarray:
-    """Scan conversion by the non-zero winding rule.
+    """Rasterise contours by the non-zero winding rule: int [height, width] in 0..samples**2.
 
-    Contours are in pixels; returns int [height, width], the number of the samples x samples points
-    of each pixel that lie inside (0..samples**2). Integer-valued, so equal on every machine.
+    Contours are in pixels. The result counts the points inside, of samples x samples points in each pixel. It is an
+    integer, so it is equal on every machine.
     """
     start = np.concatenate(contours) * samples
     end = np.concatenate([np.roll(c, -1, axis=0) for c in contours]) * samples
@@ -84,7 +84,7 @@ def coverage(contours: list[np.ndarray], height: int, width: int, samples: int =
 
 
 def _background(size: int, rng: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
-    """Textured regions: colours float32 [size, size, 3] in 0..255 and the semantic map uint8."""
+    """Draw textured regions: colours float32 [size, size, 3] in 0..255, semantic map uint8 [size, size]."""
     y, x = np.mgrid[:size, :size].astype(np.float32)
     centres = rng.uniform(0, size, (rng.randint(2, 5), 2))
     region = np.argmin([(y - a) ** 2 + (x - b) ** 2 for a, b in centres], axis=0)
@@ -104,7 +104,7 @@ def _background(size: int, rng: np.random.RandomState) -> tuple[np.ndarray, np.n
 
 
 def _texture(kind: str, x: np.ndarray, y: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
-    """One of TEXTURES as float [size, size] in about 0..1."""
+    """Draw one of TEXTURES: float [size, size] in about 0..1."""
     angle, period = rng.uniform(0, math.pi), rng.uniform(6, 20)
     u = (x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period)
     v = (y * math.cos(angle) - x * math.sin(angle)) * (2 * math.pi / period)
@@ -124,7 +124,7 @@ def _texture(kind: str, x: np.ndarray, y: np.ndarray, rng: np.random.RandomState
 
 
 def _draw_clutter(canvas: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
-    """Strokes and arcs that belong to no category."""
+    """Draw strokes and arcs that belong to no category."""
     size = len(canvas)
     image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(image)
@@ -143,9 +143,9 @@ def _draw_clutter(canvas: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
 
 
 def _place(outline, size_range, owner, areas, visible, rng) -> tuple[int, int, np.ndarray]:
-    """A random pose that leaves every earlier object 85 % of its area -> (top, left, coverage).
+    """Find a random pose that leaves every earlier object 85 % of its area: (top, left, coverage).
 
-    owner: see draw_image; areas, visible: pixels of each earlier object, whole and still seen.
+    owner: see draw_image. areas, visible: pixels of each earlier object, all of them and those that are not hidden.
     """
     extent, shrink = len(owner), 1.0
     for attempt in range(1000):
@@ -172,14 +172,14 @@ def _place(outline, size_range, owner, areas, visible, rng) -> tuple[int, int, n
 
 
 def draw_image(size: int, object_size: tuple[float, float], outlines: list, rng: np.random.RandomState):
-    """One image of `size` (S) pixels, with one object per outline, its longer side in `object_size`.
+    """Draw an image of `size` (S) pixels with one object per outline, whose longer side is in `object_size`.
 
-    Returns (pixels uint8 [S, S, 3], semantic map uint8 [S, S] of 1 + index in TEXTURES, visible
-    masks bool [S, S], one per outline).
+    Returns (pixels uint8 [S, S, 3], semantic map uint8 [S, S] of 1 + index in TEXTURES, visible masks bool [S, S], one
+    per outline).
     """
     canvas, semantic = _background(size, rng)
     canvas = _draw_clutter(canvas, rng)
-    owner = np.zeros(canvas.shape[:2], np.int64)  # 0, or 1 + the object seen at this pixel
+    owner = np.zeros(canvas.shape[:2], np.int64)  # 1 + the object that is visible at this pixel, or 0
     areas, visible = np.zeros((2, 0), np.int64)
     for outline in outlines:
         top, left, ink = _place(outline, object_size, owner, areas, visible, rng)
@@ -195,14 +195,14 @@ def draw_image(size: int, object_size: tuple[float, float], outlines: list, rng:
         mask = mask.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8)))
         alpha = np.asarray(mask, np.float32)[..., None] / 255 * rng.uniform(0.85, 1.0)
         patch += alpha * (colour - patch)
-    grain = rng.bytes(owner.size)  # much faster than normal deviates
+    grain = rng.bytes(owner.size)  # much faster than normally distributed noise
     canvas += (np.frombuffer(grain, np.uint8).reshape(*owner.shape, 1) - 127.5) * rng.uniform(0.01, 0.07)
     masks = [owner == k + 1 for k in range(len(outlines))]
     return np.clip(canvas, 0, 255).astype(np.uint8), semantic, masks
 
 
 def _visible_colour(behind: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
-    """A random colour at least 140 grey levels (Euclidean) from what is behind."""
+    """Draw a random colour at least 140 grey levels (Euclidean) from the colour `behind`."""
     for _ in range(50):
         colour = rng.uniform(0, 255, 3)
         if np.linalg.norm(colour - behind) >= 140:

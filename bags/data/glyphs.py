@@ -1,19 +1,19 @@
 """The embedded dataset: a procedural long-tail detection dataset in LVIS v1 JSON format.
 
-A category is one letter of DejaVu Sans (the font that matplotlib carries). An object is a glyph
-drawn with its own size, rotation, stretch, colour, contrast and blur, among other objects and
-strokes, on a background of textured regions. Instance masks come from the glyph's own coverage,
-less what later objects hide; the texture of each background region is the image's semantic map.
+A category is one letter of DejaVu Sans (matplotlib's font). An object is a glyph with its own size, rotation, stretch,
+colour, contrast and blur, among other objects and strokes, on a background of textured regions. Instance masks are the
+pixels that the glyph covers and later objects do not hide. The textures of the background regions are the image's
+semantic map.
 
-Two choices make it the paper's problem in small:
+Two choices make it a small version of the paper's problem:
 
 * Instances per category fall as a shifted power law, from thousands to a few.
-* Categories come in families of look-alikes (accents, Latin, Greek and Cyrillic kin), and each
-  family has members in the head and in the tail. With only distinct glyphs, retraining a plain
-  softmax does as well as Balanced Group Softmax.
+* Categories come in families of look-alikes (accents, related Latin, Greek and Cyrillic letters), and each family has
+  members in the head and in the tail. With only distinct glyphs, retraining a plain softmax works as well as Balanced
+  Group Softmax.
 
-The same seed gives the same annotations on every machine (see glyph_images.py); JPEG pixels may differ
-in the last bits between versions of Pillow.
+The same seed gives the same annotations on every machine (see glyph_images.py). JPEG pixels may differ in the last bits
+between versions of Pillow.
 
 Command:  python scripts/prepare_data.py glyphs-100 --root data/glyphs-100
 """
@@ -38,20 +38,20 @@ from bags.data.glyph_images import coverage, draw_image, load_outlines
 from bags.errors import UserError
 from bags.files import write_text
 
-DUPLICATE_SIMILARITY = 0.985  # cosine of two 24 x 24 renderings; more alike is the same category
-CHUNK = 100  # images per unit of work: what a killed run may lose
+DUPLICATE_SIMILARITY = 0.985  # cosine of two 24 x 24 renderings; glyphs that are more similar are one category
+CHUNK = 100  # images per unit of work, which an interrupted run may lose
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Size and difficulty of one dataset. Lengths are in pixels, counts in instances."""
+    """Size and difficulty of a dataset. Lengths are in pixels, counts in instances."""
 
     categories: int
     image_size: int
     most_instances: int  # training instances of the first category in rank ...
     fewest_instances: int  # ... and of the last
     shift: float  # q of the law  n(rank) ~ (rank + q) ** -alpha
-    objects: tuple[int, int]  # objects per image, both ends included
+    objects: tuple[int, int]  # least and most objects per image
     size: tuple[float, float]  # longer side of an object
     family: int  # members of a family of look-alikes
     family_similarity: float  # least cosine similarity within a family
@@ -69,17 +69,17 @@ PRESETS = {
 
 
 def choose_categories(preset: Preset, seed: int) -> list[str]:
-    """The characters of a preset, by rank: the first has the most training instances.
+    """Choose the characters of a preset, by rank: the first one has the most training instances.
 
-    True duplicates are left out. Families are grown around random glyphs; each family is spread
-    evenly over the ranks, so that tail categories have look-alikes in the head.
+    Duplicates are left out. Families are grown around random glyphs. Each family is spread evenly over the ranks, so
+    that tail categories have look-alikes in the head.
     """
     outlines = load_outlines()
     characters = list(outlines)
     drawings = [coverage([c * 24 + 12 for c in outlines[ch]], 24, 24) for ch in characters]
     pixels = np.stack(drawings).reshape(len(characters), -1).astype(np.float64)
-    seen = np.asarray(pixels.any(1))
-    pixels, characters = pixels[seen], [c for c, s in zip(characters, seen, strict=True) if s]
+    visible = np.asarray(pixels.any(1))
+    pixels, characters = pixels[visible], [c for c, v in zip(characters, visible, strict=True) if v]
     dots = pixels @ pixels.T  # exact: integers far below 2 ** 53
     norms = np.sqrt(np.diag(dots))
     similarity = dots / norms[:, None] / norms
@@ -105,7 +105,7 @@ def choose_categories(preset: Preset, seed: int) -> list[str]:
 
 
 def instance_counts(preset: Preset) -> np.ndarray:
-    """Training instances by rank, int [C]: a shifted power law through both given ends."""
+    """Training instances by rank, int64 [C]: a shifted power law from most_instances to fewest_instances."""
     rank = np.arange(1, preset.categories + 1)
     fall = math.log(preset.most_instances / preset.fewest_instances)
     alpha = fall / math.log((preset.categories + preset.shift) / (1 + preset.shift))
@@ -117,7 +117,7 @@ def instance_counts(preset: Preset) -> np.ndarray:
 
 
 def _make_chunk(job: tuple) -> None:
-    """Draws one chunk of images and writes its part of the annotations, last and atomically."""
+    """Draw one chunk of images, then write its part of the annotations atomically."""
     preset, seed, split, folder, first_id, image_categories, characters = job
     part = folder / "parts" / f"{split}-{first_id:08d}.json"
     if part.exists():
@@ -133,7 +133,7 @@ def _make_chunk(job: tuple) -> None:
         Image.fromarray(pixels).save(folder / name, quality=92)
         Image.fromarray(semantic).save(folder / f"semantic_{split}" / f"{image_id:08d}.png")
 
-        # As in LVIS: of a category seen several times, some images annotate only a part.
+        # As in LVIS, some images annotate only part of the objects of a category.
         repeated = sorted({c for c in category_ids if category_ids.count(c) > 1})
         partial = [repeated[0]] if repeated and rng.random_sample() < 0.1 else []
         skipped = category_ids.index(partial[0]) if partial else None
@@ -168,7 +168,7 @@ def _describe(mask: np.ndarray) -> dict:
 
 
 def _deal(counts: np.ndarray, preset: Preset, rng: np.random.RandomState) -> list[list[int]]:
-    """Instances dealt to images at random: a list of category ids per image."""
+    """Deal instances to images at random: a list of category ids per image."""
     deck = rng.permutation(np.repeat(np.arange(1, len(counts) + 1), counts)).tolist()
     images, low, high = [], *preset.objects
     while deck:
@@ -179,11 +179,11 @@ def _deal(counts: np.ndarray, preset: Preset, rng: np.random.RandomState) -> lis
 
 
 def make_glyphs(root: str | Path, preset: Preset, seed: int = 0, workers: int | None = None) -> Path:
-    """Makes a dataset folder, unless it is there: train.json, val.json, train/, val/ and
-    semantic_train/, semantic_val/ (1 + index in glyph_images.TEXTURES). Returns the folder.
+    """Make a dataset folder unless it exists, and return it.
 
-    The folder appears under its name when complete. A killed run goes on from its last chunk.
-    Raises UserError where the folder holds a dataset made with other settings.
+    It holds train.json, val.json, train/, val/, and semantic_train/ and semantic_val/ (1 + index in
+    glyph_images.TEXTURES). The folder gets its name when it is complete; an interrupted run resumes with its last
+    chunk. Raises UserError if the folder holds a dataset with other settings.
     """
     root = Path(root)
     if not 0 <= seed < 2**31:
@@ -205,7 +205,7 @@ def make_glyphs(root: str | Path, preset: Preset, seed: int = 0, workers: int | 
 
 
 def _remove_empty(folder: Path) -> None:
-    """Remove a folder that holds nothing but its lock; another process that waits for it makes it again."""
+    """Remove a folder that holds only its lock; another process that waits for it makes it again."""
     with contextlib.suppress(OSError):
         (folder / locks.NAME).unlink()
         folder.rmdir()
@@ -238,7 +238,7 @@ def _make(root: Path, folder: Path, preset: Preset, seed: int, workers: int | No
     _run(jobs, workers or os.cpu_count() or 1, root.name)
     _merge(folder, characters, settings)
     os.replace(folder, root)
-    (root / locks.NAME).unlink(missing_ok=True)  # who waits for it sees that its folder has gone
+    (root / locks.NAME).unlink(missing_ok=True)  # a waiting process notices that its folder is gone
     return root
 
 
@@ -253,7 +253,7 @@ def _run(jobs: list, workers: int, title: str) -> None:
 
 
 def _merge(folder: Path, characters: dict[int, str], settings: dict) -> None:
-    """Parts -> train.json and val.json. Category counts are those of the training annotations."""
+    """Merge the parts to train.json and val.json, with the training annotations' counts of each category."""
     splits = {}
     for split in ("train", "val"):
         parts = [json.loads(p.read_text()) for p in sorted((folder / "parts").glob(f"{split}-*.json"))]
@@ -262,8 +262,8 @@ def _merge(folder: Path, characters: dict[int, str], settings: dict) -> None:
         splits[split] = images, [{"id": i, **a} for i, a in enumerate(annotations, start=1)]
     train = splits["train"][1]
     instances = np.bincount([a["category_id"] for a in train], minlength=len(characters) + 1)
-    seen = {(a["image_id"], a["category_id"]) for a in train}
-    in_images = np.bincount([c for _, c in seen], minlength=len(characters) + 1)
+    pairs = {(a["image_id"], a["category_id"]) for a in train}
+    in_images = np.bincount([category_id for _, category_id in pairs], minlength=len(characters) + 1)
     categories = []
     for category_id, character in characters.items():
         image_count = int(in_images[category_id])
@@ -288,13 +288,13 @@ def _merge(folder: Path, characters: dict[int, str], settings: dict) -> None:
 
 def _check_settings(file: Path, wanted: dict) -> None:
     try:
-        found = json.loads(file.read_text())
+        settings = json.loads(file.read_text())
     except (OSError, ValueError):
-        found = None
-    if found is None:
+        settings = None
+    if settings is None:
         raise UserError(f"{file.parent} exists and is no glyphs dataset: choose another data.root (--root)")
-    if found != wanted:
+    if settings != wanted:
         raise UserError(
             f"{file.parent} exists, but {file.name} there is not of this preset and seed: "
-            "remove the folder to have it made anew, or choose another data.root"
+            "remove the folder to make it again, or choose another data.root"
         )

@@ -1,4 +1,4 @@
-"""LVIS from its official home: annotations and COCO's images, fetched with resume.
+"""Downloads of LVIS from its official sources: annotations and COCO's images. Interrupted downloads resume.
 
 Command:  python scripts/prepare_data.py lvis --root data/lvis --version v1
 """
@@ -19,7 +19,7 @@ from bags.errors import UserError
 
 ANNOTATIONS = "https://dl.fbaipublicfiles.com/LVIS/"
 IMAGES = "http://images.cocodataset.org/zips/"
-FILES = {  # archive -> what it holds
+FILES = {  # archive -> the file in it
     "v0.5": {
         f"{ANNOTATIONS}lvis_v0.5_train.json.zip": "lvis_v0.5_train.json",
         f"{ANNOTATIONS}lvis_v0.5_val.json.zip": "lvis_v0.5_val.json",
@@ -34,10 +34,10 @@ CHUNK = 2**20
 
 
 def fetch_lvis(root: Path, version: str, images: bool = True) -> list[str]:
-    """Fetches and unpacks what is missing in `root`; returns a line for each file.
+    """Fetch and unpack the files that are missing in `root`, and return a line for each file.
 
-    An archive is taken as whole when its own checksums (CRC-32 of every member) hold. Raises UserError
-    that says what is missing, and from where, if the home cannot be reached.
+    Archives are verified by their own checksums (CRC-32 of every member). Raises UserError, which names the missing
+    file and its source, if the source cannot be reached.
     """
     root.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -46,7 +46,7 @@ def fetch_lvis(root: Path, version: str, images: bool = True) -> list[str]:
             lines.append(f"{root / name}: there")
             continue
         with locks.waiting(root):
-            if not (root / name).exists():  # nobody else has fetched it meanwhile
+            if not (root / name).exists():  # no other process has fetched it meanwhile
                 _fetch(url, root, name)
         lines.append(f"{root / name}: fetched")
     return lines
@@ -67,7 +67,7 @@ def _fetch(url: str, root: Path, name: str) -> None:
 
 
 def download(url: str, path: Path) -> None:
-    """Fetches `url` to `path`, which appears when it is whole; goes on where a killed run stopped."""
+    """Fetch `url` to `path`, which appears when it is complete; an interrupted download resumes."""
     if path.exists():
         return
     part = path.with_name(f"{path.name}.part")
@@ -79,14 +79,14 @@ def download(url: str, path: Path) -> None:
         if error.code != 416:
             raise
         whole = error.headers.get("Content-Range", "").rpartition("/")[2]
-        if whole == str(done):  # asked for what lies behind the end: the part is whole
+        if whole == str(done):  # no bytes are left to ask for: the part is complete
             os.replace(part, path)
             return
         part.unlink()
-        raise OSError(f"{part} was not a part of it and is removed; run this again") from None
+        raise OSError(f"{part} was not a part of it and has been removed; run this again") from None
     resumes = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {done}-")
     if response.status == 206 and not resumes:
-        raise OSError(f"the server sent {response.headers.get('Content-Range')}, not what follows byte {done}")
+        raise OSError(f"the server sent {response.headers.get('Content-Range')}, not the bytes from {done} on")
     with response, part.open("ab" if resumes else "wb") as file:
         done = done if resumes else 0
         length = response.headers.get("Content-Length")
@@ -96,12 +96,12 @@ def download(url: str, path: Path) -> None:
                 file.write(chunk)
                 bar.update(len(chunk))
         if total is not None and file.tell() != total:
-            raise OSError(f"connection ended after {file.tell()} of {total} bytes; run this again to go on")
+            raise OSError(f"connection ended after {file.tell()} of {total} bytes; run this again to resume")
     os.replace(part, path)
 
 
 def unpack(archive: Path, root: Path, name: str) -> None:
-    """Checks an archive and extracts the file or folder `name`, which appears when complete."""
+    """Check an archive and extract the file or folder `name`, which appears when it is complete."""
     temporary = root / f"{name}.partial"
     try:
         with zipfile.ZipFile(archive) as file:

@@ -19,15 +19,14 @@ STRIDES = {"small": (4, 8, 16), "resnet": (4, 8, 16, 32, 64), "mobilenet": (32, 
 
 
 class Backbone(nn.Module):
-    """What a detector asks of a backbone: images [B, 3, H, W] -> maps [B, out_channels, H_l, W_l], finest first.
+    """The interface of a backbone: images [B, 3, H, W] -> maps [B, out_channels, H_l, W_l], finest first.
 
-    strides: of its levels, in pixels. roi_levels: names of those that RoIs are taken from (the last one that
-    torchvision adds is not). torchvision's own backbones have these attributes, too, but another base.
+    torchvision's backbones get the same attributes in `build_backbone`, but have another base class.
     """
 
-    out_channels: int
-    strides: Sequence[int]
-    roi_levels: list[str]
+    out_channels: int  # of every map
+    strides: Sequence[int]  # of the maps, in pixels
+    roi_levels: list[str]  # names of the maps that RoIs are taken from, not of the level that torchvision adds
 
 
 def build_backbone(
@@ -38,31 +37,29 @@ def build_backbone(
     frozen_stages: int,
     deformable_stages: Sequence[int] = (),
 ) -> Backbone:
-    """A backbone with pyramid, untrained.
+    """Build an untrained backbone with a feature pyramid.
 
-    name: small, or a ResNet, ResNeXt or MobileNet of torchvision. levels: of `small` alone, 2 or 3.
-    frozen_batch_norm: statistics and affine parameters stay as loaded (eps 1e-5); "statistics": those alone, as in
-    the paper's code.
-    frozen_stages: the stem and that many of the following stages are not trained; 0 trains all.
-    deformable_stages: stages of a ResNet, of 1 to 4, whose 3x3 convolutions are deformable.
+    name               small, or a ResNet, ResNeXt or MobileNet of torchvision
+    channels           width of the pyramid
+    levels             of `small`, 2 or 3; other backbones ignore it
+    frozen_batch_norm  True: statistics and affine parameters stay as loaded (eps 1e-5); "statistics": only the
+                       statistics do, as in the paper's code
+    frozen_stages      the stem and so many of the following stages are not trained; 0: all are trained
+    deformable_stages  stages of a ResNet, of 1 to 4, whose 3x3 convolutions are deformable
     """
     if name == "small":
         return SmallFPN(channels, levels)
     kinds = {True: FrozenBatchNorm, False: nn.BatchNorm2d, "statistics": FixedStatistics}
-    norm = kinds[frozen_batch_norm]
+    options = {"backbone_name": name, "weights": None, "norm_layer": kinds[frozen_batch_norm]}
     family = "mobilenet" if name.startswith("mobilenet") else "resnet"
-    if family == "resnet":
-        trainable = 5 if frozen_stages == 0 else 4 - frozen_stages
-        backbone = resnet_fpn_backbone(backbone_name=name, weights=None, norm_layer=norm, trainable_layers=trainable)
+    if family == "mobilenet":
+        backbone = mobilenet_backbone(fpn=True, trainable_layers=6 - frozen_stages, **options)
+    else:
+        backbone = resnet_fpn_backbone(trainable_layers=4 - frozen_stages if frozen_stages else 5, **options)
         for stage in deformable_stages:
             for block in backbone.body[f"layer{stage}"]:
                 block.conv2 = DeformableConv(block.conv2)
                 block.conv2.requires_grad_(stage > frozen_stages)
-    else:
-        trainable = 6 - frozen_stages
-        backbone = mobilenet_backbone(
-            backbone_name=name, fpn=True, norm_layer=norm, weights=None, trainable_layers=trainable
-        )
     if channels != backbone.out_channels:
         widths = [block[0].in_channels for block in backbone.fpn.inner_blocks]
         backbone.fpn = FeaturePyramidNetwork(widths, channels, LastLevelMaxPool())
@@ -73,9 +70,9 @@ def build_backbone(
 
 
 def load_backbone_weights(backbone: Any, name: str, source: str) -> None:
-    """Loads a classifier's weights: `source` is a name of torchvision's (IMAGENET1K_V1; fetched, its hash
-    checked), or a file with a state dict of torchvision's model `name`.
+    """Load the weights of torchvision's classification network `name` into a backbone's body.
 
+    source: a name such as IMAGENET1K_V1, whose file is fetched and its hash checked; or a file with a state dict.
     Raises UserError for anything that does not hold exactly this backbone's weights.
     """
     if Path(source).suffix in (".pth", ".pt"):
@@ -93,40 +90,40 @@ def load_backbone_weights(backbone: Any, name: str, source: str) -> None:
         except OSError as error:
             raise UserError(f"{weights[source].url}: cannot be fetched ({error}); name a local file instead") from None
     state = {key.removeprefix("features."): value for key, value in state.items()}
-    own = backbone.body.state_dict()
-    odd = [key for key, value in own.items() if key not in state or state[key].shape != value.shape]
-    odd = [key for key in odd if not key.endswith("num_batches_tracked") and ".offsets." not in key]
-    if odd:
-        raise UserError(f"{source}: not the weights of {name}: {odd[0]} is missing or of another shape")
-    backbone.body.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
+    new = backbone.body.state_dict()
+    misfits = [key for key, value in new.items() if key not in state or state[key].shape != value.shape]
+    misfits = [key for key in misfits if not key.endswith("num_batches_tracked") and ".offsets." not in key]
+    if misfits:
+        raise UserError(f"{source}: not the weights of {name}: {misfits[0]} is missing or of another shape")
+    backbone.body.load_state_dict({key: state[key] for key in new if key in state}, strict=False)
 
 
 class FixedStatistics(nn.BatchNorm2d):
     """Batch normalisation whose statistics stay as loaded, while its affine parameters are trained."""
 
     def train(self, mode: bool = True) -> "FixedStatistics":
-        """Always in evaluation mode."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
 
 class FrozenBatchNorm(torchvision.ops.FrozenBatchNorm2d):
-    """torchvision's, whose outputs under autocast stay in the half precision of its inputs."""
+    """torchvision's frozen batch normalisation; under autocast its outputs stay in the half precision of its inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W], as it is."""
+        """Normalise [B, C, H, W]."""
         if x.dtype == self.weight.dtype:
             return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 class DeformableConv(DeformConv2d):
-    """A 3x3 convolution whose nine taps move by learnt offsets (Dai et al. 2017); it starts as the plain one.
+    """A 3x3 convolution whose nine taps move by learnt offsets (Dai et al. 2017).
 
-    It stands for the second convolution of a residual block.
+    It replaces the second convolution of a residual block and starts equal to it, with offsets of 0.
     """
 
     def __init__(self, plain: nn.Conv2d):
-        """Takes the shape and the weights of `plain`."""
+        """Copy the shape and the weights of `plain`."""
         geometry = {name: getattr(plain, name) for name in ("stride", "padding", "dilation")}
         super().__init__(
             plain.in_channels, plain.out_channels, 3, groups=plain.groups, bias=plain.bias is not None, **geometry
@@ -137,9 +134,9 @@ class DeformableConv(DeformConv2d):
             nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, in_channels, H, W] -> [B, out_channels, H', W']."""
+        """Convolve [B, in_channels, H, W] to [B, out_channels, H', W']."""
         offsets = self.offsets(features)
-        with torch.autocast(features.device.type, enabled=False):  # not every device has it in half precision
+        with torch.autocast(features.device.type, enabled=False):  # not every device supports half precision
             return super().forward(features.to(self.weight.dtype), offsets.to(self.weight.dtype))
 
 
@@ -164,7 +161,7 @@ class SmallFPN(Backbone):
             ]
         )
         self.fpn = FeaturePyramidNetwork(list(widths[1:]), channels)
-        for unused in range(levels, len(self.stages)):  # these levels only feed the ones below them
+        for unused in range(levels, len(self.stages)):  # these levels only feed the finer levels
             self.fpn.layer_blocks[unused] = nn.Identity()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

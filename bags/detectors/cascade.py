@@ -1,8 +1,8 @@
-"""Cascade R-CNN (Cai & Vasconcelos 2018): three box stages, each on the boxes that the one before it has moved.
+"""Cascade R-CNN (Cai & Vasconcelos 2018): three box stages, each on the boxes that the previous stage has moved.
 
-A stage is a `RoIHeads` with its own classifier, class-agnostic regression and matching threshold.
-Training draws and labels the proposals anew in each stage; the objects' own boxes, added to learn
-from, are not passed on. Scores come from the mean of the stages' logits, boxes from the last one.
+A stage is a `RoIHeads` with its own classifier, class-agnostic regression and matching threshold. Training draws and
+labels the proposals again in each stage; the boxes of objects, which are added to learn from, are not passed on.
+Scores come from the mean of the stages' logits, boxes from the last stage.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from bags.detectors.roi_heads import RoIHeads, Samples, add_masks
 
 
 class Stage(NamedTuple):
-    """IoU from which a proposal is foreground, standard deviations of its box deltas, factor of its losses."""
+    """The settings in which the stages differ."""
 
-    iou: float
-    deviations: tuple[float, float, float, float]
+    iou: float  # from which a proposal is foreground
+    deviations: tuple[float, float, float, float]  # standard deviations of the box deltas
     loss_weight: float
 
 
@@ -31,9 +31,9 @@ STAGES = (
 
 
 class CascadeRoIHeads(nn.Module):
-    """Stages in sequence: proposals -> losses (training) or detections; called as `RoIHeads`.
+    """Stages in sequence: proposals -> losses (training) or detections; called like `RoIHeads`.
 
-    With mask branches, each stage learns masks on its own foreground, and detections take the mean of the
+    With mask branches, each stage learns masks on its own foreground, and the masks of detections are the mean of the
     stages' probabilities.
     """
 
@@ -43,12 +43,12 @@ class CascadeRoIHeads(nn.Module):
 
     @property
     def report_proposals(self) -> bool:
-        """As in RoIHeads; what is reported are the boxes that the last stage classifies."""
+        """As in RoIHeads; the reported boxes are those that the last stage classifies."""
         return self.box_stages[-1].report_proposals
 
     @report_proposals.setter
     def report_proposals(self, value: bool) -> None:
-        """Passed on to the last stage."""
+        """Set it for the last stage."""
         self.box_stages[-1].report_proposals = value
 
     def has_mask(self) -> bool:
@@ -62,9 +62,9 @@ class CascadeRoIHeads(nn.Module):
         image_shapes: list[tuple[int, int]],
         targets: list[dict] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Returns (detections, losses); one of them is empty. See `RoIHeads.forward`.
+        """Return (detections, losses), of which one is empty; see `RoIHeads.forward`.
 
-        The losses of stage 1, 2, 3 end in _1, _2, _3 and are weighted already.
+        The names of the losses of stage 1, 2, 3 end in _1, _2, _3. They are already weighted.
         """
         if self.training:
             return [], self._losses(features, proposals, image_shapes, targets)
@@ -74,23 +74,30 @@ class CascadeRoIHeads(nn.Module):
     def training_proposals(
         self, features, proposals, image_shapes, targets
     ) -> list[tuple[ProposalClassifier, BoxFeatures, Tensor]]:
-        """(classifier, BoxFeatures, labels [R]) of the proposals that a training step would sample in each stage."""
-        shown = []
+        """Sample proposals as a training step does: (classifier, BoxFeatures, labels [R] in 0..C) of each stage.
+
+        HTC's additional draws for masks are left out.
+        """
+        features, stages = self.with_context(features), []
         for stage in self.box_stages:
             samples = stage.sample(proposals, targets)
             box_features = stage.box_features(features, samples.boxes, image_shapes)
-            shown.append((stage.classifier, box_features, torch.cat(samples.labels)))
-            proposals = self._next_proposals(stage, samples, stage.box_regressor(box_features.fc), image_shapes)
-        return shown
+            stages.append((stage.classifier, box_features, torch.cat(samples.labels)))
+            proposals = stage.next_proposals(samples, stage.box_regressor(box_features.fc), image_shapes)
+        return stages
 
     @property
     def box_stages(self) -> list[RoIHeads]:
         """The stages in order."""
         return cast(list[RoIHeads], list(self.stages))
 
+    def with_context(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The maps that boxes are pooled from: the pyramid's."""
+        return features
+
     def stage_features(self, features, proposals, image_shapes) -> list[tuple[list[Tensor], BoxFeatures]]:
         """See `RoIHeads.stage_features`."""
-        stages = []
+        features, stages = self.with_context(features), []
         for stage in self.box_stages:
             box_features = stage.box_features(features, proposals, image_shapes)
             stages.append((proposals, box_features))
@@ -100,7 +107,8 @@ class CascadeRoIHeads(nn.Module):
 
     def stage_detections(self, stages: list[tuple[list[Tensor], BoxFeatures]], image_shapes) -> list[dict[str, Tensor]]:
         """See `RoIHeads.stage_detections`."""
-        logits = [stage.classifier(shown) for stage, (_, shown) in zip(self.box_stages, stages, strict=True)]
+        pairs = zip(self.box_stages, stages, strict=True)
+        logits = [stage.classifier(box_features) for stage, (_, box_features) in pairs]
         last, (boxes, box_features) = self.box_stages[-1], stages[-1]
         scores = last.classifier.probs(torch.stack(logits).mean(0))
         return last.detect(scores, last.box_regressor(box_features.fc), boxes, image_shapes)
@@ -108,10 +116,9 @@ class CascadeRoIHeads(nn.Module):
     def stage_losses(self, stages: list[tuple[BoxFeatures, Tensor]]) -> dict[str, Tensor]:
         """See `RoIHeads.stage_losses`; named and weighted as in training."""
         losses: dict[str, Tensor] = {}
-        for number, (stage, weight, shown) in enumerate(
-            zip(self.box_stages, self.loss_weights, stages, strict=True), 1
-        ):
-            losses |= {f"{name}_{number}": weight * value for name, value in stage.stage_losses([shown]).items()}
+        triples = zip(self.box_stages, self.loss_weights, stages, strict=True)
+        for number, (stage, weight, samples) in enumerate(triples, start=1):
+            losses |= {f"{name}_{number}": weight * value for name, value in stage.stage_losses([samples]).items()}
         return losses
 
     def _losses(self, features, proposals, image_shapes, targets) -> dict[str, Tensor]:
@@ -120,27 +127,22 @@ class CascadeRoIHeads(nn.Module):
             samples = stage.sample(proposals, targets)
             box_features = stage.box_features(features, samples.boxes, image_shapes)
             regression = stage.box_regressor(box_features.fc)
-            own = stage.box_losses(box_features, regression, samples)
-            proposals = self._next_proposals(stage, samples, regression, image_shapes)
+            stage_losses = stage.box_losses(box_features, regression, samples)
+            proposals = stage.next_proposals(samples, regression, image_shapes)
             if self.has_mask():
-                shown = self._mask_samples(stage, samples, proposals, targets).foreground()
-                pooled = stage.mask_roi_pool(features, shown.boxes, image_shapes)
+                mask_samples = self._mask_samples(stage, samples, proposals, targets).foreground()
+                pooled = stage.mask_roi_pool(features, mask_samples.boxes, image_shapes)
                 [mask_features] = self._mask_features(pooled, [number])
-                own["loss_mask"] = stage.mask_loss(mask_features, shown, targets)
-            losses |= {f"{name}_{number + 1}": weight * value for name, value in own.items()}
+                stage_losses["loss_mask"] = stage.mask_loss(mask_features, mask_samples, targets)
+            losses |= {f"{name}_{number + 1}": weight * value for name, value in stage_losses.items()}
         return losses
 
-    def _next_proposals(self, stage: RoIHeads, samples: Samples, regression: Tensor, image_shapes) -> list[Tensor]:
-        """The sampled proposals, moved; without the objects' own boxes."""
-        moved = stage.refine(samples.boxes, regression, image_shapes)
-        return [boxes[~own] for boxes, own in zip(moved, samples.is_object, strict=True)]
-
     def _mask_samples(self, stage: RoIHeads, samples: Samples, moved: list[Tensor], targets) -> Samples:
-        """What a stage's mask branch is trained on: what its box branch is."""
+        """The samples that a stage's mask branch is trained on: those of its box branch."""
         return samples
 
     def _mask_features(self, pooled: Tensor, stages: Sequence[int]) -> list[Tensor]:
-        """Outputs [K, width, 14, 14] of some stages' mask heads for pooled features of the same shape."""
+        """Outputs [K, width, 14, 14] of the mask heads of stages (0-based) for pooled features of the same shape."""
         return [self.box_stages[number].mask_head(pooled) for number in stages]
 
     def _detect(self, features, proposals, image_shapes) -> list[dict[str, Tensor]]:

@@ -1,8 +1,7 @@
-"""The numeric conventions of a detector: which variant of each part its numbers assume.
+"""The numeric conventions of a detector: the variant of each part that its weights were trained with.
 
-Published detectors differ in details that their weights were trained with: where anchors lie, how a box
-is clipped, which proposals match, how masks are pasted. A preset names one choice of all of them; the
-code that puts a detector together takes the parts from it and asks no further questions.
+Published detectors differ in details: where anchors lie, how a box is clipped, which proposals match, how masks are
+pasted. A preset names one choice of all of them, and the code that builds a detector takes its parts from the preset.
 """
 
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
@@ -21,10 +19,11 @@ from bags.classifiers.base import at_least_float32
 from bags.detectors import released
 from bags.detectors.anchors import FixedStrideAnchors, PreciseAnchors
 from bags.detectors.masks import crops, encode
+from bags.detectors.torchvision_private import BoxCoder, Matcher
 
 
 class PreciseBoxCoder(BoxCoder):
-    """Boxes in float32 at least, also from the half-precision deltas of autocast."""
+    """torchvision's box coder, whose boxes are in float32 at least, also from autocast's half-precision deltas."""
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Deltas [R, 4 * L] of boxes [R, 4] (pixels) -> boxes [R, 4 * L]."""
@@ -32,28 +31,32 @@ class PreciseBoxCoder(BoxCoder):
 
 
 def mask_targets(masks: Tensor, boxes: Tensor, matched: Tensor, side: int) -> Tensor:
-    """Masks [K, H, W] of objects -> what is in boxes [R, 4] of the objects `matched` [R], [R, side, side] in 0..1.
+    """Crop the masks [G, H, W] of objects to boxes [R, 4] (pixels): targets [R, side, side] in 0..1.
 
-    As torchvision's `project_masks_on_boxes`, which takes a gigantic detour where deterministic kernels are asked
-    for on a GPU: those are for gradients, and targets have none.
+    matched [R] in 0..G-1 says whose mask a box takes. The result is that of torchvision's `project_masks_on_boxes`,
+    whose deterministic kernels on a GPU are slow because they also compute gradients, which targets do not need.
     """
     regions = torch.cat([matched[:, None].to(boxes), boxes], dim=1)
     return torch.ops.torchvision.roi_align(masks[:, None].to(boxes), regions, 1.0, side, side, -1, False)[:, 0]
 
 
 class Transform(GeneralizedRCNNTransform):
-    """torchvision's normalisation, resizing and padding; `semantic` label maps [H, W] of targets follow (nearest).
+    """torchvision's normalisation, resizing and padding, which also resizes `semantic` label maps [H, W] (nearest).
 
-    encode_masks: detections come with `rles` (see `masks.encode`) instead of image-sized masks.
+    encode_masks        detections come with `rles` (see `masks.encode`) instead of image-sized masks
+    resize_in_training  False: training images have their final size already
     """
 
     encode_masks = False
+    resize_in_training = True
     fixed_size: tuple[int, int] | None
 
     def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
-        """One image [3, H, W] and its target, at the size that min_size and max_size ask for; at least a pixel."""
+        """Resize one image [3, H, W] and its target as min_size and max_size say, to at least one pixel."""
+        if self.training and not self.resize_in_training:
+            return image, target
         fixed_size = self.fixed_size
-        if fixed_size is None and not (self.training and self._skip_resize):
+        if fixed_size is None:
             height, width = image.shape[-2:]
             scale = min(self.min_size[-1] / min(height, width), self.max_size / max(height, width))
             if min(height, width) * scale < 1:  # torchvision would round to 0 pixels
@@ -66,7 +69,7 @@ class Transform(GeneralizedRCNNTransform):
         return image, target
 
     def postprocess(self, result: list[dict], image_shapes: list, original_image_sizes: list) -> list[dict]:
-        """Boxes [K, 4], masks [K, 1, 28, 28] and proposals [R, 4] of detections, in the original images."""
+        """Map boxes [K, 4], masks [K, 1, 28, 28] in 0..1 and proposals [R, 4] to pixels of the original images."""
         if self.training:
             return result
         for detection, shape, size in zip(result, image_shapes, original_image_sizes, strict=True):
@@ -74,13 +77,13 @@ class Transform(GeneralizedRCNNTransform):
                 detection["proposals"] = resize_boxes(detection["proposals"], shape, size)
         masks = [detection.pop("masks", None) for detection in result] if self.encode_masks else []
         result = super().postprocess(result, image_shapes, original_image_sizes)
-        for detection, own, size in zip(result, masks, original_image_sizes, strict=False):
-            if own is not None:
-                detection["rles"] = encode(crops(own, detection["boxes"], size), size)
+        for detection, of_image, size in zip(result, masks, original_image_sizes, strict=False):
+            if of_image is not None:
+                detection["rles"] = encode(crops(of_image, detection["boxes"], size), size)
         return result
 
 
-def _as_they_are(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def _unchanged(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return boxes
 
 
@@ -90,21 +93,21 @@ def _roi_align(names: list[str], side: int, samples: int, strides: list[int]) ->
 
 @dataclass(frozen=True)
 class Conventions:
-    """Parts with torchvision's calling conventions; boxes are continuous x1, y1, x2, y2 in pixels everywhere.
+    """Parts with torchvision's calling conventions. All boxes are continuous x1, y1, x2, y2 in pixels.
 
     anchors           (sizes, aspect_ratios, strides) -> anchor generator
     rpn               as torchvision's RegionProposalNetwork
-    matcher           (foreground IoU, background IoU) -> which object a proposal belongs to
-    matches_objects   whether an object's own box is matched as proposals are, or stands for that object anyway
+    matcher           (foreground IoU, background IoU) -> the object that a proposal belongs to
+    matches_objects   whether an object's box is matched like a proposal; otherwise it always gets its object
     box_coder         (weights) -> deltas to boxes and back
     clip              (boxes [..., 4], (height, width)) -> boxes inside the image
-    least_side        detections narrower or lower are dropped (pixels)
+    least_side        narrower or lower detections are dropped (pixels)
     suppressed_as     (boxes [K, 4], (height, width)) -> the boxes whose overlaps decide suppression
     roi_align         (level names, output side, samples per bin side, strides) -> pooling over the pyramid
-    transform         (min_size, max_size, mean, std, _skip_resize=...) -> resizing there and back
-    augments          whether the transform itself mirrors training images and draws their size, instead of the dataset
+    transform         (min_size, max_size, mean, std) -> resizing there and back
+    augments          whether the transform, not the dataset, mirrors training images and draws their size
     mask_targets      (masks, boxes, matched objects, side) -> targets [K, side, side] in 0..1
-    box_beta          where smooth L1 of the second stage turns from square to linear
+    box_beta          error at which smooth L1 of the second stage turns from square to linear
     semantic_padding  label of the padding in semantic maps (255 is ignored)
     """
 
@@ -115,7 +118,7 @@ class Conventions:
     box_coder: Callable[[tuple[float, ...]], BoxCoder] = PreciseBoxCoder
     clip: Callable[[Tensor, tuple[int, int]], Tensor] = clip_boxes_to_image
     least_side: float = 1e-2
-    suppressed_as: Callable[[Tensor, tuple[int, int]], Tensor] = _as_they_are
+    suppressed_as: Callable[[Tensor, tuple[int, int]], Tensor] = _unchanged
     roi_align: Callable[..., nn.Module] = _roi_align
     transform: type[GeneralizedRCNNTransform] = Transform
     augments: bool = False
@@ -125,7 +128,7 @@ class Conventions:
 
 
 def _torchvision_anchors(sizes, aspect_ratios, strides) -> AnchorGenerator:
-    """Strides are derived from the sizes of image and feature maps, rounded down."""
+    """Anchors whose strides torchvision derives from the sizes of image and feature maps, rounded down."""
     return PreciseAnchors(sizes, aspect_ratios)
 
 

@@ -1,17 +1,16 @@
-"""The two halves of a detector whose classifiers alone are trained: what never changes, and what is left to do.
+"""The two halves of a detector of which only the classifiers are trained.
 
-`training_pool` and `stage_features` make the proposals and features that can be kept on disk;
-`FromFeatures` goes on from there. Shape shorthand: S stages, R rows of one image (proposals, and after them
-its objects), D numbers in a feature.
+`training_pool` and `proposals_to_store` run the frozen half; what they return can be kept on disk. `FromFeatures` is
+the other half: it trains and predicts from the stored features. Shape shorthand: S stages, R rows of one image
+(proposals, and after them its objects), D numbers in a feature.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 from torchvision.ops import box_iou
 
 from bags.classifiers.base import BoxFeatures
@@ -20,26 +19,26 @@ from bags.detectors.released import ResizedShape
 
 
 class Pool(NamedTuple):
-    """What a training step may draw from one image; a row stands for the same proposal in every stage."""
+    """The rows of one image that a training step may draw from; a row is the same proposal in every stage."""
 
     fc: Tensor  # [R, S, D] after the box head
-    labels: Tensor  # [R, S] in 0..C
-    overlaps: Tensor  # [R, S] IoU with the object that it overlaps most, 0 without any
+    labels: Tensor  # [R, S] in 0..C, 0 is the background
+    overlaps: Tensor  # [R, S] in 0..1: IoU with the object that the row overlaps most, 0 without objects
     scores: Tensor  # [R] objectness in 0..1; 1 for objects
     is_object: Tensor  # [R] bool; objects are the last rows
 
 
-class Seen(NamedTuple):
-    """What the last step of prediction needs of one image."""
+class StoredProposals(NamedTuple):
+    """The proposals of one image, as the last step of prediction needs them."""
 
     fc: Tensor  # [R, S, D]
-    boxes: Tensor  # [R, 4] those of the last stage, pixels of the resized image
+    boxes: Tensor  # [R, 4] of the last stage, in pixels of the resized image
     size: tuple[int, int]  # height, width of the resized image
-    scale: float  # by which the image was resized, where the detector's transform says so; else 1
-    original: tuple[int, int]  # height, width before
+    scale: float  # by which the image was resized, if the detector's transform tells it; else 1
+    original: tuple[int, int]  # height, width before resizing
 
-    def to(self, device: torch.device) -> "Seen":
-        """With its tensors on a device."""
+    def to(self, device: torch.device) -> "StoredProposals":
+        """Move the tensors to a device."""
         return self._replace(fc=self.fc.to(device), boxes=self.boxes.to(device))
 
 
@@ -47,106 +46,91 @@ class Seen(NamedTuple):
 def training_pool(
     detector: FasterRCNN, images: list[Tensor], targets: list[dict], negatives: int, seeds: Sequence[int]
 ) -> list[Pool]:
-    """Of each image all objects, all foreground proposals and up to `negatives` others, drawn by its seed.
+    """Collect of each image all objects, all foreground proposals and up to `negatives` others, drawn by its seed.
 
-    images and targets as in training, the detector in evaluation mode. Stage 1 decides what is foreground. A
-    later stage sees the same rows, moved by the stages before it, as it does in training.
+    images and targets are as in training; the detector is in evaluation mode. Stage 1 decides what is foreground.
+    Later stages see the same rows, moved by the stages before, as in training.
     """
     batch, targets = detector.transform(images, targets)
     assert len(images) == len(seeds) == len(targets)
     features = detector.backbone(batch.tensors)
     proposals, scores = _training_proposals(detector.rpn, batch, features)
-    if hasattr(detector.roi_heads, "with_context"):
-        features = detector.roi_heads.with_context(features)
-    shapes, stages = batch.image_sizes, detector.roi_heads.box_stages
+    features = detector.roi_heads.with_context(features)
+    stages = detector.roi_heads.box_stages
     samples = stages[0].match(proposals, targets)
-    chosen = [
+    rows = [
         _chosen(labels, is_object, negatives, seed)
         for labels, is_object, seed in zip(samples.labels, samples.is_object, seeds, strict=True)
     ]
-    samples = samples.take(chosen)
-    scores = [torch.cat([s, s.new_ones(len(t["boxes"]))])[c] for s, t, c in zip(scores, targets, chosen, strict=True)]
-    found: list[tuple] = []
-    for stage in stages:
-        if found:
-            moved = stages[len(found) - 1].refine(samples.boxes, found[-1][1], shapes)
-            kept = [boxes[~own] for boxes, own in zip(moved, samples.is_object, strict=True)]
-            samples = stage.match(kept, targets)
-        fc = stage.box_features(features, samples.boxes, shapes).fc
-        regression = stage.box_regressor(fc) if stage is not stages[-1] else None
-        overlaps = [overlap(boxes, target["boxes"]) for boxes, target in zip(samples.boxes, targets, strict=True)]
-        found.append((fc.split([len(boxes) for boxes in samples.boxes]), regression, samples.labels, overlaps))
-    pools = []
-    for image in range(len(targets)):
-        rows, labels, highest = (torch.stack([of[k][image] for of in found], 1) for k in (0, 2, 3))
-        pools.append(Pool(rows, labels, highest, scores[image], samples.is_object[image]))
-    return pools
+    samples = samples.take(rows)
+    scores = [torch.cat([s, s.new_ones(len(t["boxes"]))])[r] for s, t, r in zip(scores, targets, rows, strict=True)]
+    fc: list[Sequence[Tensor]] = []
+    labels, overlaps = [], []
+    for stage, following in zip(stages, [*stages[1:], None], strict=True):
+        box_features = stage.box_features(features, samples.boxes, batch.image_sizes)
+        fc.append(box_features.fc.split([len(boxes) for boxes in samples.boxes]))
+        labels.append(samples.labels)
+        overlaps.append([overlap(boxes, target["boxes"]) for boxes, target in zip(samples.boxes, targets, strict=True)])
+        if following is not None:
+            regression = stage.box_regressor(box_features.fc)
+            samples = following.match(stage.next_proposals(samples, regression, batch.image_sizes), targets)
+    columns = ([torch.stack(image, 1) for image in zip(*column, strict=True)] for column in (fc, labels, overlaps))
+    return [Pool(*image) for image in zip(*columns, scores, samples.is_object, strict=True)]
 
 
 def overlap(boxes: Tensor, objects: Tensor) -> Tensor:
-    """IoU of boxes [R, 4] with the object [G, 4] that each overlaps most: [R], 0 without objects."""
+    """IoU [R] of boxes [R, 4] with the object of [G, 4] that each overlaps most; 0 without objects."""
     return box_iou(boxes, objects).max(1).values if len(objects) else boxes.new_zeros(len(boxes))
 
 
 def _chosen(labels: Tensor, is_object: Tensor, negatives: int, seed: int) -> Tensor:
-    """Rows of one image, rising: foreground, objects, and `negatives` of the rest."""
-    rest = torch.where((labels == 0) & ~is_object)[0]
-    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))[:negatives]
-    return torch.cat([torch.where((labels > 0) | is_object)[0], rest[order.to(rest.device)]]).sort().values
+    """Rows of one image, rising: its foreground, its objects, and `negatives` of the others."""
+    others = torch.where((labels == 0) & ~is_object)[0]
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:negatives]
+    return torch.cat([torch.where((labels > 0) | is_object)[0], others[order.to(others.device)]]).sort().values
 
 
 def _training_proposals(
     rpn: RegionProposalNetwork, images, features: dict[str, Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Boxes [R, 4] and objectness [R] of each image, as many as in training, without the RPN's losses."""
-    scores: list[Tensor] = []
-    plain = rpn.filter_proposals
+    """Boxes [R, 4] and objectness [R] in 0..1 of each image, as many as in training; the RPN is in evaluation mode.
 
-    def kept(*given):
-        """`filter_proposals`, whose scores the RPN's own forward drops."""
-        boxes, found = plain(*given)
-        scores.extend(found)
-        return boxes, found
-
-    with _as_many_as_in_training(rpn):
-        rpn.filter_proposals = kept
-        try:
-            return rpn(images, features)[0], scores
-        finally:
-            del rpn.filter_proposals
-
-
-@contextlib.contextmanager
-def _as_many_as_in_training(rpn: RegionProposalNetwork) -> Iterator[None]:
-    limits = rpn._pre_nms_top_n, rpn._post_nms_top_n
-    rpn._pre_nms_top_n, rpn._post_nms_top_n = ({"testing": limit["training"]} for limit in limits)
+    The steps are those of `RegionProposalNetwork.forward`, which does not return the objectness.
+    """
+    maps = list(features.values())
+    objectness, deltas = rpn.head(maps)
+    anchors = rpn.anchor_generator(images, maps)
+    anchors_per_level = [level[0].numel() for level in objectness]
+    objectness, deltas = concat_box_prediction_layers(objectness, deltas)
+    boxes = rpn.box_coder.decode(deltas, anchors).view(len(anchors), -1, 4)
+    rpn.training = True  # makes filter_proposals keep as many as in training, and changes nothing else
     try:
-        yield
+        return rpn.filter_proposals(boxes, objectness, images.image_sizes, anchors_per_level)
     finally:
-        rpn._pre_nms_top_n, rpn._post_nms_top_n = limits
+        rpn.training = False
 
 
 @torch.inference_mode()
-def seen(detector: FasterRCNN, images: list[Tensor]) -> list[Seen]:
-    """What is left of each image [3, H, W] for the classifiers; the detector in evaluation mode."""
+def proposals_to_store(detector: FasterRCNN, images: list[Tensor]) -> list[StoredProposals]:
+    """Run the frozen half for prediction on images [3, H, W]; the detector is in evaluation mode."""
     batch, _ = detector.transform(images)
     features = detector.backbone(batch.tensors)
     proposals, _ = detector.rpn(batch, features)
     stages = detector.roi_heads.stage_features(features, proposals, batch.image_sizes)
     boxes = stages[-1][0]
-    fc = torch.stack([shown.fc for _, shown in stages], 1).split([len(b) for b in boxes])
+    fc = torch.stack([box_features.fc for _, box_features in stages], 1).split([len(b) for b in boxes])
     return [
-        Seen(own, moved, tuple(size), getattr(size, "scale", 1.0), (image.shape[-2], image.shape[-1]))
-        for own, moved, size, image in zip(fc, boxes, batch.image_sizes, images, strict=True)
+        StoredProposals(rows, moved, tuple(size), getattr(size, "scale", 1.0), (image.shape[-2], image.shape[-1]))
+        for rows, moved, size, image in zip(fc, boxes, batch.image_sizes, images, strict=True)
     ]
 
 
 class FromFeatures(nn.Module):
-    """A detector's classifiers and last box regression, called on kept features instead of images.
+    """A detector's classifiers and last box regression, called with stored features instead of images.
 
-    Training mode: forward([fc [R, D] per stage], [{"labels": [R]} per stage]) -> the classifiers' losses.
-    Evaluation mode: forward([Seen per image]) -> detections, as the detector's own but without masks.
-    With `resident`, all rows [N, S, D] of a store, the training features may be row numbers [R] instead.
+    Training mode: forward([fc [R, D] per stage], [{"labels": [R]} per stage]) returns the classifiers' losses.
+    Evaluation mode: forward([StoredProposals per image]) returns the detector's detections, without masks.
+    With `resident`, all rows [N, S, D] of a store, training features may be row numbers [R] instead.
     """
 
     def __init__(self, detector: FasterRCNN, resident: Tensor | None = None):
@@ -154,12 +138,12 @@ class FromFeatures(nn.Module):
         self.stages = nn.ModuleList(
             nn.ModuleList([stage.classifier, stage.box_regressor]) for stage in detector.roi_heads.box_stages
         )
-        self.detector = (detector,)  # no submodule: it may stay where it is
+        self.detector = (detector,)  # not a submodule: it may stay on another device
         self.resident = resident
         self.train()
 
     def train(self, mode: bool = True) -> "FromFeatures":
-        """Of the detector only the classifiers follow: the rest, its transform too, does what it does in prediction."""
+        """Set the mode of the classifiers; the rest of the detector, including its transform, stays in evaluation."""
         self.detector[0].eval()
         return super().train(mode)
 
@@ -168,23 +152,23 @@ class FromFeatures(nn.Module):
         detector = self.detector[0]
         if self.training:
             return detector.roi_heads.stage_losses(self._samples(images, targets or []))
-        counts = [len(image.boxes) for image in images]
         fc = torch.cat([image.fc for image in images])
-        boxes = torch.cat([image.boxes for image in images]).split(counts)
+        boxes = [image.boxes for image in images]
         sizes = [ResizedShape(image.size, image.scale) for image in images]
-        stages = [(list(boxes), _fc_alone(fc[:, number])) for number in range(fc.shape[1])]
+        stages = [(boxes, _without_pooled(fc[:, number])) for number in range(fc.shape[1])]
         detections = detector.roi_heads.stage_detections(stages, sizes)
         return detector.transform.postprocess(detections, sizes, [image.original for image in images])
 
-    def _samples(self, images: list[Tensor], targets: list[dict]) -> list[tuple[BoxFeatures, Tensor]]:
+    def _samples(self, features: list[Tensor], targets: list[dict]) -> list[tuple[BoxFeatures, Tensor]]:
         """Features and labels of each stage."""
         stages = []
-        for number, (shown, target) in enumerate(zip(images, targets, strict=True)):
-            fc = shown if self.resident is None or shown.is_floating_point() else self.resident[shown, number]
-            stages.append((_fc_alone(fc), target["labels"]))
+        for number, (fc, target) in enumerate(zip(features, targets, strict=True)):
+            if self.resident is not None and not fc.is_floating_point():
+                fc = self.resident[fc, number]
+            stages.append((_without_pooled(fc), target["labels"]))
         return stages
 
 
-def _fc_alone(fc: Tensor) -> BoxFeatures:
-    """Features [R, D] of any type as float32; what was pooled is not kept."""
+def _without_pooled(fc: Tensor) -> BoxFeatures:
+    """Features [R, D] of any type as float32; the pooled features are not stored."""
     return BoxFeatures(fc.new_zeros(len(fc), 0, dtype=torch.float32), fc.float())

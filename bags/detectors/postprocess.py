@@ -1,20 +1,20 @@
-"""Scores and boxes of R proposals -> detections of one image, exact at any number of categories.
+"""Scores and boxes of R proposals -> detections of one image, exact for any number of categories.
 
-Greedy survivors among the best M candidates do not depend on lower ones. So the best M are taken,
-only their boxes are decoded and suppressed, and M grows until enough survive or all were seen.
+Which of the best M candidates survive greedy suppression does not depend on the candidates below them. So only the
+boxes of the best M are decoded and suppressed, and M grows until enough of them survive or none is left.
 """
 
 import math
 
 import torch
 from torch import Tensor
-from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import nms, remove_small_boxes
 
 from bags.detectors.conventions import STANDARD, Conventions
+from bags.detectors.torchvision_private import BoxCoder
 
-FEW = 24  # candidates of one category that are compared in pairs; `nms` for each category takes longer to start
-TIER = 20_000  # most candidates looked at together where all suppress each other, which takes their number squared
+FEW = 24  # categories with at most so many candidates are suppressed together; a call of `nms` for each is slower
+TIER = 20_000  # most candidates added at a time with agnostic_nms, which takes memory for all pairs of them
 
 
 def select_detections(
@@ -30,51 +30,54 @@ def select_detections(
     max_per_category: int = 0,
     agnostic_nms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The `max_detections` best after suppression: boxes [K, 4], scores [K], labels [K].
+    """Select the `max_detections` best candidates after suppression: boxes [K, 4], scores [K], labels [K] in 1..C.
 
-    scores      [R, C+1] in 0..1, column 0 the background; candidates score above the threshold
-    regression  [R, 4 * (C+1)] box deltas per label, or [R, 4] shared by all
-    proposals   [R, 4] x1, y1, x2, y2 in pixels of an image of `image_size` (height, width)
-    conventions say how boxes are clipped, which are too small, and whose overlaps count
-    max_per_category  of each category at most so many are kept, after suppression; 0: any number
-    agnostic_nms      boxes suppress those of every category, not of their own alone
-    Equal to suppressing all R * C candidates at once; sorted by falling score, ties by proposal, then label.
+    scores            [R, C+1] in 0..1, column 0 is the background; candidates score above `score_threshold`
+    regression        [R, 4 * (C+1)] box deltas for each label, or [R, 4] shared by all labels
+    proposals         [R, 4] x1, y1, x2, y2 in pixels of an image of `image_size` (height, width)
+    conventions       how boxes are clipped, which boxes are too small, and which overlaps suppress
+    max_per_category  most detections of a category, after suppression; 0: any number
+    agnostic_nms      boxes suppress boxes of every category, not only of their own
+
+    The result equals suppressing all R * C candidates at once. It is sorted by falling score; ties are in the order of
+    proposals, then of labels.
     """
     scores = scores[:, 1:]
     deltas = regression.unflatten(1, (-1, 4))
     eligible = int(torch.count_nonzero(scores > score_threshold))
-    budget, seen = 4 * max_detections, torch.zeros_like(scores, dtype=torch.bool)
-    boxes, best, labels = proposals.new_zeros(0, 4), scores.new_zeros(0), deltas.new_zeros(0, dtype=torch.long)
+    budget, considered = 4 * max_detections, torch.zeros_like(scores, dtype=torch.bool)
+    boxes, kept_scores, labels = proposals.new_zeros(0, 4), scores.new_zeros(0), deltas.new_zeros(0, dtype=torch.long)
     while True:
         reached = _best(scores, score_threshold, budget, eligible)
-        rows, columns = torch.where(reached & ~seen)
-        seen = reached
+        rows, columns = torch.where(reached & ~considered)
+        considered = reached
         new = deltas[rows, columns + 1 if deltas.shape[1] > 1 else 0]
         new = conventions.clip(box_coder.decode_single(new, proposals[rows]), image_size)
         solid = remove_small_boxes(new, min_size=conventions.least_side)
         rows, columns = rows[solid], columns[solid]
-        # What survived so far has higher scores than all that is new, so it survives again.
-        boxes, best = torch.cat([boxes, new[solid]]), torch.cat([best, scores[rows, columns]])
+        # Earlier survivors score higher than all new candidates, so they survive again.
+        boxes, kept_scores = torch.cat([boxes, new[solid]]), torch.cat([kept_scores, scores[rows, columns]])
         labels = torch.cat([labels, columns + 1])
         overlapping = conventions.suppressed_as(boxes, image_size)
-        keep = _suppress(overlapping, best, torch.zeros_like(labels) if agnostic_nms else labels, nms_threshold)
-        boxes, best, labels = boxes[keep], best[keep], labels[keep]
+        groups = torch.zeros_like(labels) if agnostic_nms else labels
+        keep = _suppress(overlapping, kept_scores, groups, nms_threshold)
+        boxes, kept_scores, labels = boxes[keep], kept_scores[keep], labels[keep]
         shown = _first_of_each(labels, max_per_category) if max_per_category else torch.arange(len(labels))
         if len(shown) >= max_detections or budget >= eligible:
             shown = shown[:max_detections].to(labels.device)
-            return boxes[shown], best[shown], labels[shown]
+            return boxes[shown], kept_scores[shown], labels[shown]
         budget += min(budget, TIER) if agnostic_nms else budget
 
 
 def _best(scores: Tensor, threshold: float, budget: int, eligible: int) -> Tensor:
-    """A mask of candidates [R, C]: all that reach some score, at least `budget` and mostly less than twice as many.
+    """Mask [R, C] of all candidates above some score: at least `budget`, and mostly less than twice as many.
 
-    The score is found by counting: a sort of a million candidates takes more memory than all the rest.
+    The score is found by counting, because sorting a million candidates takes more memory than everything else.
     """
     best = scores > threshold
     if eligible <= budget:
         return best
-    # As many as the budget lie above `low`, fewer above `high`; scores differ by powers, so their logarithm is halved.
+    # At least `budget` candidates reach `low`, fewer reach `high`. Scores differ by powers, so bisect their logarithm.
     low, high = max(threshold, 1e-30), 2 * float(scores.detach().max())
     for _ in range(40):
         middle = math.sqrt(low * high)
@@ -90,9 +93,9 @@ def _best(scores: Tensor, threshold: float, budget: int, eligible: int) -> Tenso
 
 
 def _suppress(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:
-    """Indices that survive suppression within their own label, by falling score, ties by index.
+    """Indices of the boxes that survive suppression within their label, by falling score, ties by index.
 
-    torchvision's `batched_nms` shifts each label's boxes far apart instead, which rounds them.
+    torchvision's `batched_nms` shifts the boxes of each label far apart instead, which rounds coordinates.
     """
     best = scores.argsort(descending=True, stable=True)
     order = best[labels[best].argsort(stable=True)]
@@ -106,32 +109,38 @@ def _suppress(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -
 
 
 def _suppress_few(boxes: Tensor, order: Tensor, counts: Tensor, threshold: float) -> Tensor:
-    """What survives of many small groups at once: all pairs are compared, then losers' victims come back.
+    """Suppress many small groups at once: compare all pairs, then iterate to a fixed point.
 
-    order: indices, group by group, each by falling score; counts: members of each group.
+    order: indices of boxes, group by group, each by falling score. counts: members of each group, at most FEW.
+    Returns the indices that survive. The pairs of groups of 3, 1 and 2 members are, as places in `order`:
+    (0, 1), (0, 2), (1, 2), and (4, 5).
     """
     boxes, place = boxes[order], torch.arange(len(order), device=order.device)
-    rest = counts.cumsum(0).repeat_interleave(counts) - place - 1  # of its group after each
-    first = place.repeat_interleave(rest)
-    second = torch.arange(len(first), device=order.device) - (rest.cumsum(0) - rest - place - 1)[first]
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    one, other = boxes[first], boxes[second]
-    sides = (torch.minimum(one[:, 2:], other[:, 2:]) - torch.maximum(one[:, :2], other[:, :2])).clamp(min=0)
-    inter = sides[:, 0] * sides[:, 1]
-    overlap = inter / (area[first] + area[second] - inter)  # rounded as in `nms`
-    close = overlap.double() > threshold
+    end = counts.cumsum(0).repeat_interleave(counts)  # 3, 3, 3, 4, 6, 6
+    later = place[:, None] + torch.arange(1, FEW, device=order.device)
+    first, step = torch.where(later < end[:, None])
+    second = first + step + 1
+    close = _overlap(boxes[first], boxes[second]).double() > threshold
     first, second = first[close], second[close]
     kept = torch.ones_like(order, dtype=torch.bool)
-    while True:  # right for all that have n above them after n rounds
-        now = torch.ones_like(kept)
-        now[second[kept[first]]] = False
-        if torch.equal(now, kept):
+    while True:  # after n rounds right for the first n + 1 members of every group
+        survives = torch.ones_like(kept)
+        survives[second[kept[first]]] = False
+        if torch.equal(survives, kept):
             return order[kept]
-        kept = now
+        kept = survives
+
+
+def _overlap(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU [P] of pairs of boxes [P, 4], rounded as in `nms`."""
+    area, other_area = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (boxes, others))
+    sides = (torch.minimum(boxes[:, 2:], others[:, 2:]) - torch.maximum(boxes[:, :2], others[:, :2])).clamp(min=0)
+    common = sides[:, 0] * sides[:, 1]
+    return common / (area + other_area - common)
 
 
 def _first_of_each(labels: Tensor, number: int) -> Tensor:
-    """Indices, rising, of the first `number` of each label."""
+    """Indices, rising, of the first `number` entries of each label."""
     order = labels.argsort(stable=True)
     sizes = torch.unique_consecutive(labels[order], return_counts=True)[1].tolist()
     return torch.cat([members[:number] for members in order.split(sizes)]).sort().values if sizes else order

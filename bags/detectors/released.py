@@ -1,9 +1,9 @@
-"""The numeric conventions of the paper's released code, as parts that replace torchvision's one by one.
+"""The numeric conventions of the paper's released code, as parts that replace torchvision's.
 
-That code counts pixels: a box x1, y1, x2, y2 includes its last column and row, so its width is
-x2 - x1 + 1. Here such a box is everywhere held as x1, y1, x2 + 1, y2 + 1, in the continuous
-coordinates of the rest of the package; overlaps, suppression and box deltas are then torchvision's.
-What still differs is here: anchors, the clamp of deltas, clipping, matching, RoIAlign, resizing and masks.
+That code counts pixels: a box x1, y1, x2, y2 includes its last column and row, so its width is x2 - x1 + 1. Here such a
+box is always held as x1, y1, x2 + 1, y2 + 1, in the continuous coordinates of the rest of the package. Overlaps,
+suppression and box deltas are then torchvision's. Everything else that differs is in this file: anchors, the clamp of
+deltas, clipping, matching, RoIAlign, resizing and masks.
 """
 
 import math
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -20,6 +19,7 @@ from torchvision.ops import MultiScaleRoIAlign, nms, roi_align
 from bags.detectors.anchors import FixedStrideAnchors
 from bags.detectors.masks import encode, paste
 from bags.detectors.released_pixels import INCLUSIVE, crops, mask_targets, resize_image, resize_nearest
+from bags.detectors.torchvision_private import BoxCoder, Matcher
 
 __all__ = [
     "ReleasedAnchors",
@@ -38,7 +38,7 @@ __all__ = [
 class ReleasedAnchors(FixedStrideAnchors):
     """Anchors around cell centres, with corners rounded as in the released code.
 
-    sizes, aspect_ratios (height / width) and strides as in `FixedStrideAnchors`, one entry per level.
+    sizes, aspect_ratios (height / width) and strides are as in `FixedStrideAnchors`, one entry per level.
     """
 
     def __init__(self, sizes, aspect_ratios, strides: tuple[int, ...]):
@@ -48,7 +48,7 @@ class ReleasedAnchors(FixedStrideAnchors):
 
 
 def _cell_anchors(sizes, aspect_ratios, stride: int) -> Tensor:
-    """[ratios * sizes, 4]; the order of the float32 operations decides ties of the rounding."""
+    """Anchors [ratios * sizes, 4] of one cell; the order of the float32 operations decides ties of the rounding."""
     scales = torch.tensor(sizes, dtype=torch.float32) / stride
     h_ratios = torch.sqrt(torch.tensor(aspect_ratios, dtype=torch.float32))
     w_ratios = 1 / h_ratios
@@ -59,10 +59,10 @@ def _cell_anchors(sizes, aspect_ratios, stride: int) -> Tensor:
 
 
 class ReleasedBoxCoder(BoxCoder):
-    """Box deltas whose log sizes are held to +-ln(1000 / 16), on both sides."""
+    """torchvision's box coder, which also limits log sizes from below, to -ln(1000 / 16)."""
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
-        """Deltas [R, 4 * L] of boxes [R, 4] (pixels) -> boxes [R, 4 * L]; half-precision deltas give float32."""
+        """Deltas [R, 4 * L] of boxes [R, 4] (pixels) -> boxes [R, 4 * L], in float32 for half-precision deltas."""
         _, _, ww, wh = self.weights
         lowest = [-math.inf, -math.inf, -self.bbox_xform_clip * ww, -self.bbox_xform_clip * wh]
         codes = rel_codes.to(torch.promote_types(rel_codes.dtype, boxes.dtype))
@@ -71,7 +71,7 @@ class ReleasedBoxCoder(BoxCoder):
 
 
 def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Boxes [..., 4] within an image of (height, width) pixels: left and top edges up to the last pixel's."""
+    """Clip boxes [..., 4] to an image of (height, width) pixels; left and top edges end at the last pixel's."""
     height, width = image_size
     x, y = boxes[..., 0::2], boxes[..., 1::2]
     corners = x[..., 0].clamp(0, width - 1), y[..., 0].clamp(0, height - 1)
@@ -79,7 +79,7 @@ def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
 
 
 class ResizedShape(tuple):
-    """(height, width) of a resized image, which also knows the `scale` that it was resized by."""
+    """(height, width) of a resized image, with the `scale` by which it was resized."""
 
     scale: float
 
@@ -90,25 +90,25 @@ class ResizedShape(tuple):
 
 
 def as_at_original_size(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Boxes [K, 4] of a resized image, as wide and high in its pixels as they are once scaled back.
+    """Widen boxes [K, 4] of a resized image so that they overlap as they do once scaled back.
 
-    Detections are suppressed in the original image, where a box's last pixel counts as a whole one.
-    A size that is no `ResizedShape` is taken as the original's.
+    Detections are suppressed in the original image, where a box's last pixel counts as a whole one. An image_size that
+    is not a `ResizedShape` counts as the original's.
     """
     extra = getattr(image_size, "scale", 1.0) - 1
     return boxes + boxes.new_tensor([0, 0, extra, extra])
 
 
 class ReleasedMatcher(Matcher):
-    """Each box goes to its best object; then each object takes the boxes that overlap it most.
+    """Match each box to its best object; then give each object the boxes that overlap it most.
 
-    The second rule holds for objects whose best overlap reaches `low_threshold`, whatever
-    `allow_low_quality_matches` says (it is there for the signature): with equal thresholds it can only
-    change which object a positive box gets. Of several objects that take one box, the last has it.
+    The second rule holds for objects whose best overlap reaches `low_threshold`. It ignores
+    `allow_low_quality_matches`, which is only part of the signature: with equal thresholds the rule can only change
+    which object a positive box gets. If several objects take one box, the last one gets it.
     """
 
     def __call__(self, match_quality_matrix: Tensor) -> Tensor:
-        """Overlaps [objects, N] in 0..1 -> [N] int64: the object's index, -1 below, or -2 between the thresholds."""
+        """Match by overlaps [objects, N] in 0..1: int64 [N], an object's index, -1 below or -2 between thresholds."""
         overlaps = match_quality_matrix
         matches = torch.full(overlaps.shape[1:], self.BETWEEN_THRESHOLDS, dtype=torch.int64, device=overlaps.device)
         if overlaps.numel() == 0:
@@ -123,14 +123,14 @@ class ReleasedMatcher(Matcher):
 
 
 class ReleasedRPN(RegionProposalNetwork):
-    """torchvision's RPN with the released matching and clipping, and no least size of proposals.
+    """torchvision's RPN with the released matching and clipping, and without a least size of proposals.
 
-    In training, anchors that cross the border of the resized, unpadded image take no part. An image
-    without any other anchor has no samples; if none of the batch has, both losses are 0.
+    In training, anchors that cross the border of the resized, unpadded image are left out. An image without other
+    anchors has no samples; if no image of the batch has samples, both losses are 0.
     """
 
     def __init__(self, anchor_generator, head, fg_iou_thresh: float, bg_iou_thresh: float, *args, **kwargs):
-        """Arguments as torchvision's."""
+        """Take the arguments of torchvision's RPN."""
         super().__init__(anchor_generator, head, fg_iou_thresh, bg_iou_thresh, *args, **kwargs)
         self.box_coder = ReleasedBoxCoder((1.0, 1.0, 1.0, 1.0))
         self.proposal_matcher = ReleasedMatcher(fg_iou_thresh, bg_iou_thresh, allow_low_quality_matches=True)
@@ -138,7 +138,7 @@ class ReleasedRPN(RegionProposalNetwork):
     def forward(
         self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """(proposals per image [P, 4] in pixels of the resized image, losses); no losses in evaluation mode.
+        """Return (proposals [P, 4] per image in pixels of the resized image, losses); evaluation mode has no losses.
 
         features: [B, channels, H, W] per level. targets hold boxes [objects, 4], possibly none.
         """
@@ -150,33 +150,37 @@ class ReleasedRPN(RegionProposalNetwork):
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Per image, labels [N] float (1 object, 0 background, -1 left out) and matched boxes [N, 4].
+        """Label the anchors [N, 4] of each image: (labels [N], matched boxes [N, 4]) per image.
 
-        anchors: per image [N, 4]. A target holds boxes [objects, 4] and image_size, (height, width) in pixels.
+        Labels are floats: 1 object, 0 background, -1 left out. A target holds boxes [objects, 4] and image_size,
+        (height, width) in pixels.
         """
         labels, matched = [], []
         for boxes, target in zip(anchors, targets, strict=True):
             height, width = target["image_size"]
             beyond = boxes.new_tensor([width + 1, height + 1])
             inside = (boxes[:, :2] >= 0).all(1) & (boxes[:, 2:] < beyond).all(1)
-            own_labels, own_boxes = super().assign_targets_to_anchors([boxes[inside]], [target])
-            labels.append(own_labels[0].new_full((len(boxes),), -1).masked_scatter(inside, own_labels[0]))
-            matched.append(boxes.clone())  # deltas of 0 where nothing is matched
-            matched[-1][inside] = own_boxes[0].to(boxes.dtype)
+            [inside_labels], [inside_boxes] = super().assign_targets_to_anchors([boxes[inside]], [target])
+            labels.append(inside_labels.new_full((len(boxes),), -1).masked_scatter(inside, inside_labels))
+            matched.append(boxes.clone())  # gives deltas of 0 to anchors without a match
+            matched[-1][inside] = inside_boxes.to(boxes.dtype)
         return labels, matched
 
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """(objectness loss, box loss), from logits [N, 1], deltas [N, 4], and per image labels and target deltas."""
-        if all((own < 0).all() for own in labels):
+        """Return (objectness loss, box loss) of logits [N, 1] and deltas [N, 4].
+
+        labels and regression_targets are [n] and [n, 4] per image: 1 object, 0 background, -1 left out; true deltas.
+        """
+        if all((of_image < 0).all() for of_image in labels):
             return objectness[:0].sum(), pred_bbox_deltas[:0].sum()
         losses = super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
-        # The released code counts an image without positive (or negative) anchors as having one.
+        # The released code divides by at least one positive and one negative anchor per image.
         drawn = counted = 0
-        for own in labels:
-            positive = min(int((own >= 1).sum()), int(self.fg_bg_sampler.batch_size_per_image * 0.5))
-            negative = min(int((own == 0).sum()), self.fg_bg_sampler.batch_size_per_image - positive)
+        for of_image in labels:
+            positive = min(int((of_image >= 1).sum()), int(self.fg_bg_sampler.batch_size_per_image * 0.5))
+            negative = min(int((of_image == 0).sum()), self.fg_bg_sampler.batch_size_per_image - positive)
             drawn, counted = drawn + positive + negative, counted + max(positive, 1) + max(negative, 1)
         return losses[0] * drawn / counted, losses[1] * drawn / counted
 
@@ -187,24 +191,25 @@ class ReleasedRPN(RegionProposalNetwork):
         image_shapes: list[tuple[int, int]],
         num_anchors_per_level: list[int],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Boxes [P, 4] and scores [P] in 0..1 per image, by falling score; P is at most `post_nms_top_n()`.
+        """Select boxes [P, 4] and scores [P] in 0..1 per image, by falling score; P is at most `post_nms_top_n()`.
 
-        proposals [B, N, 4] and objectness logits [B * N, 1] of all anchors, level after level. Each level
-        is suppressed by itself; torchvision shifts levels apart instead, which rounds coordinates.
+        proposals [B, N, 4] and objectness logits [B * N, 1] are those of all anchors, level after level. Each level is
+        suppressed separately; torchvision shifts levels apart instead, which rounds coordinates.
         """
         logits = objectness.detach().reshape(len(image_shapes), -1)
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
         kept = []
         for image_boxes, image_scores, size in zip(proposals, scores, image_shapes, strict=True):
-            split = (values.split(num_anchors_per_level) for values in (clip_boxes(image_boxes, size), image_scores))
-            levels = [self._suppressed(*level) for level in zip(*split, strict=True)]
-            boxes, own = (torch.cat(parts) for parts in zip(*levels, strict=True))
-            best = own.argsort(descending=True, stable=True)[: self.post_nms_top_n()]
-            kept.append((boxes[best], own[best]))
-        return [boxes for boxes, _ in kept], [own for _, own in kept]
+            level_boxes = clip_boxes(image_boxes, size).split(num_anchors_per_level)
+            level_scores = image_scores.split(num_anchors_per_level)
+            levels = [self._suppressed(*level) for level in zip(level_boxes, level_scores, strict=True)]
+            kept_boxes, kept_scores = (torch.cat(parts) for parts in zip(*levels, strict=True))
+            best = kept_scores.argsort(descending=True, stable=True)[: self.post_nms_top_n()]
+            kept.append((kept_boxes[best], kept_scores[best]))
+        return [boxes for boxes, _ in kept], [image_scores for _, image_scores in kept]
 
     def _suppressed(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The best of one level, after suppression."""
+        """The best boxes [n, 4] and scores [n] of one level, after suppression."""
         scores, best = scores.topk(min(self.pre_nms_top_n(), len(scores)))
         boxes = boxes[best]
         keep = nms(boxes, scores, self.nms_thresh)[: self.post_nms_top_n()]
@@ -213,59 +218,57 @@ class ReleasedRPN(RegionProposalNetwork):
 
 
 class ReleasedRoIAlign(MultiScaleRoIAlign):
-    """RoIAlign without a half-pixel shift, exact for regions smaller than a cell; the levels of the released code.
+    """RoIAlign without a half-pixel shift, exact for regions smaller than a cell, with the released code's levels.
 
-    A region of side s goes to level floor(log2(s / (14 * finest stride) + 1e-6)), within those there are.
+    A region of side s belongs to level floor(log2(s / (14 * finest stride) + 1e-6)), limited to the existing levels.
     """
 
     def __init__(self, featmap_names, output_size, sampling_ratio: int, strides: Sequence[int]):
-        """As MultiScaleRoIAlign; strides: of the named maps, in pixels."""
+        """Take the arguments of MultiScaleRoIAlign, and the strides of the named maps, in pixels."""
         super().__init__(featmap_names, output_size, sampling_ratio)
         self.strides = tuple(strides)
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """[R, channels, *output_size], in the dtype of the maps.
+        """Pool boxes [R_i, 4] per image (pixels of the resized image): [R, channels, *output_size], of the maps' dtype.
 
-        x: name -> [B, channels, H, W], of which `featmap_names` are used, finest first. boxes: per image
-        [R_i, 4] in pixels of the resized images; `image_shapes` are not looked at.
+        x: name -> [B, channels, H, W], of which `featmap_names` are used, finest first. image_shapes is ignored.
         """
         maps = [value for name, value in x.items() if name in self.featmap_names]
         strides = self.strides
-        images = torch.cat([own.new_full((len(own), 1), i) for i, own in enumerate(boxes)])
+        images = torch.cat([of_image.new_full((len(of_image), 1), i) for i, of_image in enumerate(boxes)])
         corners = torch.cat(boxes).to(torch.promote_types(maps[0].dtype, images.dtype))
         corners = torch.cat([corners[:, :2], corners[:, 2:].maximum(corners[:, :2])], dim=1)
         side = (corners[:, 2:] - corners[:, :2]).prod(1).sqrt()
         levels = torch.log2(side / (14 * strides[0]) + 1e-6).floor().clamp(0, len(maps) - 1)
         pooled = maps[0].new_zeros(len(corners), maps[0].shape[1], *self.output_size)
-        for level, (own, stride) in enumerate(zip(maps, strides, strict=True)):
+        for level, (level_map, stride) in enumerate(zip(maps, strides, strict=True)):
             rows = torch.where(levels == level)[0]
-            # `aligned` keeps regions below a cell as they are, and takes off the half cell that is added here.
+            # `aligned` keeps the size of regions below a cell, and subtracts the half cell that is added here.
             rois = torch.cat([images[rows].to(corners), corners[rows] + stride / 2], dim=1)
-            values = roi_align(own.to(rois), rois, self.output_size, 1 / stride, self.sampling_ratio, aligned=True)
-            pooled[rows] = values.to(pooled)
+            level_map = level_map.to(rois)
+            on_level = roi_align(level_map, rois, self.output_size, 1 / stride, self.sampling_ratio, aligned=True)
+            pooled[rows] = on_level.to(pooled)
         return pooled
 
 
 class ReleasedTransform(GeneralizedRCNNTransform):
-    """Resizing and normalising as in the released code; arguments as torchvision's, without `fixed_size`.
+    """Resizing and normalising as in the released code; torchvision's `fixed_size` is not supported.
 
     An image of w * h pixels is resized by s = min(max_size / longer side, min_size / shorter side) to
-    int(w * s + 0.5) * int(h * s + 0.5), in whole levels 0..255, and then normalised. Training images are
-    mirrored after that, and may take other sizes (attributes `flip`, `training_sides`, `training_long_side`).
+    int(w * s + 0.5) * int(h * s + 0.5), in whole levels 0..255, and then normalised. Training images are mirrored at
+    random after resizing, and may have other sizes.
     """
 
-    encode_masks = False
-    flip = 0.0  # probability of mirroring a training image, once it is resized
-    training_sides: tuple[int, ...] = ()  # training: shorter sides to draw from; none: `min_size`
-    training_long_side = 0
-
-    def __init__(self, min_size, max_size: int, image_mean, image_std, _skip_resize: bool = False):
-        super().__init__(min_size, max_size, image_mean, image_std, _skip_resize=_skip_resize)
+    encode_masks = False  # detections come with `rles` (see `masks.encode`) instead of image-sized masks
+    resize_in_training = True  # False: training images stay unchanged
+    flip = 0.0  # probability of mirroring a training image
+    training_sides: tuple[int, ...] = ()  # shorter sides to draw from in training; empty: min_size
+    training_long_side = 0  # longest side in training; 0: max_size
 
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[ImageList, list[dict[str, Tensor]] | None]:
-        """Images [3, H, W] float RGB in 0..1 -> padded batch; the targets as `resize` gives them."""
+        """Resize and normalise images [3, H, W] float RGB in 0..1 to a padded batch; targets as from `resize`."""
         pairs = zip(images, targets if targets is not None else [None] * len(images), strict=True)
         resized, resized_targets = zip(*(self.resize(*pair) for pair in pairs), strict=True)
         least = self.min_size[-1]
@@ -277,12 +280,11 @@ class ReleasedTransform(GeneralizedRCNNTransform):
         return ImageList(batch, sizes), None if targets is None else list(resized_targets)
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict | None]:
-        """One image [3, H, W] in 0..1, and its target, which is not changed.
+        """Resize one image [3, H, W] in 0..1 and its target; the given target stays unchanged.
 
-        A target holds boxes [K, 4] in pixels; masks [K, H, W] uint8 and semantic [H, W] labels where they
-        are wanted. With `_skip_resize` nothing happens in training.
+        A target holds boxes [K, 4] in pixels, and optionally masks [K, H, W] uint8 and semantic [H, W] labels.
         """
-        if self.training and self._skip_resize:
+        if self.training and not self.resize_in_training:
             return image, target
         side, long_side = self.min_size[-1], self.max_size
         if self.training:
@@ -315,9 +317,9 @@ class ReleasedTransform(GeneralizedRCNNTransform):
         image_shapes: list[tuple[int, int]],
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict]:
-        """Boxes [K, 4] back in pixels of the original images; masks [K, 1, 28, 28] -> [K, 1, H, W], both in 0..1.
+        """Map boxes [K, 4] and proposals [R, 4] to pixels of the original images, masks [K, 1, 28, 28] to [K, 1, H, W].
 
-        With `encode_masks`, `rles` take the place of masks (see `masks.encode`).
+        Masks are in 0..1. With `encode_masks`, `rles` replace them.
         """
         if self.training:
             return result

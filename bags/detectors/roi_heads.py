@@ -1,8 +1,8 @@
 """The second stage around a `ProposalClassifier`.
 
-torchvision fixes softmax in the training loss and in the postprocessing of its RoIHeads. This
-subclass keeps its sampler and matching, and leaves loss and scores to the classifier. Shape
-shorthand: R proposals of the batch, R_i of one image, C categories; label 0 is the background.
+torchvision's RoIHeads fix softmax in the training loss and in the postprocessing. This subclass keeps their sampler
+and matching, and leaves loss and scores to the classifier. Shape shorthand: R proposals of the batch, R_i of one image,
+C categories; label 0 is the background.
 """
 
 from typing import NamedTuple
@@ -11,36 +11,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import roi_heads as torchvision_roi_heads
-from torchvision.models.detection._utils import BoxCoder
 
 from bags.classifiers.base import BoxFeatures, ProposalClassifier
 from bags.detectors.conventions import STANDARD, Conventions
 from bags.detectors.postprocess import select_detections
+from bags.detectors.torchvision_private import BoxCoder
 
 
 class Samples(NamedTuple):
-    """The proposals that a training step looks at; one tensor per image."""
+    """Labelled proposals to train on; one tensor per image."""
 
     boxes: list[Tensor]  # [R_i, 4] x1, y1, x2, y2 in pixels of the resized image
     labels: list[Tensor]  # [R_i] in 0..C
     matched: list[Tensor]  # [R_i] position of the matched object in its image
-    goals: list[Tensor]  # [R_i, 4] that object's box; in an image without objects the proposal's own
-    is_object: list[Tensor]  # [R_i] bool: no proposal but an object's own box, added to learn from
+    goals: list[Tensor]  # [R_i, 4] box of the matched object; in an image without objects the proposal itself
+    is_object: list[Tensor]  # [R_i] bool: not a proposal but the box of an object, added to learn from
 
     def foreground(self) -> "Samples":
-        """Those of label 1 and above."""
+        """Keep the samples with labels from 1 on."""
         return self.take([torch.where(labels > 0)[0] for labels in self.labels])
 
     def take(self, chosen: list[Tensor]) -> "Samples":
-        """Some of each image, by their positions (of masks, a GPU would have to be waited for by each field)."""
-        return Samples(*([v[own] for v, own in zip(values, chosen, strict=True)] for values in self))
+        """Keep the samples at positions `chosen` [n] of each image; with masks, each field would wait for the GPU."""
+        return Samples(*([field[rows] for field, rows in zip(images, chosen, strict=True)] for images in self))
 
 
 class RoIHeads(torchvision_roi_heads.RoIHeads):
-    """Box branch, and torchvision's mask branch if it is given: proposals -> losses (training) or detections."""
+    """Box branch and, if given, torchvision's mask branch: proposals -> losses (training) or detections."""
 
     box_coder: BoxCoder
-    report_proposals = False  # what `evaluation.proposal_accuracy` looks at
+    report_proposals = False  # detections also hold the labels of all proposals, for `evaluation.proposal_accuracy`
 
     def __init__(
         self,
@@ -53,7 +53,10 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         agnostic_nms: bool = False,
         **settings,
     ):
-        """`settings` are torchvision's, other ones `select_detections`'; box_regressor: 4 outputs, or 4 * (C + 1)."""
+        """box_regressor has 4 or 4 * (C + 1) outputs; `settings` are those of torchvision's RoIHeads.
+
+        max_per_category and agnostic_nms are those of `select_detections`.
+        """
         super().__init__(box_roi_pool, box_head, box_predictor=None, **settings)
         self.classifier = classifier
         self.box_regressor = box_regressor
@@ -69,12 +72,12 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: list[dict] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Returns (detections, losses); one of them is empty.
+        """Return (detections, losses), of which one is empty.
 
-        proposals: per image [R_i, 4] in pixels of the resized image, whose sizes (height, width)
-        are `image_shapes`. A detection holds boxes [K, 4], scores [K] and labels [K] in 1..C; with a mask
-        branch also masks [K, 1, 28, 28] in 0..1, of the box and its label; where `report_proposals` is
-        set, also proposals [R_i, 4] and proposal_labels [R_i], the label of highest score (0: background).
+        proposals are [R_i, 4] per image, in pixels of the resized image of `image_shapes` (height, width). A detection
+        holds boxes [K, 4], scores [K] in 0..1 and labels [K] in 1..C; with a mask branch also masks [K, 1, 28, 28] in
+        0..1, one of each box and its label. With `report_proposals` it also holds proposals [R_i, 4] and
+        proposal_labels [R_i] in 0..C, the labels of the highest scores.
         """
         if self.training:
             assert targets is not None
@@ -95,69 +98,74 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         return detections, {}
 
     def training_proposals(self, features, proposals, image_shapes, targets):
-        """[(classifier, BoxFeatures, labels [R])] of the proposals that a training step would sample."""
+        """Sample proposals as a training step does: [(classifier, BoxFeatures, labels [R] in 0..C)]."""
         samples = self.sample(proposals, targets)
         return [(self.classifier, self.box_features(features, samples.boxes, image_shapes), torch.cat(samples.labels))]
 
     @property
     def box_stages(self) -> list["RoIHeads"]:
-        """The stages that classify boxes, in order: this one alone."""
+        """The stages that classify boxes, in order: only this one."""
         return [self]
+
+    def with_context(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The maps that boxes are pooled from: the pyramid's."""
+        return features
 
     def stage_features(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes
     ) -> list[tuple[list[Tensor], BoxFeatures]]:
-        """What each stage classifies in evaluation: its boxes per image, and their features."""
+        """The boxes [R_i, 4] per image that each stage classifies in evaluation, and their features."""
         return [(proposals, self.box_features(features, proposals, image_shapes))]
 
     def stage_detections(self, stages: list[tuple[list[Tensor], BoxFeatures]], image_shapes) -> list[dict[str, Tensor]]:
-        """Detections of each image, without masks, from what `stage_features` gives (`fc` is enough)."""
+        """Detections of each image, without masks, from the result of `stage_features` (only `fc` is needed)."""
         [(boxes, box_features)] = stages
         scores = self.classifier.probs(self.classifier(box_features))
         return self.detect(scores, self.box_regressor(box_features.fc), boxes, image_shapes)
 
     def stage_losses(self, stages: list[tuple[BoxFeatures, Tensor]]) -> dict[str, Tensor]:
-        """The classifiers' losses from the features and labels [R] of each stage's samples."""
+        """The classifiers' losses from the features and labels [R] in 0..C of each stage's samples."""
         [(box_features, labels)] = stages
         return self.classifier.loss(self.classifier(box_features), labels)
 
     def match(self, proposals: list[Tensor], targets: list[dict]) -> Samples:
-        """All proposals, and after them the objects' own boxes [K, 4], each with its label."""
+        """Label all proposals [R_i, 4] and, after them, the objects' boxes [K, 4]."""
         objects = [target["boxes"].to(proposals[0].dtype) for target in targets]
+        object_labels = [target["labels"] for target in targets]
         counts = [len(boxes) for boxes in proposals]
-        boxes, own = self.add_gt_proposals(proposals, objects), [target["labels"] for target in targets]
-        matched, labels = self.assign_targets_to_proposals(
-            boxes if self.conventions.matches_objects else proposals, objects, own
-        )
-        if not self.conventions.matches_objects:
-            labels = [torch.cat(pair) for pair in zip(labels, own, strict=True)]
-            matched = [torch.cat([m, torch.arange(len(o), device=m.device)]) for m, o in zip(matched, own, strict=True)]
+        boxes = self.add_gt_proposals(proposals, objects)
+        to_match = boxes if self.conventions.matches_objects else proposals
+        matched, labels = self.assign_targets_to_proposals(to_match, objects, object_labels)
+        if not self.conventions.matches_objects:  # object k of an image has matched object k
+            labels = [torch.cat(pair) for pair in zip(labels, object_labels, strict=True)]
+            numbers = [torch.arange(len(o), device=m.device) for m, o in zip(matched, objects, strict=True)]
+            matched = [torch.cat(pair) for pair in zip(matched, numbers, strict=True)]
         goals = [o[m] if len(o) else b for o, m, b in zip(objects, matched, boxes, strict=True)]
         is_object = [torch.arange(len(b), device=b.device) >= count for b, count in zip(boxes, counts, strict=True)]
         return Samples(boxes, labels, matched, goals, is_object)
 
     def sample(self, proposals: list[Tensor], targets: list[dict]) -> Samples:
-        """Of proposals and objects, `batch_size_per_image` drawn of each image."""
+        """Draw `batch_size_per_image` of each image's proposals and objects."""
         self.check_targets(targets)
-        everything = self.match(proposals, targets)
-        return everything.take(self.subsample(everything.labels))
+        candidates = self.match(proposals, targets)
+        return candidates.take(self.subsample(candidates.labels))
 
     def box_features(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes) -> BoxFeatures:
-        """What the classifier and the box regression see of the boxes."""
+        """The features of boxes [R_i, 4] per image, for the classifier and the box regression."""
         pooled = self.box_roi_pool(features, boxes, image_shapes)
         return BoxFeatures(pooled, self.box_head(pooled).flatten(1))
 
     def box_losses(self, box_features: BoxFeatures, regression: Tensor, samples: Samples) -> dict[str, Tensor]:
-        """The classifier's losses and loss_box_reg."""
+        """The classifier's losses and loss_box_reg, from regression [R, 4 or 4 * (C+1)]."""
         labels = torch.cat(samples.labels)
         deltas = torch.cat(self.box_coder.encode(samples.goals, samples.boxes))
         losses = self.classifier.loss(self.classifier(box_features), labels)
         return {**losses, "loss_box_reg": box_loss(regression, labels, deltas, self.conventions.box_beta)}
 
     def mask_logits(self, mask_features: Tensor, labels: Tensor) -> Tensor:
-        """Outputs of the mask head [K, width, 14, 14] -> logits [K, 28, 28], each for its own label [K] in 1..C alone.
+        """Mask logits [K, 28, 28] of one label [K] in 1..C each, from outputs of the mask head [K, width, 14, 14].
 
-        The other C channels of the predictor are not computed: at 1,203 categories they would be gigabytes.
+        The predictor's C other channels are not computed: with 1,203 categories they would take gigabytes.
         """
         predictor = self.mask_predictor
         hidden = predictor.relu(predictor.conv5_mask(mask_features))
@@ -165,7 +173,7 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         return torch.einsum("kchw,kc->khw", hidden, weight) + bias[:, None, None]
 
     def mask_loss(self, mask_features: Tensor, samples: Samples, targets: list[dict]) -> Tensor:
-        """Mean binary cross entropy over the masks of foreground `samples`, whose features are [K, width, 14, 14]."""
+        """Mean binary cross entropy over the masks of K foreground samples; mask_features [K, width, 14, 14]."""
         logits = self.mask_logits(mask_features, torch.cat(samples.labels))
         if not len(logits):
             return logits.sum() * 0
@@ -177,17 +185,29 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
 
     @torch.no_grad()
     def refine(self, boxes: list[Tensor], regression: Tensor, image_shapes: list[tuple[int, int]]) -> list[Tensor]:
-        """Boxes moved by this stage's regression [R, 4], inside their images."""
+        """Move boxes [R_i, 4] per image by this stage's regression [R, 4], and clip them to their images."""
         moved = self.box_coder.decode_single(regression, torch.cat(boxes)).split([len(b) for b in boxes])
-        return [self.conventions.clip(own, shape) for own, shape in zip(moved, image_shapes, strict=True)]
+        return [self.conventions.clip(of_image, shape) for of_image, shape in zip(moved, image_shapes, strict=True)]
+
+    def next_proposals(self, samples: Samples, regression: Tensor, image_shapes) -> list[Tensor]:
+        """The samples' boxes [n, 4] per image for the next stage: moved, and without those of objects."""
+        moved = self.refine(samples.boxes, regression, image_shapes)
+        return [boxes[~is_object] for boxes, is_object in zip(moved, samples.is_object, strict=True)]
 
     def detect(self, scores: Tensor, regression: Tensor, boxes: list[Tensor], image_shapes) -> list[dict[str, Tensor]]:
-        """Detections of each image from the scores [R, C+1] and the regression of its boxes."""
-        counts = [len(p) for p in boxes]
+        """Detections of each image, from scores [R, C+1] in 0..1 and regression [R, 4 or 4 * (C+1)] of boxes [R_i, 4].
+
+        Column 0 of the scores is the background.
+        """
+        counts = [len(proposals) for proposals in boxes]
+        images = zip(scores.split(counts), regression.split(counts), boxes, image_shapes, strict=True)
         detections = []
-        for image in zip(scores.split(counts), regression.split(counts), boxes, image_shapes, strict=True):
-            found, best, labels = select_detections(
-                *image,
+        for image_scores, image_regression, proposals, image_shape in images:
+            kept_boxes, kept_scores, labels = select_detections(
+                image_scores,
+                image_regression,
+                proposals,
+                image_shape,
                 self.box_coder,
                 self.score_thresh,
                 self.nms_thresh,
@@ -196,24 +216,26 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
                 self.max_per_category,
                 self.agnostic_nms,
             )
-            detections.append({"boxes": found, "scores": best, "labels": labels})
+            detections.append({"boxes": kept_boxes, "scores": kept_scores, "labels": labels})
             if self.report_proposals:
-                own_scores, _, own, _ = image
-                detections[-1] |= {"proposals": own, "proposal_labels": own_scores.argmax(1)}
+                detections[-1] |= {"proposals": proposals, "proposal_labels": image_scores.argmax(1)}
         return detections
 
 
 def add_masks(detections: list[dict[str, Tensor]], probabilities: Tensor) -> None:
-    """Gives each detection its share of the masks [K, 28, 28], as [K_i, 1, 28, 28]."""
+    """Distribute mask probabilities [K, 28, 28] to the images' detections, as masks [K_i, 1, 28, 28] in 0..1."""
     counts = [len(detection["labels"]) for detection in detections]
     for detection, masks in zip(detections, probabilities.split(counts), strict=True):
         detection["masks"] = masks[:, None]
 
 
 def box_loss(regression: Tensor, labels: Tensor, targets: Tensor, beta: float = 1.0) -> Tensor:
-    """Smooth L1 over the foreground's deltas [R, 4 or 4 * (C+1)], summed and divided by R.
+    """Smooth L1 of the foreground's deltas, summed and divided by R.
 
-    beta: where it turns linear; 1 in the paper's code, 1/9 in torchvision.
+    regression  [R, 4 * (C+1)] deltas for each label, or [R, 4] shared by all labels
+    labels      [R] in 0..C; the background, 0, has no box loss
+    targets     [R, 4] true deltas
+    beta        error at which the loss turns from square to linear: 1 in the paper's code, 1/9 in torchvision
     """
     positive = torch.where(labels > 0)[0]
     deltas = regression.unflatten(1, (-1, 4))

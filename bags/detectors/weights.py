@@ -1,7 +1,7 @@
-"""Weights of other projects <-> this project's names: torchvision's detectors, and the paper's released models.
+"""Translation of tensor names from and to torchvision's detectors, and from the paper's released models.
 
-Nothing here guesses: every tensor of a file is either given its place or listed with the reason why it
-has none, and the caller refuses what does not fit exactly.
+Nothing is guessed: every tensor of a file either gets a name here or is listed with the reason why it has none, and the
+caller refuses tensors that do not fit exactly.
 """
 
 import re
@@ -16,7 +16,7 @@ from torch import Tensor
 from bags.errors import UserError
 from bags.tensor_files import Damaged, check_finite, check_state, load_tensors
 
-# The paper's code (mmdet 1.0). A stage's number follows bbox_head and mask_head in cascades alone.
+# The paper's code (mmdet 1.0). Only in cascades does a stage's number follow bbox_head and mask_head.
 RELEASED = [
     (r"backbone\.(layer\d\.\d+)\.conv2_offset\.", r"backbone.body.\1.conv2.offsets."),
     (r"backbone\.((?:conv|bn|layer)\d\..*)", r"backbone.body.\1"),
@@ -39,7 +39,7 @@ RELEASED = [
     (r"semantic_head\.conv_embedding\.conv\.", "roi_heads.semantic.embedding.0."),
     (r"semantic_head\.conv_logits\.", "roi_heads.semantic.logits."),
 ]
-# torchvision, with the names of its older files.
+# torchvision, including the names in its older files.
 TORCHVISION = [
     (r"roi_heads\.box_predictor\.cls_score\.", "roi_heads.classifier.linear."),
     (r"roi_heads\.box_predictor\.bbox_pred\.", "roi_heads.box_regressor."),
@@ -57,14 +57,14 @@ class Translated(NamedTuple):
     """Weights under this project's names."""
 
     state: dict[str, Tensor]
-    skipped: dict[str, str]  # name in the file -> why it has no place here
+    skipped: dict[str, str]  # name in the file -> the reason why it is left out
     origin: str  # "released" or "torchvision"
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a file, with or without other things around it. Only tensors and plain values are read.
+    """Read the state dict of a file, which may be inside a checkpoint. Only tensors and plain values are read.
 
-    Raises UserError for what is no such file.
+    Raises UserError for any other file, and for weights that are not finite.
     """
     path = Path(path)
     if not path.exists():
@@ -87,9 +87,9 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def fetch_state(model: str, name: str) -> tuple[dict[str, Tensor], list[str]]:
-    """torchvision's own weights `name` (COCO_V1) of its detector `model`: (state dict, category names by label).
+    """Fetch torchvision's weights `name` (COCO_V1) of its detector `model`: (state dict, category names by label).
 
-    Fetched, and their hash checked. Raises UserError where there are none or they cannot be had.
+    Their hash is checked. Raises UserError for an unknown name, or if the weights cannot be fetched.
     """
     weights = torchvision.models.get_model_weights(model)
     if name not in weights.__members__:
@@ -104,15 +104,15 @@ def fetch_state(model: str, name: str) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def need_cache(url: str) -> None:
-    """Raises UserError where torch would keep what it fetches in a folder called ~: the user has no home folder."""
+    """Raise UserError for an unknown home folder, where torch would keep fetched files in a folder called ~."""
     if Path(torch.hub.get_dir()).parts[0].startswith("~"):
         raise UserError(f"{url}: cannot be fetched: the home folder is unknown; set TORCH_HOME, or name a local file")
 
 
 def translate(state: dict[str, Tensor], source: str) -> Translated:
-    """Gives the tensors of a file their names here. Raises UserError for a file of neither kind.
+    """Rename the tensors of a torchvision detector or a released model. Raises UserError for other files.
 
-    source: the file's name, for errors. Unknown names are kept as they are: they will not fit.
+    source: the file's name, for errors. Unknown names stay unchanged, so that loading them fails.
     """
     released = any(key.startswith("neck.") for key in state) and any(key.startswith("bbox_head.") for key in state)
     if any(".classifier.linear." in key for key in state):
@@ -127,7 +127,7 @@ def translate(state: dict[str, Tensor], source: str) -> Translated:
         if key.endswith(TRACKED):
             skipped[key] = "a counter that frozen batch normalisation does not have"
         elif released and re.match(r"mask_head\.0\.conv_res\.", key):
-            skipped[key] = "never used: the first mask head has none before it"
+            skipped[key] = "never used: no mask head precedes the first one"
         else:
             translated[_renamed(key, rules)] = value
     return Translated(translated, skipped, "released" if released else "torchvision")
@@ -138,37 +138,37 @@ def _renamed(key: str, rules: Sequence[tuple[str, str]]) -> str:
         stage = re.match(r"(?:bbox|mask)_head\.(\d)\.", key)
         pattern = pattern.replace("STAGE", rf"{stage[1]}\." if stage else "")
         name = name.replace("STAGE", f"stages.{stage[1]}." if stage else "")
-        new, found = re.subn(f"^{pattern}", name, key)
-        if found:
+        new, replaced = re.subn(f"^{pattern}", name, key)
+        if replaced:
             return new
     return key
 
 
 def describe(state: dict[str, Tensor]) -> dict[str, object]:
-    """What detector a translated state dict is of, as keys of the section `detector`, and its `logits`."""
+    """Recognise the detector of a translated state dict: keys of the section `detector`, and its number of `logits`."""
     stages = any(key.startswith("roi_heads.stages.") for key in state)
     masks = any(".mask_predictor." in key for key in state)
     semantic = any(key.startswith("roi_heads.semantic.") for key in state)
     plain = "mask_rcnn" if masks else "faster_rcnn"
     cascade = "htc" if semantic else "cascade_mask_rcnn" if masks else "cascade_rcnn"
-    found: dict[str, object] = {"framework": cascade if stages else plain}
+    keys: dict[str, object] = {"framework": cascade if stages else plain}
     width = state.get("backbone.body.layer1.0.conv2.weight")
     if width is not None and "backbone.body.layer1.0.conv3.weight" in state:
         depth = 101 if "backbone.body.layer3.22.conv1.weight" in state else 50
         kind = {64: f"resnet{depth}", 4: f"resnext{depth}_64x4d", 8: f"resnext{depth}_32x8d"}
-        found["backbone"] = kind.get(width.shape[1], "an unknown ResNet")
-    found["deformable_stages"] = tuple(
+        keys["backbone"] = kind.get(width.shape[1], "an unknown ResNet")
+    keys["deformable_stages"] = tuple(
         i for i in (1, 2, 3, 4) if f"backbone.body.layer{i}.0.conv2.offsets.weight" in state
     )
     layers = [v for k, v in state.items() if k.endswith("classifier.linear.weight")]
-    found["logits"] = layers[0].shape[0] if layers else None
-    return found
+    keys["logits"] = layers[0].shape[0] if layers else None
+    return keys
 
 
 def select_labels(state: dict[str, Tensor], labels: Sequence[int]) -> dict[str, Tensor]:
-    """Keeps some labels (0, the background, among them) of a translated Faster or Mask R-CNN with plain softmax.
+    """Keep some labels, including the background 0, of a translated Faster or Mask R-CNN with plain softmax.
 
-    torchvision's COCO models have a label for each id to 90, of which COCO uses 80.
+    torchvision's COCO models have a label for each id up to 90, of which COCO uses 80.
     """
     rows = torch.as_tensor(labels)
     result = dict(state)
@@ -181,9 +181,9 @@ def select_labels(state: dict[str, Tensor], labels: Sequence[int]) -> dict[str, 
 
 
 def fold_batch_norm_eps(state: dict[str, Tensor], eps: float, ours: float = 1e-5) -> dict[str, Tensor]:
-    """Variances such that frozen batch normalisation with our eps does what theirs did with `eps`.
+    """Shift variances so that frozen batch normalisation with eps `ours` gives the same outputs as with `eps`.
 
-    torchvision's COCO_V1 detectors were trained, and are run, with 0.
+    torchvision's COCO_V1 detectors are trained and run with an eps of 0.
     """
     shift = eps - ours
     folded = {key: value + shift if key.endswith("running_var") else value for key, value in state.items()}
@@ -194,10 +194,10 @@ def fold_batch_norm_eps(state: dict[str, Tensor], eps: float, ours: float = 1e-5
 
 
 def to_torchvision(state: dict[str, Tensor], num_categories: int) -> dict[str, Tensor]:
-    """Weights of a Faster or Mask R-CNN with plain softmax as torchvision's own model takes them.
+    """Rename the weights of a Faster or Mask R-CNN with plain softmax for torchvision's own model.
 
     state: a detector's state dict. A box regression shared by all categories is repeated for each label. Raises
-    ValueError for other detectors, or for a classifier that is not one linear layer of C + 1 outputs.
+    ValueError for other detectors, and for a classifier that is not one linear layer of C + 1 outputs.
     """
     plain_resnet = (
         not any(key.startswith("roi_heads.stages.") for key in state) and "backbone.body.conv1.weight" in state
@@ -206,8 +206,10 @@ def to_torchvision(state: dict[str, Tensor], num_categories: int) -> dict[str, T
         raise ValueError("expected a Faster or Mask R-CNN with a ResNet or MobileNet: torchvision has no other")
     if any(".offsets." in key for key in state):
         raise ValueError("torchvision's own backbones have no deformable stages")
-    names = {"roi_heads.classifier.linear.": "roi_heads.box_predictor.cls_score.",
-             "roi_heads.box_regressor.": "roi_heads.box_predictor.bbox_pred."}  # fmt: skip
+    names = {
+        "roi_heads.classifier.linear.": "roi_heads.box_predictor.cls_score.",
+        "roi_heads.box_regressor.": "roi_heads.box_predictor.bbox_pred.",
+    }
     result = {}
     for key, value in state.items():
         if key.startswith("roi_heads.classifier.") and not key.startswith("roi_heads.classifier.linear."):

@@ -168,7 +168,7 @@ def weights_digest(checkpoint: dict) -> str:
 def load_weights(model: nn.Module, checkpoint: dict, skip: Sequence[str] = ()) -> list[str]:
     """Copies the parameters that fit by name and shape; returns the names of those that stay new.
 
-    Names that contain one of `skip` are left out.
+    Names that begin with one of `skip` are left out.
     """
     state, saved = model.state_dict(), checkpoint["model"]
     fitting = {
@@ -177,7 +177,7 @@ def load_weights(model: nn.Module, checkpoint: dict, skip: Sequence[str] = ()) -
         if key in saved
         and saved[key].shape == value.shape
         and saved[key].is_floating_point() == value.is_floating_point()
-        and not any(part in key for part in skip)
+        and not key.startswith(tuple(skip))
     }
     model.load_state_dict(fitting, strict=False)
     return [key for key in state if key not in fitting]

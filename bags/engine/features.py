@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from tqdm import tqdm
 
 from bags import distributed
+from bags.detectors.torchvision_private import BalancedPositiveNegativeSampler
 from bags.engine.shards import Layout, Record, Shard, ShardWriter, is_complete, open_shards
 from bags.errors import UserError
 from bags.files import read_text, write_problem, write_text

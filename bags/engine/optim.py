@@ -1,7 +1,8 @@
-"""What is trained, by which optimiser, at which rate."""
+"""The trained part of a detector, its optimiser and its learning rate."""
 
 import bisect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,31 +10,31 @@ from torch import nn
 from bags.classifiers.base import ProposalClassifier
 from bags.sections import TrainConfig
 
-REFERENCE_BATCH = 16  # images, that a scaled learning rate is given for
+REFERENCE_BATCH = 16  # images of a step for which a scaled learning rate is given
 
 
 def set_trained_part(model: nn.Module, part: str) -> None:
-    """Chooses the parameters that are trained.
+    """Set which parameters of a detector are trained.
 
-    `all`: every one but the model's `frozen_parameters()`; `head`: the box branches after RoIAlign (shared
-    layers, classifiers, box regression); `cls`: those of ProposalClassifier modules; `none`: nothing.
+    part: `all` except the model's `frozen_parameters()`; `head`, the box branches after RoIAlign (shared layers,
+    classifiers, box regression); `cls`, the ProposalClassifier modules; or `none`.
     """
     model.requires_grad_(part == "all")
     frozen: Callable[[], list[nn.Parameter]] = getattr(model, "frozen_parameters", list)
     for parameter in frozen():
         parameter.requires_grad_(False)
+    trained: list[Any] = []
     if part == "head":
-        for name, parameter in model.named_parameters():
-            other = ("mask_" in name) or ("semantic." in name)
-            parameter.requires_grad_(name.startswith("roi_heads.") and not other)
+        roi_heads: Any = model.roi_heads
+        trained = [m for s in roi_heads.box_stages for m in (s.box_head, s.classifier, s.box_regressor)]
     if part == "cls":
-        for module in model.modules():
-            if isinstance(module, ProposalClassifier):
-                module.requires_grad_(True)
+        trained = [module for module in model.modules() if isinstance(module, ProposalClassifier)]
+    for module in trained:
+        module.requires_grad_(True)
 
 
 def train_mode(model: nn.Module) -> None:
-    """Training mode, except that frozen batch normalisation keeps its statistics."""
+    """Set training mode, except for frozen batch normalisation, which keeps its statistics."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
@@ -43,31 +44,31 @@ def train_mode(model: nn.Module) -> None:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD with momentum, or AdamW, over the trainable parameters; in one kernel (fused) on a GPU.
+    """Make SGD with momentum, or AdamW, of the trainable parameters; with fused kernels on a GPU.
 
-    Not so SGD in fp16: where its first step overflows, the fused kernel leaves momenta that nobody has written.
+    SGD in fp16 is not fused: if its first step overflows, the fused kernel leaves momenta uninitialised.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    spoilt = config.optimizer == "sgd" and config.precision == "fp16"
-    fused = True if parameters[0].is_cuda and not spoilt else None
+    unsafe = config.optimizer == "sgd" and config.precision == "fp16"
+    fused = True if parameters[0].is_cuda and not unsafe else None
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay, fused=fused)
 
 
 def epoch_at(starts: Sequence[int], iteration: int) -> float:
-    """How many epochs are over before an iteration. starts: each epoch's first iteration, and the total."""
+    """Epochs, with their fraction, that are over before an iteration. starts: each epoch's first, and the total."""
     epoch = min(bisect.bisect_right(starts, iteration), len(starts) - 1) - 1
     return epoch + (iteration - starts[epoch]) / (starts[epoch + 1] - starts[epoch])
 
 
 def base_rate(config: TrainConfig) -> float:
-    """`lr`, with `scale_lr` in proportion to the images of a step (Goyal et al. 2017)."""
+    """The rate `lr`; with `scale_lr`, in proportion to the images of a step (Goyal et al. 2017)."""
     return config.lr * config.batch_size / REFERENCE_BATCH if config.scale_lr else config.lr
 
 
 def learning_rate(config: TrainConfig, iteration: int, epoch: float) -> float:
-    """The rate of one iteration (0-based), at `epoch`: linear warm-up times a step schedule."""
+    """The rate of an iteration (0-based) at `epoch`: linear warm-up times a step schedule."""
     rate = base_rate(config)
     if iteration < config.warmup_iterations:
         progress = iteration / config.warmup_iterations
