@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bags.errors import UserError, run_script
+from bags.core.errors import UserError, run_script
 
 NAMES = ("loss", "train_step", "throughput", "classifier_stage", "inference", "evaluation", "data")
 

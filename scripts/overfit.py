@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bags.errors import UserError, run_script
+from bags.core.errors import UserError, run_script
 
 ROWS = {
     "faster_rcnn": "softmax",
@@ -57,7 +57,7 @@ def main() -> None:
 
 def few_images(folder: Path, overrides: list[str]) -> list[str]:
     """Writes annotations of the training set's first images; returns the overrides that use them."""
-    from bags.config import load_config
+    from bags.config.load import load_config
     from bags.data.glyphs import PRESETS, make_glyphs
     from bags.data.json_files import read_json
 
@@ -75,8 +75,8 @@ def few_images(folder: Path, overrides: list[str]) -> list[str]:
 
 def overfit(framework: str, classifier: str, overrides: list[str]) -> bool:
     """Trains one detector from nothing; prints its AP50 and returns whether it has learnt the images."""
-    from bags.config import load_config
-    from bags.distributed import distributed
+    from bags.config.load import load_config
+    from bags.core.distributed import distributed
     from bags.jobs.train import run
 
     config = load_config(

@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bags.errors import UserError, run_script
+from bags.core.errors import UserError, run_script
 
 PATIENCE = 60.0  # seconds in which the ranks that are left must end
 START = 10.0  # seconds after a start in which a kill may fall anywhere, also before training

@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
 import bags
-from bags import build, distributed
-from bags.config import config_to_dict
+from bags.assembly.loaders import build_train_loader, open_index
+from bags.assembly.models import build_detector
+from bags.config.load import config_to_dict
+from bags.core import distributed
 from bags.data.statistics import CategoryStats
 from bags.engine.train import Run, train
 
@@ -37,10 +39,10 @@ def agree_on_samples(setattr_=setattr):
 
 def pieces(config):
     """(detector with random weights, loader) of a configuration."""
-    index = build.open_index(config, "train")
+    index = open_index(config, "train")
     stats = CategoryStats.from_index(index)
     torch.manual_seed(0)
-    return build.build_detector(config, stats), build.build_train_loader(config, index, stats)
+    return build_detector(config, stats), build_train_loader(config, index, stats)
 
 
 class Called:
@@ -61,7 +63,7 @@ def train_some(config, at_batch=None):
     """Trains as the configuration says: {start, end: state dicts, graphs: number captured by torch.compile, run}."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    index = build.open_index(config, "train")
+    index = open_index(config, "train")
     stats = CategoryStats.from_index(index)
     detector, loader = pieces(config)
     for module in detector.modules():  # statistics of a batch would differ between ranks

@@ -12,9 +12,9 @@ from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredict
 from torchvision.ops import MultiScaleRoIAlign
 
 import bags
+from bags.config.sections import TrainConfig
 from bags.detectors.from_features import FromFeatures, proposals_to_store, training_pool
 from bags.engine.train import Run, train
-from bags.sections import TrainConfig
 
 COUNTS = (5, 500, 50, 2000)  # of labels 1..4
 SIZES = {"min_size": 64, "max_size": 96, "box_batch_size_per_image": 16, "rpn_post_nms_top_n_train": 40,

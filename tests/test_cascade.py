@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torchvision.ops import roi_align
 
 import bags
-from bags.build import build_detector
+from bags.assembly.models import build_detector
 from bags.data.statistics import CategoryStats
 from bags.detectors.htc import SemanticBranch, painted
 

@@ -9,8 +9,8 @@ import bags
 from bags.analysis.paper import PAPER
 from bags.classifiers.group_softmax import GroupSoftmaxSettings
 from bags.classifiers.softmax import SoftmaxSettings
-from bags.config import config_from_dict, config_to_dict, save_config
-from bags.typed_yaml import parse_yaml
+from bags.config.load import config_from_dict, config_to_dict, override_config, save_config
+from bags.config.typed_yaml import parse_yaml
 
 
 def write(folder, name="row.yaml", **content):
@@ -146,7 +146,7 @@ def test_text_on_the_command_line_stays_text(tmp_path, text):
         write(tmp_path, detector={"framework": "htc", "roi": {"class_agnostic": True}}), overrides[:-1]
     )
     assert {config.name, config.data.name, config.output, config.data.root, config.data.train} == {text}
-    config = bags.config.override_config(config, [*optional, *([] if text == "null" else overrides[-1:])])
+    config = override_config(config, [*optional, *([] if text == "null" else overrides[-1:])])
     if optional:
         assert config.detector.init_from == config.store.folder == text and config.data.train_semantic == f"maps {text}"
     save_config(config, tmp_path / "config.yaml")

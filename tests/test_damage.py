@@ -17,16 +17,18 @@ from test_features import CPU, prepared
 from torch.utils.data import DataLoader
 
 import bags
-from bags import cached
-from bags.build import initialise, load_detector
+from bags.assembly import stored as cached
+from bags.assembly.initialise import initialise
+from bags.assembly.models import load_detector
+from bags.config.load import config_to_dict, override_config, save_config
+from bags.core.errors import UserError
+from bags.core.files import write_problem, write_text
 from bags.data.index import _cache_folders
 from bags.data.statistics import CategoryStats
 from bags.detectors.backbones import load_backbone_weights
 from bags.detectors.weights import fetch_state, read_state
 from bags.engine.checkpoint import load_checkpoint, save_checkpoint, write_checkpoint, write_file
 from bags.engine.features import TrainingFeatures, collate_samples
-from bags.errors import UserError
-from bags.files import write_problem, write_text
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +40,8 @@ def trained(glyphs, tmp_path_factory):
     index = bags.AnnotationIndex.open(glyphs / "train.json")
     stats = CategoryStats.from_index(index)
     torch.manual_seed(0)
-    detector = bags.build.build_detector(config, stats)
-    about = {"config": bags.config.config_to_dict(config), "stats": stats.to_dict(), "init": None}
+    detector = bags.build_detector(config, stats)
+    about = {"config": config_to_dict(config), "stats": stats.to_dict(), "init": None}
     return config, index, stats, detector, {**about, "model": detector.state_dict()}
 
 
@@ -63,7 +65,7 @@ def test_weights_that_are_not_finite_are_refused_everywhere(trained, glyphs, tmp
     write_checkpoint(file, changed(content, "model", **{LAST: weights}))
     with pytest.raises(UserError, match=f"bad.pth: {LAST} holds numbers that are not finite"):
         load_detector(file)
-    start = bags.config.override_config(config, [f"detector.init_from={file}"])
+    start = override_config(config, [f"detector.init_from={file}"])
     with pytest.raises(UserError, match=f"bad.pth: {LAST} holds numbers that are not finite"):
         initialise(detector, start, index, stats)
     for command in (["evaluate", file, "--output", tmp_path / "out"], ["predict", file, glyphs / "val"]):
@@ -144,11 +146,11 @@ def test_a_detector_too_large_for_the_memory_is_one_line(trained):
     config, _, stats, *_ = trained
     for override in ("detector.roi.fc=131071", "detector.fpn_channels=32767"):
         with pytest.raises(UserError, match=r"make weights of .* GB, over a third of this machine's memory .*lower"):
-            bags.build.build_detector(bags.config.override_config(config, [override]), stats)
+            bags.build_detector(override_config(config, [override]), stats)
     many = CategoryStats(*(tuple(range(500_000)) for _ in range(4)))
-    wide = bags.config.override_config(config, ["detector.roi.fc=32767"])
+    wide = override_config(config, ["detector.roi.fc=32767"])
     with pytest.raises(UserError, match="500000 categories make weights of"):
-        bags.build.build_detector(wide, many)
+        bags.build_detector(wide, many)
 
 
 # --------------------------------------------------------------------------- archives
@@ -504,8 +506,8 @@ def test_an_optimiser_of_another_model(trained, glyphs, tmp_path):
     configs = write_configs(tmp_path / "configs", glyphs)
     config = bags.load_config(configs / "softmax.yaml", [f"output={tmp_path}"])
     config.run_folder.mkdir(parents=True)
-    bags.config.save_config(config, config.run_folder / "config.yaml")
+    save_config(config, config.run_folder / "config.yaml")
     content = {**trained[-1], "iteration": 3, "optimizer": {"param_groups": 3}}
-    write_checkpoint(config.run_folder / "last.pth", {**content, "config": bags.config.config_to_dict(config)})
+    write_checkpoint(config.run_folder / "last.pth", {**content, "config": config_to_dict(config)})
     done = run_script("train", configs / "softmax.yaml", f"output={tmp_path}")
     assert done.returncode == 2 and "its checkpoint does not fit this run" in done.stderr, done.stderr

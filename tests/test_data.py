@@ -173,9 +173,9 @@ def test_sampler_covers_every_image_and_resumes_anywhere():
 def test_ranks_split_the_same_batches(monkeypatch, world):
     whole = list(TrainSampler(10, 4, seed=1))
     shares, shards = [], []
-    monkeypatch.setattr("bags.distributed.world_size", lambda: world)
+    monkeypatch.setattr("bags.core.distributed.world_size", lambda: world)
     for rank in range(world):
-        monkeypatch.setattr("bags.distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("bags.core.distributed.rank", lambda rank=rank: rank)
         shares.append(list(TrainSampler(10, 4, seed=1)))
         shards += [p for batch in ShardSampler(11, 2) for p in batch]
     merged = [sorted(sum(batches, [])) for batches in zip(*shares, strict=True)]
@@ -251,10 +251,10 @@ def test_repeat_factor_sampler():
 def test_ranks_split_the_repeated_batches(monkeypatch):
     factors = torch.tensor([1, 1.5, 2, 3.25, 1])
     whole = list(RepeatFactorSampler(factors, 2, seed=1))
-    monkeypatch.setattr("bags.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("bags.core.distributed.world_size", lambda: 2)
     shares = []
     for rank in range(2):
-        monkeypatch.setattr("bags.distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("bags.core.distributed.rank", lambda rank=rank: rank)
         shares.append(list(RepeatFactorSampler(factors, 2, seed=1)))
     assert [[a, b] for [a], [b] in zip(*shares, strict=True)] == whole
 

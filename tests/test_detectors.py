@@ -12,13 +12,8 @@ from torchvision.models.detection.mask_rcnn import maskrcnn_resnet50_fpn
 from torchvision.ops import box_iou, clip_boxes_to_image, nms
 
 import bags
-from bags.build import (
-    build_detector,
-    build_train_loader,
-    build_val_dataset,
-    load_detector,
-    predict_and_evaluate,
-)
+from bags.assembly.loaders import build_train_loader, build_val_dataset
+from bags.assembly.models import build_detector, load_detector
 from bags.classifiers.base import BoxFeatures
 from bags.classifiers.focal import SigmoidFocalSettings
 from bags.classifiers.group_softmax import GroupSoftmaxSettings
@@ -30,6 +25,7 @@ from bags.detectors import postprocess
 from bags.detectors.postprocess import _suppress, select_detections
 from bags.detectors.roi_heads import RoIHeads, box_loss
 from bags.engine.optim import build_optimizer, epoch_at, learning_rate, set_trained_part, train_mode
+from bags.jobs.score import predict_and_evaluate
 
 STATS = CategoryStats((1, 2, 3), ("a", "b", "c"), (500, 50, 5), (300, 40, 5))
 

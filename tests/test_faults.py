@@ -26,17 +26,17 @@ from steps import pieces, train_some
 from torch.utils.data import DataLoader, Dataset
 
 import bags
-from bags import build
+from bags.assembly.loaders import open_index
+from bags.core.distributed import distributed
+from bags.core.errors import UserError
+from bags.core.errors import run_script as run_script_here
 from bags.data.dataset import DetectionDataset, Loader, collate, obey_parent_only
 from bags.data.images import read_image
 from bags.data.statistics import CategoryStats
-from bags.distributed import distributed
 from bags.engine.checkpoint import load_checkpoint, load_latest, save_checkpoint, write_file
 from bags.engine.faults import StopSignals
 from bags.engine.metrics import JsonLog
 from bags.engine.train import Run, train
-from bags.errors import UserError
-from bags.errors import run_script as run_script_here
 
 
 class Malice:
@@ -358,7 +358,7 @@ def test_a_second_signal_ends_what_waits_for_ever(waits, number):
     code = f"""if True:
         import ctypes, signal, sys, threading
         sys.path.insert(0, {str(ROOT)!r})
-        from bags import errors
+        from bags.core import errors
         errors.REPEATED = 0.5
         libc = ctypes.CDLL(None)
 
@@ -395,7 +395,7 @@ def test_a_second_signal_in_training_has_its_former_effect(monkeypatch):
 def test_a_signal_between_epochs_loses_nothing(tmp_path, glyphs):
     """Everything is saved before a validation, which a signal may end; the resumed run validates that epoch."""
     config = config_of(tmp_path, glyphs, "train.epochs=3", "train.evaluate_every=1", "train.checkpoint_every=100")
-    index = build.open_index(config, "train")
+    index = open_index(config, "train")
     about = {"config": {}, "stats": CategoryStats.from_index(index).to_dict()}
     epochs = []
 

@@ -15,13 +15,15 @@ import yaml
 from conftest import ROOT, fork_script, run_script, write_configs
 
 import bags
-from bags import build, cached
 from bags.analysis.results import load_results
+from bags.assembly import stored as cached
+from bags.assembly.loaders import build_train_loader, build_val_dataset, open_index
+from bags.assembly.models import build_detector
+from bags.core.errors import UserError
 from bags.data.statistics import CategoryStats
 from bags.detectors.from_features import FromFeatures, proposals_to_store
 from bags.engine.features import TrainingFeatures, collate_samples, shards_of
 from bags.engine.optim import set_trained_part, train_mode
-from bags.errors import UserError
 
 CPU = torch.device("cpu")
 EVERYTHING = ["detector.roi.batch_size=100000", "detector.roi.positive_fraction=1"]
@@ -39,15 +41,15 @@ def prepared(folder, glyphs, *overrides):
     configs = write_configs(folder / "configs", glyphs)
     keys = [f"output={folder / 'runs'}", "classifier={name: softmax}", *overrides]
     config = bags.load_config(configs / "softmax_retrained.yaml", keys)
-    index = build.open_index(config, "train")
+    index = open_index(config, "train")
     torch.manual_seed(0)
-    detector = build.build_detector(config, CategoryStats.from_index(index))
+    detector = build_detector(config, CategoryStats.from_index(index))
     with torch.no_grad():  # as large as trained ones: random features all look alike
         for stage in detector.roi_heads.box_stages:
             stage.classifier.linear.weight.normal_(0, 0.3)
             stage.box_regressor.weight.normal_(0, 0.05)
     set_trained_part(detector, "cls")
-    dataset = build.build_train_loader(config, index, CategoryStats.from_index(index)).dataset
+    dataset = build_train_loader(config, index, CategoryStats.from_index(index)).dataset
     return config, detector, dataset
 
 
@@ -126,7 +128,7 @@ def test_released_conventions_mirror_what_is_resized(tmp_path, glyphs, monkeypat
 @pytest.mark.parametrize("framework", ["faster", "cascade"])
 def test_detections_from_stored_features(tmp_path, glyphs, framework):
     config, detector, _ = prepared(tmp_path, glyphs, *FRAMEWORKS[framework])
-    dataset = build.build_val_dataset(config)
+    dataset = build_val_dataset(config)
     loader = cached.validation_loader(config, detector, dataset, CPU)
     model, count = FromFeatures(detector).eval(), 0
     detector.eval()

@@ -5,7 +5,7 @@ import os
 import pytest
 from conftest import fork_script
 
-from bags.files import open_regular, read_bytes, read_text
+from bags.core.files import open_regular, read_bytes, read_text
 
 
 def test_a_regular_file_is_read_through_links_too(tmp_path):

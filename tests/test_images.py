@@ -13,11 +13,11 @@ from PIL import Image
 from torchvision import tv_tensors
 
 import bags
+from bags.core.errors import UnreadableImage, UserError
 from bags.data.checks import STOP, check_images
 from bags.data.dataset import DetectionDataset
 from bags.data.images import FORMATS, SUFFIXES, check_pixels, name_hint, open_image, read_image
 from bags.data.transforms import training_transform
-from bags.errors import UnreadableImage, UserError
 
 WHITE_IS_ZERO, UNSIGNED, SIGNED, FLOAT = 0, 1, 2, 3
 

@@ -15,7 +15,7 @@ from legacy_model import LegacyDetector
 from test_weights import released_shapes
 
 import bags
-from bags.build import load_detector
+from bags.assembly.models import load_detector
 from bags.engine.checkpoint import write_checkpoint
 from bags.engine.optim import train_mode
 from bags.jobs import import_weights

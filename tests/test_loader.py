@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT, write_configs
 from torch import Tensor
 
+from bags.core.errors import run_script
 from bags.data import dataset as loading
 from bags.data.dataset import Loader
-from bags.errors import run_script
 
 PATIENCE = 60  # seconds until a test takes a process for one that waits for ever
 

@@ -16,11 +16,11 @@ import torch
 from conftest import fork_script, metrics
 from torch.utils.data import DataLoader
 
-from bags import distributed, locks
+from bags.core import distributed, locks
+from bags.core.errors import UserError
+from bags.core.errors import run_script as run_script_here
 from bags.data.samplers import ShardSampler
 from bags.engine.predict import predict
-from bags.errors import UserError
-from bags.errors import run_script as run_script_here
 from scripts.soak import results
 
 FORK = multiprocessing.get_context("fork")

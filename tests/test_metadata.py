@@ -12,12 +12,12 @@ from conftest import fork_script
 from PIL import Image
 
 import bags
-from bags.build import open_index
+from bags.assembly.loaders import open_index
 from bags.data.checks import what_does_not_train, why_nothing_trains
 from bags.data.dataset import DetectionDataset
 from bags.data.samplers import ClassBalancedSampler, RepeatFactorSampler
 from bags.data.statistics import CategoryStats
-from bags.preflight import check_data
+from bags.jobs.preflight import check_data
 
 POLYGON = [[1, 1, 11, 1, 11, 9, 1, 9]]
 FULL = {

@@ -9,13 +9,14 @@ import torch
 from conftest import fork_script, write_configs
 from PIL import Image
 
-from bags import build
 from bags.analysis.plots import LONGEST_SIDE, save_drawing
-from bags.config import config_to_dict, load_config
+from bags.assembly.loaders import build_val_dataset, open_index
+from bags.assembly.models import build_detector
+from bags.config.load import config_to_dict, load_config
+from bags.core.files import JsonList
 from bags.data.statistics import CategoryStats
 from bags.data.transforms import to_input
 from bags.engine.checkpoint import write_checkpoint
-from bags.files import JsonList
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +26,9 @@ def make_checkpoint(glyphs, tmp_path_factory):
     def make(*overrides):
         folder = tmp_path_factory.mktemp("checkpoint")
         config = load_config(write_configs(folder, glyphs) / "softmax.yaml", ["test.score_threshold=0", *overrides])
-        stats = CategoryStats.from_index(build.open_index(config, "train"))
+        stats = CategoryStats.from_index(open_index(config, "train"))
         torch.manual_seed(0)
-        model = build.build_detector(config, stats).state_dict()
+        model = build_detector(config, stats).state_dict()
         content = {"config": config_to_dict(config), "stats": stats.to_dict(), "model": model}
         write_checkpoint(folder / "last.pth", content)
         return folder / "last.pth"
@@ -102,7 +103,7 @@ def test_images_are_turned_as_the_checkpoint_says(make_checkpoint, photo, tmp_pa
 
 def test_prediction_sees_the_numbers_of_validation(glyphs, tmp_path):
     config = load_config(write_configs(tmp_path, glyphs) / "softmax.yaml")
-    dataset = build.build_val_dataset(config)
+    dataset = build_val_dataset(config)
     assert torch.equal(to_input(dataset.read(1)[0]), dataset[1][0])
 
 

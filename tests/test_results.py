@@ -15,7 +15,7 @@ from PIL import Image
 
 from bags.analysis.plots import plot_weight_norms
 from bags.analysis.results import TABLE, load_results, render_page
-from bags.errors import UserError
+from bags.core.errors import UserError
 
 PAGES = ["README.md", *sorted(f"docs/results/{page.name}" for page in (ROOT / "docs/results").glob("*.md"))]
 

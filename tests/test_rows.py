@@ -9,8 +9,8 @@ from conftest import ROOT
 
 import bags
 from bags.analysis.paper import METHODS, PAPER
-from bags.config import config_to_dict
-from bags.rows import compose, find_dataset, method_names, rows_of
+from bags.config.load import config_to_dict
+from bags.config.rows import compose, find_dataset, method_names, rows_of
 
 DATASETS = sorted(path.stem for path in (ROOT / "configs/datasets").glob("*.yaml"))
 

@@ -12,10 +12,10 @@ import yaml
 from conftest import ROOT
 
 import bags
-from bags import sections
 from bags.classifiers import METHODS, method_settings
-from bags.config import config_from_dict, config_to_dict, result_settings
-from bags.settings import NO_RESULT, Range, Settings, marks
+from bags.config import sections
+from bags.config.load import config_from_dict, config_to_dict, result_settings
+from bags.core.settings import NO_RESULT, Range, Settings, marks
 
 SAMPLERS = typing.get_args(sections.SamplerConfig)
 SECTIONS = [

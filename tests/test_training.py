@@ -18,15 +18,15 @@ from steps import agree_on_samples, pieces, train_some
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
 import bags
-from bags.build import load_detector
-from bags.config import override_config
+from bags.assembly.models import load_detector
+from bags.config.load import override_config
+from bags.core.errors import Stopped, UserError
 from bags.detectors.backbones import FrozenBatchNorm
 from bags.detectors.conventions import mask_targets
 from bags.engine import train as engine
 from bags.engine.checkpoint import load_checkpoint, save_checkpoint
 from bags.engine.metrics import PHASES, Clock, Monitor
 from bags.engine.optim import build_optimizer, learning_rate, set_trained_part, train_mode
-from bags.errors import Stopped, UserError
 
 CPU = torch.device("cpu")
 FRAMEWORKS = ("faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "htc")

@@ -10,8 +10,8 @@ from conftest import run_script
 import bags
 from bags.analysis.tables import from_cell, read_categories, to_cell
 from bags.cli import evaluate
+from bags.core.terminal import printable
 from bags.evaluation import detection_ap
-from bags.terminal import printable
 
 ODD = (None, -3, 2.5, 10**400, "x", "\ud800", [], {"a": 1}, True)
 BOXES = {1: [(1, 10), (2, 40)], 2: [(1, 20)], 3: [(2, 5), (3, 50)]}  # image -> (category, x), 20 x 20 pixels

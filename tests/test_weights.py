@@ -17,10 +17,12 @@ from torchvision.models.detection import (
 )
 from torchvision.ops import FrozenBatchNorm2d
 
-import bags.build
-from bags.build import build_detector, initialise, load_detector
+import bags
+from bags.assembly.initialise import initialise
+from bags.assembly.loaders import build_train_loader
+from bags.assembly.models import build_detector, load_detector
 from bags.classifiers import method_settings
-from bags.config import config_to_dict
+from bags.config.load import config_to_dict
 from bags.data.statistics import CategoryStats
 from bags.detectors.weights import describe, fold_batch_norm_eps, read_state, select_labels, to_torchvision, translate
 from bags.engine.checkpoint import save_checkpoint
@@ -563,8 +565,8 @@ def test_masks_are_learnt_from_masks(tmp_path, glyphs, capsys):
         (tmp_path / f"{number}.json").write_text(json.dumps(content))
         index = bags.AnnotationIndex.open(tmp_path / f"{number}.json")
         if number == 1:
-            bags.build.build_train_loader(config, index, CategoryStats.from_index(index))
+            build_train_loader(config, index, CategoryStats.from_index(index))
             assert words in capsys.readouterr().err
         else:
             with pytest.raises(bags.UserError, match=words):
-                bags.build.build_train_loader(config, index, CategoryStats.from_index(index))
+                build_train_loader(config, index, CategoryStats.from_index(index))

@@ -8,8 +8,8 @@ import numpy as np
 import orjson
 from PIL import Image
 
-from bags.errors import UserError
-from bags.files import read_bytes
+from bags.core.errors import UserError
+from bags.core.files import read_bytes
 
 TRUTH, CORRECT, WRONG, ASIDE = "#1b6ca8", "#2e933c", "#d1495b", "#9a9a9a"
 LEAST_SCORE = 0.4  # of a drawn detection

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from bags.analysis.weight_norms import rank_correlation
-from bags.files import replacing
+from bags.core.files import replacing
 
 if "ipykernel" not in sys.modules:  # in a notebook, figures are shown below their cell
     matplotlib.use("Agg")

@@ -12,9 +12,9 @@ from bags.analysis.examples import LEAST_SCORE, Example
 from bags.analysis.page import document, drawn, figure, percent, table, text
 from bags.analysis.run_results import RunResults, about, differences
 from bags.analysis.tables import column_title, tail_below
-from bags.config import config_to_dict
+from bags.config.load import config_to_dict
+from bags.core.files import read_bytes
 from bags.evaluation.comparison import Comparison, changed_most
-from bags.files import read_bytes
 
 MOST = 8  # categories in a table
 

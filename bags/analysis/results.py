@@ -23,8 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from bags.analysis.tables import COLUMNS, render_table
-from bags.errors import UserError
-from bags.files import read_text, write_text
+from bags.core.errors import UserError
+from bags.core.files import read_text, write_text
 
 DIGITS = 5  # of a number in 0..1
 KEPT = ("python", "packages", "device", "cores", "threads", "ranks")  # of environment.json

@@ -11,9 +11,9 @@ import numpy as np
 
 from bags.analysis.results import read_environment
 from bags.analysis.tables import read_categories, read_log, read_metrics, read_seconds
-from bags.config import config_to_dict, load_config, override_config
-from bags.errors import UserError
-from bags.sections import Config
+from bags.config.load import config_to_dict, load_config, override_config
+from bags.config.sections import Config
+from bags.core.errors import UserError
 
 
 @dataclass

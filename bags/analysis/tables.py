@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bags.analysis.paper import PaperTable
-from bags.errors import UserError
+from bags.core.errors import UserError
+from bags.core.files import open_regular, read_text, replacing, write_text
+from bags.core.terminal import printable
 from bags.evaluation.comparison import Comparison
 from bags.evaluation.detection_ap import Scores
-from bags.files import open_regular, read_text, replacing, write_text
-from bags.terminal import printable
 
 COLUMNS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf", "AP50", "AP_tail", "AP_head", "AP_fixed",
            "mask_AP", "mask_AP_tail", "mask_AP_head")  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bags.classifiers.base import ClassifierSettings, TrainingCounts, at_least_float32, checked_counts
 from bags.classifiers.softmax import Softmax
-from bags.settings import Range
+from bags.core.settings import Range
 
 SHARES = (0.01, 0.1)  # of the background proposals, for rare and common categories
 

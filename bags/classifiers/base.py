@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bags.settings import Settings, need
+from bags.core.settings import Settings, need
 
 
 class BoxFeatures(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bags.classifiers.base import TrainingCounts, checked_counts
 from bags.classifiers.sigmoid import Prior, Sigmoid, SigmoidLayerSettings
-from bags.settings import Range
+from bags.core.settings import Range
 
 TailImages = Annotated[int, Range(ge=0)]  # categories in at most so many training images are rare
 

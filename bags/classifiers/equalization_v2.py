@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bags.classifiers.base import ClassifierSettings, TrainingCounts, at_least_float32, sum_over_ranks
 from bags.classifiers.sigmoid import Prior, prior_bias
 from bags.classifiers.softmax import Softmax
-from bags.settings import Range
+from bags.core.settings import Range
 
 BALANCED = 100.0  # the ratio before the first gradient: f is 1, and so are all weights
 EPS = 1e-10

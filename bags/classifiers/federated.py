@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bags.classifiers.base import TrainingCounts, checked_counts
 from bags.classifiers.sigmoid import Prior, Sigmoid, SigmoidLayerSettings
-from bags.settings import Range
+from bags.core.settings import Range
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch.nn.functional import one_hot
 
 from bags.classifiers.base import ClassifierSettings, TrainingCounts, at_least_float32
 from bags.classifiers.softmax import Softmax
-from bags.settings import Range
+from bags.core.settings import Range
 
 
 @dataclass(frozen=True)

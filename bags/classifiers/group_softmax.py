@@ -25,8 +25,8 @@ from bags.classifiers.base import (
     new_linear,
 )
 from bags.classifiers.groups import CategoryGroups, assign_groups, equal_boundaries, given_groups, within_group_weights
-from bags.errors import UserError
-from bags.settings import Range, need
+from bags.core.errors import UserError
+from bags.core.settings import Range, need
 
 NEVER = -1e4  # the logit of a column that must have probability 0; finite even in float16
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bags.classifiers.base import ClassifierSettings, TrainingCounts, at_least_float32, checked_counts
 from bags.classifiers.softmax import Softmax
-from bags.settings import Range
+from bags.core.settings import Range
 
 Adjusted = Literal["loss", "scores"]
 

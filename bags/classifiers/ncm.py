@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bags.classifiers.base import BoxFeatures, ClassifierSettings, TrainingCounts, at_least_float32
 from bags.classifiers.softmax import Softmax
-from bags.settings import Range
+from bags.core.settings import Range
 
 Features = Literal["fc", "conv"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bags.classifiers.base import ClassifierSettings, TrainingCounts, checked_counts
 from bags.classifiers.softmax import Softmax
-from bags.settings import Range
+from bags.core.settings import Range
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from bags.classifiers.base import (
     checked_weights,
 )
 from bags.classifiers.softmax import Softmax
-from bags.settings import Range
+from bags.core.settings import Range
 
 Weighting = Literal["inverse", "effective_number", "effective_number_clipped"]
 

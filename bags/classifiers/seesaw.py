@@ -21,7 +21,7 @@ from bags.classifiers.base import (
     new_linear,
     sum_over_ranks,
 )
-from bags.settings import Range, need
+from bags.core.settings import Range, need
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from bags.classifiers.base import (
     at_least_float32,
     new_linear,
 )
-from bags.settings import Range
+from bags.core.settings import Range
 
 Prior = Annotated[float, Range(gt=0, lt=1)]  # every category's score before training
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bags.classifiers.base import BoxFeatures, ClassifierSettings, TrainingCounts, checked_counts, new_linear
 from bags.classifiers.softmax import Softmax
-from bags.settings import Range
+from bags.core.settings import Range
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bags.classifiers.base import BoxFeatures, ClassifierSettings, TrainingCounts
 from bags.classifiers.softmax import Softmax
-from bags.settings import Range, need
+from bags.core.settings import Range, need
 
 Select = Literal["none", "foreground", "foreground_tail"]
 

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from bags.errors import run_script
+from bags.core.errors import run_script
 
 VERBS = {
     "train": "train the rows of a dataset, and compare them",

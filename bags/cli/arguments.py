@@ -1,14 +1,10 @@
 """What several verbs have in their arguments: paths among overrides, and seeds."""
 
-import dataclasses
 import os
-import re
 from pathlib import Path
 
-from bags.errors import UserError
-from bags.sections import Config
-
-KEY = re.compile(rf"({'|'.join(field.name for field in dataclasses.fields(Config))})(\.\w+)*(?<!\.yaml)(?<!\.yml)")
+from bags.config.load import KEY
+from bags.core.errors import UserError
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[Path], list[str]]:

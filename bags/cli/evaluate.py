@@ -20,7 +20,7 @@ import argparse
 import json
 from pathlib import Path
 
-from bags.errors import UserError
+from bags.core.errors import UserError
 from bags.jobs.evaluate import OF_RESULTS, compare_results, evaluate_checkpoint, evaluate_results
 
 

@@ -13,9 +13,9 @@ the configuration's training file: a COCO or LVIS JSON, or LVIS's list of catego
 import argparse
 from pathlib import Path
 
-from bags.config import load_config
+from bags.config.load import load_config
+from bags.core.errors import UserError
 from bags.engine.checkpoint import write_checkpoint
-from bags.errors import UserError
 from bags.jobs.import_weights import export, import_weights
 
 

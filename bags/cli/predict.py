@@ -14,7 +14,7 @@ then still 0, unless no image could be read. Subfolders are not searched.
 import argparse
 from pathlib import Path
 
-from bags.errors import UserError
+from bags.core.errors import UserError
 from bags.jobs.predict import detect, image_files
 
 
@@ -39,8 +39,8 @@ def main() -> None:
     if not 0 <= arguments.score <= 1:
         raise UserError(f"--score {arguments.score}: expected 0 to 1")
     files = image_files(arguments.images)
-    from bags import distributed
-    from bags.build import load_detector
+    from bags.assembly.models import load_detector
+    from bags.core import distributed
 
     output = arguments.output
     with distributed.distributed(arguments.device) as device, distributed.locked(output, "choose another --output"):

@@ -14,8 +14,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from bags.errors import UserError
-from bags.files import replacing
+from bags.core.errors import UserError
+from bags.core.files import replacing
 from bags.jobs.report import gather, read_runs
 
 

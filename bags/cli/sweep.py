@@ -15,11 +15,11 @@ import argparse
 from pathlib import Path
 
 from bags.cli.arguments import seeds_of, split_arguments
-from bags.config import load_config
-from bags.errors import UserError
+from bags.config.load import load_config
+from bags.config.rows import rows_of
+from bags.core.errors import UserError
 from bags.jobs.sweep import BEFORE, NUMBER, TAKEN, combinations, refuse_equal, row_name, show
 from bags.jobs.train import in_order, run_jobs
-from bags.rows import rows_of
 
 
 def main() -> None:

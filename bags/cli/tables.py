@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 
 from bags.cli.arguments import seeds_of, split_arguments
-from bags.errors import UserError
+from bags.core.errors import UserError
 from bags.jobs.tables import compare, paper_table, render_pages
 
 

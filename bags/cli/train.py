@@ -20,9 +20,9 @@ from pathlib import Path
 
 from bags.analysis.paper import METHODS, PAPER
 from bags.cli.arguments import seeds_of, split_arguments
-from bags.errors import STOPPED, UserError
+from bags.config.rows import compose, find_dataset, method_names, rows_of
+from bags.core.errors import STOPPED, UserError
 from bags.jobs import train
-from bags.rows import compose, find_dataset, method_names, rows_of
 
 
 def main() -> None:

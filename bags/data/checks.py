@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from bags.core.errors import UserError
 from bags.data.findings import STOP, Finding, Findings
 from bags.data.images import (
     MAX_PIXELS,
@@ -33,7 +34,6 @@ from bags.data.json_files import is_box, is_number, read_annotations, shown
 from bags.data.packing import POLYGON_LIMIT, file_name_of, rle_fits
 from bags.data.plausibility import implausible_boxes, shared_images, split_images
 from bags.data.statistics import instance_bin
-from bags.errors import UserError
 
 
 def why_nothing_trains(index: AnnotationIndex) -> str | None:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from bags.core.errors import UserError
+from bags.core.files import write_text
 from bags.data.json_files import read_annotations, read_json
 from bags.data.packing import unique_ids
-from bags.errors import UserError
-from bags.files import write_text
 
 BOUNDARIES = (20, 400, 8000)
 

@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from bags import distributed
+from bags.core import distributed
+from bags.core.errors import UnreadableImage, UserError
 from bags.data.images import MAX_PIXELS, MissingImage, check_pixels, image_path, name_hint, open_image, read_image
 from bags.data.index import AnnotationIndex, inside_image
 from bags.data.transforms import training_transform
-from bags.errors import UnreadableImage, UserError
 
 SHARED_MEMORY = "/dev/shm"
 LITTLE = 2**30  # bytes

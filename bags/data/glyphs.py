@@ -33,10 +33,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from bags import locks
+from bags.core import locks
+from bags.core.errors import UserError
+from bags.core.files import write_text
 from bags.data.glyph_images import coverage, draw_image, load_outlines
-from bags.errors import UserError
-from bags.files import write_text
 
 DUPLICATE_SIMILARITY = 0.985  # cosine of two 24 x 24 renderings; glyphs that are more similar are one category
 CHUNK = 100  # images per unit of work, which an interrupted run may lose

@@ -16,8 +16,8 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from bags.errors import UnreadableImage, UserError
-from bags.files import open_regular
+from bags.core.errors import UnreadableImage, UserError
+from bags.core.files import open_regular
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".webp", ".tif", ".tiff"}

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
+from bags.core.errors import UserError
+from bags.core.files import open_regular, read_text, write_problem
 from bags.data.packing import category_name, gather, offsets, pack, ranges
-from bags.errors import UserError
-from bags.files import open_regular, read_text, write_problem
 
 FORMAT = 3
 LEAST_SIDE = 1e-3  # pixels of a box inside its image

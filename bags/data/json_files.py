@@ -9,8 +9,8 @@ from typing import Any, TypeGuard
 
 import orjson
 
-from bags.errors import UserError
-from bags.files import read_bytes
+from bags.core.errors import UserError
+from bags.core.files import read_bytes
 
 LISTS = ("images", "annotations", "categories")
 NUMBERS = {int, float}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bags import locks
-from bags.errors import UserError
+from bags.core import locks
+from bags.core.errors import UserError
 
 ANNOTATIONS = "https://dl.fbaipublicfiles.com/LVIS/"
 IMAGES = "http://images.cocodataset.org/zips/"

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from bags.core.errors import UserError
 from bags.data.json_files import EMPTY, NUMBERS, is_box, is_number, shown, stream
-from bags.errors import UserError
 
 LIMIT = 1e9  # coordinates of boxes beyond this are no pixels
 POLYGON_LIMIT = 2**17  # ... of polygons: drawing one takes memory in proportion to its length

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from bags.core.errors import UserError
 from bags.data.dataset import image_path
 from bags.data.index import AnnotationIndex
-from bags.errors import UserError
 
 FEWEST = 5  # objects from which a habit can be told
 

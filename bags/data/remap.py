@@ -4,10 +4,10 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from bags.core.errors import UserError
+from bags.core.files import write_text
 from bags.data.json_files import read_annotations, read_json
 from bags.data.packing import category_name, unique_ids
-from bags.errors import UserError
-from bags.files import write_text
 
 LISTS_OF_IDS = ("neg_category_ids", "not_exhaustive_category_ids")
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bags import distributed
+from bags.core import distributed
+from bags.core.errors import UserError
 from bags.data.index import AnnotationIndex
-from bags.errors import UserError
 
 
 class TrainSampler:

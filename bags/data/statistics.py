@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bags.core.errors import UserError
 from bags.data.index import AnnotationIndex
-from bags.errors import UserError
 
 
 @dataclass(frozen=True)

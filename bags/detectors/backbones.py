@@ -12,8 +12,8 @@ from torchvision.models.detection.backbone_utils import mobilenet_backbone, resn
 from torchvision.ops import DeformConv2d, FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from bags.core.errors import UserError
 from bags.detectors.weights import need_cache, read_state
-from bags.errors import UserError
 
 STRIDES = {"small": (4, 8, 16), "resnet": (4, 8, 16, 32, 64), "mobilenet": (32, 32, 64)}
 

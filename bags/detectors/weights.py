@@ -13,8 +13,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-from bags.errors import UserError
-from bags.tensor_files import Damaged, check_finite, check_state, load_tensors
+from bags.core.errors import UserError
+from bags.core.tensor_files import Damaged, check_finite, check_state, load_tensors
 
 # The paper's code (mmdet 1.0). Only in cascades does a stage's number follow bbox_head and mask_head.
 RELEASED = [

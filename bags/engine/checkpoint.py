@@ -18,9 +18,9 @@ from typing import BinaryIO
 import torch
 from torch import nn
 
-from bags.errors import UserError
-from bags.files import open_regular, read_text, write_problem, write_text
-from bags.tensor_files import Damaged, check_state, load_tensors
+from bags.core.errors import UserError
+from bags.core.files import open_regular, read_text, write_problem, write_text
+from bags.core.tensor_files import Damaged, check_state, load_tensors
 
 FORMAT = 2  # 1 had no seal
 SEAL = b"sha256:"  # and the digest of all before it, as the comment that ends a zip file

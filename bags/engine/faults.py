@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from bags import distributed
+from bags.core import distributed
+from bags.core.errors import REPEATED
 from bags.engine.checkpoint import write_checkpoint
-from bags.errors import REPEATED
 
 
 class StopSignals:

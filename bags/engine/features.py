@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from bags import distributed
+from bags.core import distributed
+from bags.core.errors import UserError
+from bags.core.files import read_text, write_problem, write_text
 from bags.detectors.torchvision_private import BalancedPositiveNegativeSampler
 from bags.engine.shards import Layout, Record, Shard, ShardWriter, is_complete, open_shards
-from bags.errors import UserError
-from bags.files import read_text, write_problem, write_text
 
 FORMAT = 2  # 1 had no checksums
 MOST_IMAGES = 512  # of a shard; a killed run repeats at most one

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bags import distributed
-from bags.files import naming, read_bytes, replacing
-from bags.sections import TrainConfig
+from bags.config.sections import TrainConfig
+from bags.core import distributed
+from bags.core.files import naming, read_bytes, replacing
 
 PHASES = ("data", "forward", "backward", "step")
 WAITS = 0.2  # share of its time that a GPU may wait for data before that is said

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bags.classifiers.base import ProposalClassifier
-from bags.sections import TrainConfig
+from bags.config.sections import TrainConfig
 
 REFERENCE_BATCH = 16  # images of a step for which a scaled learning rate is given
 

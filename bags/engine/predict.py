@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from bags import distributed
-from bags.errors import UserError
-from bags.files import naming, replacing
+from bags.core import distributed
+from bags.core.errors import UserError
+from bags.core.files import naming, replacing
 
 
 @torch.inference_mode()

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bags import distributed
-from bags.errors import UserError
-from bags.files import write_problem, write_text
+from bags.core import distributed
+from bags.core.errors import UserError
+from bags.core.files import write_problem, write_text
 
 KINDS = ("fc", "rows", "views")
 BLOCK = 2**22  # bytes that are read at a time for a checksum

@@ -19,8 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from bags import distributed
 from bags.classifiers.base import BoxFeatures, ProposalClassifier
+from bags.config.sections import TrainConfig
+from bags.core import distributed
+from bags.core.errors import Stopped, UserError
+from bags.core.tensor_files import check_finite
 from bags.engine.checkpoint import load_latest, save_checkpoint
 from bags.engine.faults import StopSignals, report_nonfinite
 from bags.engine.metrics import Clock, Monitor, Stopwatch
@@ -33,9 +36,6 @@ from bags.engine.optim import (
     set_trained_part,
     train_mode,
 )
-from bags.errors import Stopped, UserError
-from bags.sections import TrainConfig
-from bags.tensor_files import check_finite
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAVED_EVERY = (200, 2000)  # iterations, of the detector and of stored features, which take a fraction of the time

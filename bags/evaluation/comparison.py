@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from bags.core.errors import UserError
 from bags.data.statistics import training_of
-from bags.errors import UserError
 from bags.evaluation.detection_ap import match
 from bags.evaluation.results_file import Results, read_results
 from bags.evaluation.truth import Truth, read_truth

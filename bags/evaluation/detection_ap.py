@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import hotcoco
 import numpy as np
 
+from bags.core.errors import UserError
 from bags.data.statistics import Training, training_of
-from bags.errors import UserError
 from bags.evaluation import official
 from bags.evaluation.results_file import Results, read_results
 from bags.evaluation.truth import Truth, read_truth

@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 import orjson
 
-from bags.errors import UserError
+from bags.core.errors import UserError
 from bags.evaluation.results_file import Results
 from bags.evaluation.truth import Truth
 

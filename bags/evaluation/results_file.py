@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from bags.core.errors import UserError
+from bags.core.files import read_bytes
 from bags.data.json_files import NUMBERS, is_box, is_number, read_json
 from bags.data.packing import LIMIT
-from bags.errors import UserError
 from bags.evaluation.truth import Notes, Truth, check_mask, mask_sizes, ranks_of, shown, usable_mask
-from bags.files import read_bytes
 
 AT_ONCE = 2**20  # bytes parsed at once: Python objects of a whole file would take ten times its size
 BETWEEN = re.compile(rb"\}\s*,\s*(?=\{)")

@@ -14,10 +14,10 @@ import hotcoco
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from bags.core.errors import UserError
 from bags.data.json_files import LISTS, is_box, is_number, read_annotations, shown
 from bags.data.packing import LIMIT, POLYGON_LIMIT, category_name, unique_ids
 from bags.data.statistics import CategoryStats
-from bags.errors import UserError
 
 NEGATIVE, PARTIAL = "neg_category_ids", "not_exhaustive_category_ids"  # of LVIS's images
 LARGEST_AREA = 1e10  # the protocol ignores objects beyond it

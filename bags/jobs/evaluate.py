@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bags import locks
-from bags.errors import UserError
-from bags.terminal import printable
+from bags.core import locks
+from bags.core.errors import UserError
+from bags.core.terminal import printable
 
 MOST = 8  # categories that --compare names on each side
 OF_RESULTS = ("annotations", "bins", "engine", "train")
@@ -142,18 +142,22 @@ def evaluate_checkpoint(path: Path, overrides: list[str], output: Path | None) -
     """(metrics, name of the configuration); metrics are None except in the main process."""
     import torch
 
-    from bags import build, distributed
     from bags.analysis.tables import write_metrics, write_scores
+    from bags.assembly.initialise import check_categories
+    from bags.assembly.loaders import build_val_dataset
+    from bags.assembly.models import load_detector
+    from bags.core import distributed
+    from bags.jobs.score import predict_and_evaluate
 
-    detector, meta = build.load_detector(path, overrides=overrides)
+    detector, meta = load_detector(path, overrides=overrides)
     config, stats = meta["config"], meta["stats"]
     with distributed.distributed(config.device) as device:
-        dataset = build.build_val_dataset(config)
-        build.check_categories(stats, dataset.index, path)
+        dataset = build_val_dataset(config)
+        check_categories(stats, dataset.index, path)
         detector.to(device, memory_format=torch.channels_last)
         folder = output or path.parent / "evaluation"
         with distributed.locked(folder, "choose another --output"):
-            metrics, scores = build.predict_and_evaluate(
+            metrics, scores = predict_and_evaluate(
                 detector, config, stats, dataset, folder / "predictions.json", device
             )
             if not distributed.is_main():

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import torchvision
 
-from bags.build import build_detector, load_detector
-from bags.config import config_to_dict, override_config
+from bags.assembly.models import build_detector, load_detector
+from bags.config.load import config_to_dict, override_config
+from bags.config.sections import Config
+from bags.core.errors import UserError
+from bags.core.files import open_regular
 from bags.data.index import AnnotationIndex
 from bags.data.json_files import read_json
 from bags.data.statistics import CategoryStats
@@ -22,9 +25,6 @@ from bags.detectors.weights import (
     translate,
 )
 from bags.engine.checkpoint import write_file
-from bags.errors import UserError
-from bags.files import open_regular
-from bags.sections import Config
 
 TORCHVISION_ANCHORS = {
     "resnet": ((32,), (64,), (128,), (256,), (512,)),

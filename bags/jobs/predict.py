@@ -4,9 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+from bags.core.errors import UnreadableImage, UserError
+from bags.core.files import JsonList
 from bags.data.images import SUFFIXES, read_image
-from bags.errors import UnreadableImage, UserError
-from bags.files import JsonList
 
 MOST_NAMED = 10  # skipped files of a folder that are named
 LONGEST_STEM = 230  # bytes of an image's name in that of its drawing, which has 255 at most

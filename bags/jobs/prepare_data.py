@@ -4,10 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+from bags.config.sections import Config, DataConfig
+from bags.core.errors import UserError
+from bags.core.terminal import printable
 from bags.data.glyphs import PRESETS, make_glyphs
-from bags.errors import UserError
-from bags.sections import Config, DataConfig
-from bags.terminal import printable
 
 
 def glyphs(arguments) -> None:
@@ -80,15 +80,15 @@ def check(arguments) -> None:
 def _check_rows(configs: list[Config]) -> None:
     """Raise the error that the start of the rows' training would raise: impossible groups, for example."""
     if configs:
-        from bags.preflight import check_data
+        from bags.jobs.preflight import check_data
 
         check_data(configs)
 
 
 def _sources(path: Path, overrides: list[str]) -> tuple[list[Config], list[tuple]]:
     """The rows; (annotation file, image folder, group borders, is it trained on) of train and val."""
-    from bags.config import load_config
-    from bags.rows import rows_of
+    from bags.config.load import load_config
+    from bags.config.rows import rows_of
 
     configs = [load_config(row, overrides) for row in rows_of(path)]
     data, root = configs[0].data, Path(configs[0].data.root)

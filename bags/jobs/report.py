@@ -4,7 +4,7 @@ import contextlib
 import filecmp
 from pathlib import Path
 
-from bags.errors import UserError
+from bags.core.errors import UserError
 
 EXAMPLES = 4  # categories with images, of the best and of the worst
 MEND = "data.root=... says where the dataset is now"
@@ -81,7 +81,8 @@ def open_validation(run, stats, found):
     """The validation set, or None; its counts and what is missing go to `found`."""
     import numpy as np
 
-    from bags.build import build_val_dataset, check_categories, open_index
+    from bags.assembly.initialise import check_categories
+    from bags.assembly.loaders import build_val_dataset, open_index
 
     config = run.config
     try:

@@ -7,9 +7,9 @@ import math
 import re
 from pathlib import Path
 
-from bags.cli.arguments import KEY
-from bags.errors import UserError
-from bags.sections import Config
+from bags.config.load import KEY
+from bags.config.sections import Config
+from bags.core.errors import UserError
 
 NUMBER = re.compile(r"(mask_)?(AP([0-9]+|[smlrcf]|_tail|_head)?|AR)|ACC([0-9]+|bg)?")
 TAKEN = {"name": "rows are named by their values", "output": "rows share one folder"}

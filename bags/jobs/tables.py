@@ -6,11 +6,11 @@ from pathlib import Path
 from bags.analysis.paper import METHODS, PAPER, PaperTable
 from bags.analysis.results import save_results, this_command
 from bags.analysis.tables import read_metrics, read_seconds, render_paper_table, render_table, spread
-from bags.config import load_config
-from bags.errors import UserError
+from bags.config.load import load_config
+from bags.config.rows import find_dataset, row_beside
+from bags.core.errors import UserError
+from bags.core.terminal import printable
 from bags.jobs.train import in_order, run_jobs
-from bags.rows import find_dataset, row_beside
-from bags.terminal import printable
 
 CROWDED = 25  # in an image with more boxes only tail categories are named
 
@@ -18,7 +18,7 @@ CROWDED = 25  # in an image with more boxes only tail categories are named
 def render_pages(paths: list[Path]) -> None:
     """Tables of Markdown pages, from the files beside them that they name."""
     from bags.analysis.results import render_page
-    from bags.files import write_text
+    from bags.core.files import write_text
 
     pages = {}
     for path in paths:
@@ -57,7 +57,7 @@ def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None
 def weight_norms(rows: dict[str, list[Path]]):
     """Norms of every run's classifier, and their correlation with the counts, by row."""
     from bags.analysis.weight_norms import classifier_norms, rank_correlation
-    from bags.build import load_detector
+    from bags.assembly.models import load_detector
 
     norms: dict[str, list] = {}
     correlations: dict[str, list[float]] = {}
@@ -81,7 +81,8 @@ def _draw_predictions(path: Path, runs: dict[str, Path], config, stats, num_imag
     from bags.analysis.examples import LEAST_SCORE, TRUTH, by_image, judged, read_detections
     from bags.analysis.plots import plot_predictions
     from bags.analysis.tables import tail_below
-    from bags.build import build_val_dataset, check_categories
+    from bags.assembly.initialise import check_categories
+    from bags.assembly.loaders import build_val_dataset
 
     dataset = build_val_dataset(config)
     index = dataset.index

@@ -1,26 +1,45 @@
-"""Train rows in order, resume them, and score them."""
+"""Train the rows of a job in order, resume them, and score them."""
 
 import contextlib
-import dataclasses
-import datetime
 import functools
 import itertools
-import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bags.config import config_to_dict, load_config, result_settings, save_config
-from bags.errors import UserError
-from bags.rows import row_beside, rows_of
-from bags.sections import Config
+import torch
+
+from bags.assembly import stored
+from bags.config.load import load_config
+from bags.config.rows import row_beside, rows_of
+from bags.config.sections import Config
+from bags.core import distributed
+from bags.core.errors import UserError
+from bags.data import glyphs
+from bags.jobs import preflight
+from bags.jobs.folders import is_complete, is_finished
+from bags.jobs.passes import Pass
+
+
+def train(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    seeds: Sequence[int | None] = (None,),
+) -> dict[str, list[Path]]:
+    """Train the rows of a dataset, a row, a YAML file or a folder of them; return the run folders of each row.
+
+    config, overrides, methods: as on the command line, for example `bags.train("glyphs-100/bags", ["train.lr=0.1"])`.
+    seeds: one run of each row for each; None is the seed of the configuration. Finished rows are not run again.
+    Raises UserError for what cannot be trained.
+    """
+    folders: dict[str, list[Path]] = {}
+    run_jobs([in_order([Path(config)], overrides, seed, methods) for seed in seeds], folders.update)
+    return folders
 
 
 def make_deterministic() -> None:
     """Of each operation the implementation that gives the same bits every time; torch raises where there is none."""
-    import torch
-
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
@@ -28,12 +47,9 @@ def make_deterministic() -> None:
 
 def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], None]) -> None:
     """Runs what is not complete, then `show`s the run folders of each row (one per job) in the main process."""
-    from bags import distributed, preflight
-    from bags.data import glyphs
-
     waiting = [config for configs in jobs for config in configs]
     with distributed.distributed(jobs[0][0].device) as device, contextlib.ExitStack() as locks:
-        unfinished = distributed.on_main(lambda: _check(waiting))
+        unfinished = distributed.on_main(lambda: check_rows(waiting))
         embedded = {(config.data.root, config.data.glyphs) for config in waiting if config.data.glyphs}
         for root, preset in sorted(embedded):
             distributed.on_main(functools.partial(glyphs.make_glyphs, root, glyphs.PRESETS[preset]))
@@ -52,14 +68,12 @@ def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], N
             show(rows)
 
 
-def _check(configs: list[Config]) -> list[Path]:
+def check_rows(configs: list[Config]) -> list[Path]:
     """Run folders of rows that are not complete, sorted.
 
     Raises UserError, before anything is trained, for rows that share a folder or a store, for other settings than
     those that a folder was trained with, and for a missing row to start from.
     """
-    from bags import cached
-
     folders: dict[Path, Config] = {}
     stores: dict[Path, Config] = {}
     unfinished = []
@@ -67,219 +81,35 @@ def _check(configs: list[Config]) -> list[Path]:
         if config.run_folder in folders:
             raise UserError(f"{config.run_folder}: two rows of this job would share it: give each a name of its own")
         folders[config.run_folder] = config
-        if not _is_complete(config.run_folder, config):
+        if not is_complete(config.run_folder, config):
             unfinished.append(config.run_folder)
         source = config.init_file.parent if config.init_row and config.init_file else None
-        if source and source not in folders and not _is_finished(source):
+        if source and source not in folders and not is_finished(source):
             raise UserError(f"{source}: no finished run; run the row {config.init_row} first")
         if config.is_cached:
-            other = stores.setdefault(cached.store_folder(config), config)
-            if cached.store_settings(other) != cached.store_settings(config):
+            other = stores.setdefault(stored.store_folder(config), config)
+            if stored.store_settings(other) != stored.store_settings(config):
                 raise UserError(
                     f"{config.run_folder}: needs another store of features than {other.name}, in the same folder "
-                    f"{cached.store_folder(config)}: give one of them a store.folder, or train.features=live"
+                    f"{stored.store_folder(config)}: give one of them a store.folder, or train.features=live"
                 )
     return sorted(unfinished)
 
 
 def _share_a_pass(first: Config, other: Config) -> bool:
     """Whether both rows are trained on (if at all) and scored from the same features, batch by batch."""
-    from bags import cached
-
     both = first.shares_features and other.shares_features
-    return both and cached.shared_settings(first) == cached.shared_settings(other)
+    return both and stored.shared_settings(first) == stored.shared_settings(other)
 
 
-def run(configs: list[Config], device) -> None:
-    """Rows of one pass over the data (mostly one row): data, detectors, training, prediction, evaluation.
-
-    Those that are complete are skipped.
-    """
-    from bags import build, cached, distributed
-    from bags.analysis.tables import write_metrics, write_scores
-    from bags.data.checks import what_does_not_train
-    from bags.data.plausibility import implausible_boxes
-    from bags.data.statistics import CategoryStats, disagreement
-    from bags.engine.train import is_trained, train
-
-    complete = distributed.on_main(lambda: [_is_complete(config.run_folder, config) for config in configs])
+def run(configs: list[Config], device: torch.device) -> None:
+    """Run the rows of one pass that are not complete."""
+    complete = distributed.on_main(lambda: [is_complete(config.run_folder, config) for config in configs])
     for config in itertools.compress(configs, complete) if distributed.is_main() else ():
         print(f"{config.run_folder}: complete, not run again", flush=True)
     configs = [config for config, done in zip(configs, complete, strict=True) if not done]
-    if not configs:
-        return
-    first = configs[0]
-    index = build.open_index(first, "train")
-    stats = CategoryStats.from_index(index)
-    odd = [
-        f"{index.path}: {kind}: {seen}; prepare_data.py check says more"
-        for kind, seen in implausible_boxes(index).items()
-    ]
-    for line in (what_does_not_train(index), disagreement(index, stats), *odd):
-        if line and distributed.is_main():
-            print(f"note: {line}", file=sys.stderr)
-    loader = build.build_train_loader(first, index, stats)
-    validation = build.build_val_dataset(first)
-    runs = []
-    for config in configs:
-        runs.append(begin(config, index, stats, device))
-        if first.shares_features:
-            cached.share_frozen(runs[-1].model, runs[0].model)
-    distributed.barrier()
-
-    trained = distributed.on_main(lambda: first.is_cached and is_trained(runs, loader))
-    if first.is_cached and not trained:  # a store that was removed is not made to evaluate alone
-        loader = cached.training_loader(first, runs, loader, device)
-    elif first.train.part == "cls" and first.train.features is None and distributed.is_main():
-        print(f"note: {first.name}: data.short_sides draws sizes anew, so nothing is stored: train.features=live")
-
-    def validate(one, epoch: int) -> None:
-        """Score a run between epochs, unless that was done before the run was resumed."""
-        if distributed.on_main(lambda: one.done and _is_kept(one.folder, epoch)):
-            return
-        config, file = config_of[id(one)], one.folder / "validation.predictions.json"
-        metrics, _ = build.predict_and_evaluate(one.model, config, stats, validation, file, device)
-        if distributed.is_main():  # which alone has metrics, and has read the file
-            _keep(one, epoch, metrics)
-            file.unlink(missing_ok=True)
-
-    config_of = {id(one): config for config, one in zip(configs, runs, strict=True)}
-    train(runs, loader, device, validate)
-
-    stored = None
-    if first.shares_features and len(runs) > 1 and not first.detector.has_masks:  # masks need the whole detector
-        stored = cached.validation_loader(first, runs[0].model, validation, device)
-    for config, one in zip(configs, runs, strict=True):
-        predictions = config.run_folder / "predictions.json"
-        metrics, scores = build.predict_and_evaluate(one.model, config, stats, validation, predictions, device, stored)
-        if distributed.is_main():
-            write_scores(config.run_folder, config.name, scores, config.test.bins)
-            write_metrics(config.run_folder, metrics)
-            if config.train.evaluate_every:
-                _keep(one, config.train.epochs, metrics)
-    distributed.barrier()
-
-
-def _keep(one, epoch: int, metrics: dict[str, float]) -> None:
-    """Note a validation, in the main process, and keep the weights of the best one."""
-    from bags.analysis.tables import without_nan
-    from bags.engine.checkpoint import keep_best
-
-    content = {**one.about, "model": one.model.state_dict()}
-    keep_best(one.folder, content, {"epoch": epoch, **without_nan(metrics)})
-
-
-def _is_kept(folder: Path, epoch: int) -> bool:
-    """Whether the validation after an epoch was noted."""
-    try:
-        return any(entry["epoch"] == epoch for entry in json.loads((folder / "validation.json").read_text()))
-    except (OSError, ValueError, TypeError, KeyError):
-        return False  # none so far, or damaged: begun again
-
-
-def begin(config: Config, index, stats, device):
-    """The detector of a row with the weights that it starts from, and its run folder."""
-    import torch
-
-    from bags import build, distributed
-    from bags.engine.checkpoint import load_checkpoint, weights_digest
-    from bags.engine.train import Run
-
-    torch.manual_seed(config.seed)
-    detector = build.build_detector(config, stats)
-    with distributed.main_first():  # it may fetch weights
-        build.initialise(detector, config, index, stats)
-    detector.to(device, memory_format=torch.channels_last)
-    distributed.on_main(lambda: _describe(config))
-    init = weights_digest(load_checkpoint(config.init_file)) if config.init_file else None
-    about = {"config": config_to_dict(config), "stats": stats.to_dict(), "init": init}
-    train = dataclasses.replace(config.train, accumulate=1) if config.is_cached else config.train  # no detector runs
-    return Run(detector, train, config.run_folder, config.seed, config.name, about)
-
-
-def _describe(config: Config) -> None:
-    """Write what a run is into its folder."""
-    config.run_folder.mkdir(parents=True, exist_ok=True)
-    if not any((config.run_folder / name).exists() for name in ("last.pth", "previous.pth")):
-        (config.run_folder / "validation.json").unlink(missing_ok=True)  # of a run whose checkpoints were removed
-    save_config(config, config.run_folder / "config.yaml")
-    _write_environment(config.run_folder)
-
-
-def _is_complete(folder: Path, config: Config) -> bool:
-    """True if the run is finished.
-
-    Raises UserError if what was trained there had other settings, annotations or weights to start from.
-    """
-    from bags import build
-    from bags.analysis.tables import read_metrics
-    from bags.data.statistics import CategoryStats
-    from bags.engine.checkpoint import load_checkpoint, load_latest, weights_digest
-
-    if not any((folder / name).exists() for name in ("last.pth", "previous.pth")):
-        return False
-    if not (folder / "config.yaml").exists():
-        raise UserError(f"{folder}: holds checkpoints but no config.yaml, which says what they are: remove the folder")
-    change = _first_difference(result_settings(load_config(folder / "config.yaml")), result_settings(config))
-    if change:
-        raise UserError(
-            f"{folder}: this run was trained with {change[0]}={change[1]}, now it is {change[2]}: "
-            "remove the folder, or set output= to keep both"
-        )
-    latest, source = load_latest(folder), config.init_file
-    assert latest is not None  # a file of it is there
-    data = Path(config.data.root, config.data.train)
-    if data.exists() and latest["stats"] != CategoryStats.from_index(build.open_index(config, "train")).to_dict():
-        raise UserError(f"{folder}: {data} has changed since this run was trained: remove the folder, or set output=")
-    if source and source.exists() and latest.get("init") != weights_digest(load_checkpoint(source)):
-        raise UserError(
-            f"{folder}: this run started from other weights than {source} holds now: "
-            "remove the folder, or set output= to keep both"
-        )
-    try:
-        load_checkpoint(folder / "last.pth")
-    except UserError:
-        return False  # goes on from previous.pth
-    return (folder / "metrics.json").exists() and "ACC" in read_metrics(folder)
-
-
-def _is_finished(folder: Path) -> bool:
-    return (folder / "metrics.json").exists()
-
-
-def _first_difference(old: dict, new: dict, prefix: str = "") -> tuple | None:
-    for key in {**old, **new}:
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            inner = _first_difference(a, b, f"{prefix}{key}.")
-            if inner:
-                return inner
-        elif a != b:
-            return f"{prefix}{key}", a, b
-    return None
-
-
-def _write_environment(folder: Path) -> None:
-    """`environment.json`: what the numbers of this run were made with; further starts of it are in `resumed`."""
-    import torch
-
-    from bags import distributed
-    from bags.analysis.results import environment
-    from bags.files import read_text, write_text
-
-    content = {
-        "command": sys.argv,
-        **environment(),
-        "ranks": distributed.world_size(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    path = folder / "environment.json"
-    if path.exists() and any((folder / name).exists() for name in ("last.pth", "previous.pth")):
-        with contextlib.suppress(ValueError):  # damaged: begun again
-            first = json.loads(read_text(path))
-            content = first | {"resumed": [*first.get("resumed", ()), content]}
-    write_text(path, json.dumps(content, indent=1))
+    if configs:
+        Pass(configs, device).run()
 
 
 def in_order(

@@ -71,8 +71,9 @@ def stage_config(folder: Path, size: tuple[int, int], device):
     """BAGS on a detector whose weights are random: they cost as much as trained ones."""
     import torch
 
-    from bags import build
-    from bags.config import config_from_dict, config_to_dict
+    from bags.assembly.loaders import open_index
+    from bags.assembly.models import build_detector
+    from bags.config.load import config_from_dict, config_to_dict
     from bags.data.statistics import CategoryStats
     from bags.engine.checkpoint import save_checkpoint
 
@@ -84,8 +85,8 @@ def stage_config(folder: Path, size: tuple[int, int], device):
         "name": "softmax", "data": data, "output": str(folder / "runs"),
         "detector": {"min_size": size[0], "max_size": size[1], "backbone_weights": None},
     })  # fmt: skip
-    stats = CategoryStats.from_index(build.open_index(config, "train"))
-    detector = build.build_detector(config, stats)
+    stats = CategoryStats.from_index(open_index(config, "train"))
+    detector = build_detector(config, stats)
     config.run_folder.mkdir(parents=True)
     about = {"config": config_to_dict(config), "stats": stats.to_dict(), "init": None}
     save_checkpoint(config.run_folder / "last.pth", {**about, "model": detector.state_dict(), "iteration": 0})
@@ -100,10 +101,11 @@ def train_once(config, name: str, live: bool, epochs: int, device, mirrored: boo
     """Trains runs of a name as scripts/train.py does, without prediction: seconds, bytes of the store."""
     import torch
 
-    from bags import build, cached
+    from bags.assembly import stored as cached
+    from bags.assembly.loaders import build_train_loader, open_index
     from bags.data.statistics import CategoryStats
     from bags.engine.train import train
-    from bags.jobs.train import begin
+    from bags.jobs.passes import begin
 
     features = "live" if live else "cached"
     folder = str(Path(config.output) / f"{name}.features")
@@ -112,11 +114,11 @@ def train_once(config, name: str, live: bool, epochs: int, device, mirrored: boo
         train=dataclasses.replace(config.train, epochs=epochs, features=features),
         store=dataclasses.replace(config.store, mirrored=mirrored, folder=folder),
     )
-    index = build.open_index(config, "train")
+    index = open_index(config, "train")
     stats = CategoryStats.from_index(index)
     named = [dataclasses.replace(config, name=f"{name} {k}", seed=k) for k in range(classifiers)]
     runs = [begin(own, index, stats, device) for own in named]
-    loader = build.build_train_loader(config, index, stats)
+    loader = build_train_loader(config, index, stats)
     start = time.perf_counter()
     if not live:
         loader = cached.training_loader(config, runs, loader, device)
@@ -133,7 +135,7 @@ def train_once(config, name: str, live: bool, epochs: int, device, mirrored: boo
 
 def reading(stage: dict, device) -> dict:
     """An epoch from a store that is on disk alone, against the slower of reading the store and computing in memory."""
-    from bags import build
+    from bags.assembly.loaders import make_loader
     from bags.engine.features import TrainingFeatures, collate_samples
     from bags.engine.metrics import Clock
     from bags.engine.train import train_one_epoch
@@ -141,7 +143,7 @@ def reading(stage: dict, device) -> dict:
     runs, config, data = stage["runs"], stage["config"], stage["loader"].dataset
     roi, batches = config.detector.roi, stage["loader"].batch_sampler
     data = TrainingFeatures(data.store, data.flip, roi.batch_size, roi.positive_fraction, resident=False)
-    loader = build.loader(config, data, batches, collate_samples)  # on a GPU the other one reads nothing
+    loader = make_loader(config, data, batches, collate_samples)  # on a GPU the other one reads nothing
 
     def after_step(run, iteration: int, losses: dict, lr: float) -> None:
         """Waits for the step."""

@@ -7,7 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from bags.errors import UserError
+from bags.core.errors import UserError
 from scripts.benchmarks.measuring import measure
 
 

@@ -46,8 +46,8 @@ def model_and_loader(folder: Path, device):
     import torch
     import torchvision
 
-    from bags import build
-    from bags.config import config_from_dict
+    from bags.assembly.loaders import build_train_loader, open_index
+    from bags.config.load import config_from_dict
     from bags.data.statistics import CategoryStats
 
     _, size, batch, workers, name = SIZES[device.type]
@@ -57,8 +57,8 @@ def model_and_loader(folder: Path, device):
                  "workers": workers},
         "train": {"batch_size": batch, "lr": 1e-4, "clip_norm": 0.0, "epochs": 1},
     })  # fmt: skip
-    index = build.open_index(config, "train")
-    loader = build.build_train_loader(config, index, CategoryStats.from_index(index))
+    index = open_index(config, "train")
+    loader = build_train_loader(config, index, CategoryStats.from_index(index))
     torch.manual_seed(0)
     sizes = {"min_size": size[0], "max_size": size[1]}
     if device.type == "cpu":  # as many proposals as a CPU can take in a second

@@ -11,8 +11,8 @@ def train_step(arguments: argparse.Namespace) -> list[dict]:
     import torch
     from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
-    from bags.build import build_detector
-    from bags.config import config_from_dict, override_config
+    from bags.assembly.models import build_detector
+    from bags.config.load import config_from_dict, override_config
     from bags.data.statistics import CategoryStats
     from bags.detectors.weights import translate
 

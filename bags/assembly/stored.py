@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bags import build
+from bags.assembly.loaders import make_loader
+from bags.config.sections import Config, DetectorConfig, TailOnlyConfig
 from bags.data.dataset import DetectionDataset
 from bags.data.images import image_path
 from bags.data.index import AnnotationIndex
@@ -38,7 +39,6 @@ from bags.engine.features import (
 )
 from bags.engine.shards import Layout, Record
 from bags.engine.train import Run
-from bags.sections import Config, DetectorConfig, TailOnlyConfig
 
 NOT_OF_THE_FEATURES = ("init_from", "other_categories", "reset_classifier", "backbone_weights")
 DRAWN_LATER = ("batch_size", "positive_fraction")  # of the RoI section: how training draws from the store
@@ -101,14 +101,14 @@ def training_loader(config: Config, runs: list[Run], live: DataLoader, device) -
     flip = config.data.flip if config.store.mirrored else 0.0
     roi = config.detector.roi
     features = TrainingFeatures(store, flip, roi.batch_size, roi.positive_fraction, resident)
-    return build.loader(config, features, batches, collate_samples)
+    return make_loader(config, features, batches, collate_samples)
 
 
 def validation_loader(config: Config, detector: FasterRCNN, dataset: DetectionDataset, device) -> DataLoader:
     """This rank's share of the validation images, as `FromFeatures` takes them."""
     store = validation_store(config, detector, dataset, device)
     sampler = ShardSampler(len(dataset), config.test.batch_size)
-    return build.loader(config, SeenFeatures(store, StoredProposals, dataset.target), sampler)
+    return make_loader(config, SeenFeatures(store, StoredProposals, dataset.target), sampler)
 
 
 def _free_memory(device: torch.device) -> int:
@@ -175,7 +175,7 @@ def _open(config: Config, split: str, detector: nn.Module, dataset: DetectionDat
         about,
         layout,
         len(dataset),
-        lambda batches: build.loader(config, dataset, batches),
+        lambda batches: make_loader(config, dataset, batches),
         records,
         config.test.batch_size,
         config.name,

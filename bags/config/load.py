@@ -17,17 +17,21 @@ In a file all values are YAML, merge keys (`<<`) included. A text is a single li
 """
 
 import dataclasses
+import re
 import typing
 from pathlib import Path
 
 import yaml
 
-from bags.errors import UserError
-from bags.files import write_text
-from bags.rows import compose
-from bags.sections import ClassBalancedConfig, Config
-from bags.settings import NO_RESULT, marks, need
-from bags.typed_yaml import convert, merge, option_types, read_override
+from bags.config.rows import compose
+from bags.config.sections import ClassBalancedConfig, Config
+from bags.config.typed_yaml import convert, merge, option_types, read_override
+from bags.core.errors import UserError
+from bags.core.files import write_text
+from bags.core.settings import NO_RESULT, marks, need
+
+# The key of an override.
+KEY = re.compile(rf"({'|'.join(field.name for field in dataclasses.fields(Config))})(\.\w+)*(?<!\.yaml)(?<!\.yml)")
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from bags.errors import UserError
+from bags.core.errors import UserError
 
 CHOSEN_BY_NAME = ("classifier", "sampler")  # a new `name` replaces these sections
 NULLS = ("", "~", "null", "Null", "NULL")  # the spellings of null in YAML

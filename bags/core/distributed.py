@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from bags import locks
-from bags.errors import LostRank, UserError
+from bags.core import locks
+from bags.core.errors import LostRank, UserError
 
 Result = TypeVar("Result")
 ALONE = datetime.timedelta(hours=1)  # that ranks wait while the main one makes a dataset, fetches weights or scores

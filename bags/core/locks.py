@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from bags.errors import UserError
+from bags.core.errors import UserError
 
 NAME = ".lock"
 HELD = (errno.EACCES, errno.EAGAIN)  # what the system answers where another process has the lock

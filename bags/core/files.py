@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from bags.errors import UserError
+from bags.core.errors import UserError
 
 PROBLEMS = {
     errno.ENOSPC: "the disk is full",

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from bags.errors import UserError
-from bags.files import read_text
-from bags.typed_yaml import merge, parse_yaml, shown
+from bags.config.typed_yaml import merge, parse_yaml, shown
+from bags.core.errors import UserError
+from bags.core.files import read_text
 
-_HERE = Path(__file__).resolve().parent
-CONFIGS = next((f for f in (_HERE / "configs", _HERE.parent / "configs") if f.is_dir()), _HERE / "configs")
+_PLACES = [folder / "configs" for folder in Path(__file__).resolve().parents[1:3]]  # of the package, of a checkout
+CONFIGS = next((folder for folder in _PLACES if folder.is_dir()), _PLACES[0])
 DATASET_KEYS = ("rows", "classifier_stage", "methods", "left_out")
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from bags.classifiers import method_settings
 from bags.classifiers.base import ClassifierSettings
-from bags.settings import NO_RESULT, Range, Settings, need
+from bags.core.settings import NO_RESULT, Range, Settings, need
 
 Size = Annotated[int, Range(ge=1, le=2**15 - 1)]
 Count = Annotated[int, Range(ge=1, le=999_999)]

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from bags.terminal import printable, tolerate_any_text
+from bags.core.terminal import printable, tolerate_any_text
 
 STOPPED = 75  # exit code (EX_TEMPFAIL) of a run that was asked to stop or lost a rank: the same command goes on
 REPEATED = 1.0  # seconds in which a signal counts as the first one again: launchers and process groups both send it

@@ -3,13 +3,14 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from bags import build
+from bags.assembly.initialise import check_categories
+from bags.assembly.loaders import open_index
+from bags.config.sections import Config, TailOnlyConfig
+from bags.core.errors import UserError
 from bags.data.checks import why_nothing_scores, why_nothing_trains
 from bags.data.index import AnnotationIndex
 from bags.data.statistics import CategoryStats
-from bags.errors import UserError
 from bags.evaluation.truth import read_truth
-from bags.sections import Config, TailOnlyConfig
 
 
 def check_data(configs: Iterable[Config]) -> None:
@@ -19,7 +20,7 @@ def check_data(configs: Iterable[Config]) -> None:
     """
     checked: set[tuple] = set()
     for config in configs:
-        index = build.open_index(config, "train")
+        index = open_index(config, "train")
         stats = CategoryStats.from_index(index)
         check_row(config, index, stats)
         pair = (config.data.root, config.data.train, config.data.val)
@@ -46,4 +47,4 @@ def check_validation(config: Config, stats: CategoryStats) -> None:
     truth = read_truth(Path(config.data.root) / config.data.val)
     if reason := why_nothing_scores(truth.content["annotations"]):
         raise UserError(f"{truth.path}: {reason}")
-    build.check_categories(stats, build.open_index(config, "val"), Path(config.data.root) / config.data.train)
+    check_categories(stats, open_index(config, "val"), Path(config.data.root) / config.data.train)

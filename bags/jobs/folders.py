@@ -1,0 +1,95 @@
+"""Run folders: what stands in them, and whether a row is complete there."""
+
+import contextlib
+import datetime
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from bags.analysis.results import environment
+from bags.analysis.tables import read_metrics
+from bags.assembly.loaders import open_index
+from bags.config.load import load_config, result_settings, save_config
+from bags.config.sections import Config
+from bags.core import distributed
+from bags.core.errors import UserError
+from bags.core.files import read_text, write_text
+from bags.data.statistics import CategoryStats
+from bags.engine.checkpoint import load_checkpoint, load_latest, weights_digest
+
+
+def is_complete(folder: Path, config: Config) -> bool:
+    """Whether the run is finished.
+
+    Raises UserError if what was trained there had other settings, annotations or weights to start from.
+    """
+    if not any((folder / name).exists() for name in ("last.pth", "previous.pth")):
+        return False
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"{folder}: holds checkpoints but no config.yaml, which says what they are: remove the folder")
+    change = _first_difference(result_settings(load_config(folder / "config.yaml")), result_settings(config))
+    if change:
+        raise UserError(
+            f"{folder}: this run was trained with {change[0]}={change[1]}, now it is {change[2]}: "
+            "remove the folder, or set output= to keep both"
+        )
+    latest, source = load_latest(folder), config.init_file
+    assert latest is not None  # a file of it is there
+    data = Path(config.data.root, config.data.train)
+    if data.exists() and latest["stats"] != CategoryStats.from_index(open_index(config, "train")).to_dict():
+        raise UserError(f"{folder}: {data} has changed since this run was trained: remove the folder, or set output=")
+    if source and source.exists() and latest.get("init") != weights_digest(load_checkpoint(source)):
+        raise UserError(
+            f"{folder}: this run started from other weights than {source} holds now: "
+            "remove the folder, or set output= to keep both"
+        )
+    try:
+        load_checkpoint(folder / "last.pth")
+    except UserError:
+        return False  # goes on from previous.pth
+    return (folder / "metrics.json").exists() and "ACC" in read_metrics(folder)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run was scored."""
+    return (folder / "metrics.json").exists()
+
+
+def _first_difference(old: dict, new: dict, prefix: str = "") -> tuple | None:
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            inner = _first_difference(a, b, f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif a != b:
+            return f"{prefix}{key}", a, b
+    return None
+
+
+def describe(config: Config) -> None:
+    """Write what a run is into its folder."""
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    if not any((config.run_folder / name).exists() for name in ("last.pth", "previous.pth")):
+        (config.run_folder / "validation.json").unlink(missing_ok=True)  # of a run whose checkpoints were removed
+    save_config(config, config.run_folder / "config.yaml")
+    _write_environment(config.run_folder)
+
+
+def _write_environment(folder: Path) -> None:
+    """`environment.json`: what the numbers of this run were made with; further starts of it are in `resumed`."""
+    content = {
+        "command": sys.argv,
+        **environment(),
+        "ranks": distributed.world_size(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    path = folder / "environment.json"
+    if path.exists() and any((folder / name).exists() for name in ("last.pth", "previous.pth")):
+        with contextlib.suppress(ValueError, TypeError):  # damaged: begun again
+            first = dict(json.loads(read_text(path)))
+            content = first | {"resumed": [*first.get("resumed", ()), content]}
+    write_text(path, json.dumps(content, indent=1))
