@@ -105,7 +105,7 @@ def train_once(config, name: str, live: bool, epochs: int, device, mirrored: boo
     from bags.assembly.loaders import build_train_loader, open_index
     from bags.data.statistics import CategoryStats
     from bags.engine.train import train
-    from bags.jobs.passes import begin
+    from bags.jobs.train import begin
 
     features = "live" if live else "cached"
     folder = str(Path(config.output) / f"{name}.features")
