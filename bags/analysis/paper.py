@@ -177,10 +177,11 @@ PAPER = {
     ),
 }
 
-# The published numbers are mask AP, APr, APc and APf of Mask R-CNN R50 after 12 epochs of LVIS v1, all from EQL v2's code
-# (github.com/tztztztztz/eqlv2). Its EQL, EQL v2 and repeat factors train the whole detector, BAGS the classifier.
+# The published numbers are mask AP, APr, APc and APf of Mask R-CNN R50 after 12 epochs of LVIS v1. They all come from
+# the code of EQL v2 (github.com/tztztztztz/eqlv2), where EQL, EQL v2 and repeat factors train the whole detector and
+# BAGS trains the classifier.
 METHODS = PaperTable(
-    "Classifiers of one detector: calibrated, or trained from its stored features; the last ones with the whole detector",
+    "Classifiers of one detector: calibrated, or trained from its stored features; the last ones with all of it",
     (*AP, "AP50", "seconds"),
     _rows(METHOD_ROWS),
     source="published, LVIS v1, masks:",
