@@ -28,9 +28,17 @@ ROWS = {
 CLASSIFIERS = {"softmax": [], "group_softmax": ["classifier.name=group_softmax", "classifier.boundaries=[2, 3]"]}
 DATASET = Path("glyphs-100")
 IMAGES = 8
-SCHEDULE = ["train.epochs=200", "train.batch_size=4", "train.optimizer=adamw", "train.lr=0.002",
-            "train.milestones=[160]", "train.warmup_iterations=50", "train.checkpoint_every=100000",
-            "detector.roi.batch_size=32", "test.score_threshold=0.05"]  # fmt: skip
+SCHEDULE = [
+    "train.epochs=200",
+    "train.batch_size=4",
+    "train.optimizer=adamw",
+    "train.lr=0.002",
+    "train.milestones=[160]",
+    "train.warmup_iterations=50",
+    "train.checkpoint_every=100000",
+    "detector.roi.batch_size=32",
+    "test.score_threshold=0.05",
+]
 
 
 def main() -> None:

@@ -213,9 +213,17 @@ class Soak:
         launch = [sys.executable]
         if ranks * nodes > 1:
             launch += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--nnodes={nodes}"]
-            launch += ["--standalone"] if nodes == 1 else [
-                "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self.port}", f"--rdzv-id={output}",
-                "--local-addr=127.0.0.1", "--max-restarts=1000"]  # fmt: skip
+            launch += (
+                ["--standalone"]
+                if nodes == 1
+                else [
+                    "--rdzv-backend=c10d",
+                    f"--rdzv-endpoint=127.0.0.1:{self.port}",
+                    f"--rdzv-id={output}",
+                    "--local-addr=127.0.0.1",
+                    "--max-restarts=1000",
+                ]
+            )
         # Else a node that has stayed does not tell one that joins again where rank 0 is (torch 2.14).
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         with (self.folder / f"{output}.{node}.txt").open("a") as file:
@@ -281,8 +289,10 @@ class Soak:
             f"{killed} kills {steps} ({early} outside training), {runs} runs ended: {'' if same else 'NOT '}identical"
         )
         if alone:
-            print(f"one rank alone killed {len(alone)} times: all others ended within {max(ended, default=0):.1f} s, "
-                  f"{hung} hung")  # fmt: skip
+            print(
+                f"one rank alone killed {len(alone)} times: all others ended within {max(ended, default=0):.1f} s, "
+                f"{hung} hung"
+            )
         return same and not hung
 
     def sleep(self, process: subprocess.Popen, seconds: float) -> None:

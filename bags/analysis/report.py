@@ -137,10 +137,14 @@ def _changes(runs: list[RunResults], found: Findings) -> str:
 
 def _movers(head: list[str], rows: list[dict], caption: str) -> str:
     cells = [
-        [row["name"], row["training_instances"], *(percent(row[key], ".2f") for key in ("first", "second")),
-         percent(row["difference"], "+.2f")]
+        [
+            row["name"],
+            row["training_instances"],
+            *(percent(row[key], ".2f") for key in ("first", "second")),
+            percent(row["difference"], "+.2f"),
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     return table(head, cells, f"Categories that {caption}") if cells else f"<p>No category {caption.split()[0]}.</p>"
 
 
@@ -201,10 +205,22 @@ def _tail(runs: list[RunResults], found: Findings) -> str:
     ]
     head = ["category", "training", "validation", *(f"AP {run.label}" for run in reversed(runs))]
     tables = [
-        table(head, [[row["name"], row["training_instances"], objects.get(row["id"], "-"),
-                      *(percent(own[row["id"]]) for own in reversed(ap))] for row in rows], title)
-        for title, rows in (("Best", best), ("Worst", worst)) if rows
-    ]  # fmt: skip
+        table(
+            head,
+            [
+                [
+                    row["name"],
+                    row["training_instances"],
+                    objects.get(row["id"], "-"),
+                    *(percent(own[row["id"]]) for own in reversed(ap)),
+                ]
+                for row in rows
+            ],
+            title,
+        )
+        for title, rows in (("Best", best), ("Worst", worst))
+        if rows
+    ]
     parts.append(f'<div class="pair">{"".join(tables)}</div>')
     if found.examples:
         parts.append(

@@ -16,8 +16,23 @@ from bags.core.terminal import printable
 from bags.evaluation.comparison import Comparison
 from bags.evaluation.detection_ap import Scores
 
-COLUMNS = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf", "AP50", "AP_tail", "AP_head", "AP_fixed",
-           "mask_AP", "mask_AP_tail", "mask_AP_head")  # fmt: skip
+COLUMNS = (
+    "AP",
+    "AP1",
+    "AP2",
+    "AP3",
+    "AP4",
+    "APr",
+    "APc",
+    "APf",
+    "AP50",
+    "AP_tail",
+    "AP_head",
+    "AP_fixed",
+    "mask_AP",
+    "mask_AP_tail",
+    "mask_AP_head",
+)
 TITLES = {"AP": "mAP", "AP_tail": "tail", "AP_head": "head", "mask_AP": "mask mAP"}
 FORMULA = re.compile("'*[=+\\-@\t\r\n]")
 AGAIN = "remove it and give the training command again: only the evaluation is run"

@@ -129,17 +129,37 @@ def store_folder(config: Config) -> Path:
 def store_settings(config: Config) -> tuple:
     """Equal for rows that can be trained from the same store."""
     data, tail = config.data, isinstance(config.sampler, TailOnlyConfig) and config.sampler
-    return (str(config.init_file), data.root, data.train, data.train_images, data.empty_images, data.exif, tail,
-            data.flip > 0 and config.store.mirrored, config.store.negatives,
-            repr(_detector_settings(config.detector)))  # fmt: skip
+    return (
+        str(config.init_file),
+        data.root,
+        data.train,
+        data.train_images,
+        data.empty_images,
+        data.exif,
+        tail,
+        data.flip > 0 and config.store.mirrored,
+        config.store.negatives,
+        repr(_detector_settings(config.detector)),
+    )
 
 
 def shared_settings(config: Config) -> tuple:
     """Equal for rows whose classifiers can be trained in one pass over one store."""
     train = config.train
-    return (str(config.init_file), repr(config.data), repr(_detector_settings(config.detector)), repr(config.store),
-            config.detector.roi.batch_size, config.detector.roi.positive_fraction, repr(config.sampler),
-            train.part, train.epochs, train.batch_size, config.seed, config.device)  # fmt: skip
+    return (
+        str(config.init_file),
+        repr(config.data),
+        repr(_detector_settings(config.detector)),
+        repr(config.store),
+        config.detector.roi.batch_size,
+        config.detector.roi.positive_fraction,
+        repr(config.sampler),
+        train.part,
+        train.epochs,
+        train.batch_size,
+        config.seed,
+        config.device,
+    )
 
 
 @contextlib.contextmanager
@@ -201,8 +221,16 @@ def _digest(values: object) -> str:
 
 def _annotations_digest(index: AnnotationIndex) -> str:
     digest = hashlib.sha256()
-    for values in (index.image_ids, index.image_sizes, index.name_bytes, index.name_starts,
-                   index.starts, index.boxes, index.labels, index.crowd):  # fmt: skip
+    for values in (
+        index.image_ids,
+        index.image_sizes,
+        index.name_bytes,
+        index.name_starts,
+        index.starts,
+        index.boxes,
+        index.labels,
+        index.crowd,
+    ):
         digest.update(values.tobytes())
     return digest.hexdigest()
 

@@ -36,8 +36,10 @@ def distributed(device: str = "auto") -> Iterator[torch.device]:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(f"{os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1)} ranks, but torch sees "
-                        f"{torch.cuda.device_count()} GPU(s) here: GPUS= takes at most as many")  # fmt: skip
+        raise UserError(
+            f"{os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1)} ranks, but torch sees "
+            f"{torch.cuda.device_count()} GPU(s) here: GPUS= takes at most as many"
+        )
     if use_cuda:
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:

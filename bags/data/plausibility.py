@@ -31,8 +31,10 @@ def implausible_boxes(index: AnnotationIndex) -> dict[str, str]:
     beyond = (boxes[:, 2:] > sizes + 1).any(1)
     as_corners = (sides > boxes[:, :2]).all(1) & (sides <= sizes + 1).all(1)
     if as_corners.mean() > 0.95 and beyond.mean() > 0.2:
-        return {"boxes of two corners": f"{beyond.sum()} of {number} boxes leave their images; read as x1, y1, x2, y2 "
-                                        f"{as_corners.sum()} fit"}  # fmt: skip
+        return {
+            "boxes of two corners": f"{beyond.sum()} of {number} boxes leave their images; read as x1, y1, x2, y2 "
+            f"{as_corners.sum()} fit"
+        }
     if number >= 4 * FEWEST and (boxes[:, 2:] <= sizes / 2).all():
         return {"corner boxes": f"all {number} boxes lie in the upper left quarter of their images"}
     return {}

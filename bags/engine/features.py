@@ -111,8 +111,15 @@ def open_store(
     about: what a store's content depends on, by name; a folder that holds another one's raises UserError.
     loader_of(batches of positions) gives (images, targets); records_of(images, targets, positions) their views.
     """
-    form = {"format": FORMAT, "number": images, "fc": layout.fc, "row": str(layout.row),
-            "view": str(layout.view), "stages": layout.stages, "width": layout.width}  # fmt: skip
+    form = {
+        "format": FORMAT,
+        "number": images,
+        "fc": layout.fc,
+        "row": str(layout.row),
+        "view": str(layout.view),
+        "stages": layout.stages,
+        "width": layout.width,
+    }
     assert not form.keys() & about.keys()
     with _alone(folder):
         if distributed.is_main():
@@ -224,8 +231,9 @@ def _write(folder, layout, images, missing, loader_of, records_of, batch_size, t
         for first in range(0, len(shards[number]), batch_size)
     ]
     loader = loader_of([positions for _, positions in plan])
-    bar = tqdm(total=sum(len(p) for _, p in plan), desc=f"{title}: features", unit="image",
-               disable=not distributed.is_main())  # fmt: skip
+    bar = tqdm(
+        total=sum(len(p) for _, p in plan), desc=f"{title}: features", unit="image", disable=not distributed.is_main()
+    )
     with bar:
         writer = None
         for (number, positions), (shown, targets) in zip(plan, loader, strict=True):

@@ -193,6 +193,8 @@ class Monitor:
         begun = self.last_steps > self.first_steps  # at first, loader processes start
         if self.clock.on_gpu and share > WAITS and begun and not self.waited and distributed.is_main():
             self.waited = True
-            tqdm.write(f"warning: {self.title}: the GPU waits for data {share:.0%} of the time: raise data.workers",
-                       file=sys.stderr)  # fmt: skip
+            tqdm.write(
+                f"warning: {self.title}: the GPU waits for data {share:.0%} of the time: raise data.workers",
+                file=sys.stderr,
+            )
         return {f"{phase}_s": value / steps for phase, value in seconds.items()}

@@ -55,8 +55,14 @@ def predict(
     batches, observed = _resume(share, header, plan)
     sampler.start(batches)
     with naming(share), share.open("ab") as file:
-        bar = tqdm(loader, desc=f"{title}: predict", unit="batch", initial=batches, total=len(plan),
-                   disable=not distributed.is_main())  # fmt: skip
+        bar = tqdm(
+            loader,
+            desc=f"{title}: predict",
+            unit="batch",
+            initial=batches,
+            total=len(plan),
+            disable=not distributed.is_main(),
+        )
         for images, targets in bar:
             detections = model([image.to(device) for image in images])
             lines = []

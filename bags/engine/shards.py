@@ -150,8 +150,13 @@ def open_shards(folder: Path, layout: Layout, shards: list[range], title: str) -
     """
     mine = range(distributed.rank(), len(shards), distributed.world_size())
     nbytes = sum(path.stat().st_size for path in folder.glob("*.fc"))
-    bar = tqdm(total=len(mine), desc=f"{title}: checksums", unit="shard", mininterval=1,
-               disable=not distributed.is_main() or nbytes < SHOWN_FROM)  # fmt: skip
+    bar = tqdm(
+        total=len(mine),
+        desc=f"{title}: checksums",
+        unit="shard",
+        mininterval=1,
+        disable=not distributed.is_main() or nbytes < SHOWN_FROM,
+    )
 
     def compared(number: int) -> Shard | str:
         """The shard, or what is wrong with it."""

@@ -151,8 +151,13 @@ def optimisation_step(
 
 def _leave_out(run: Run, losses, images, targets, iteration: int, lr: float, device: torch.device) -> None:
     """Says what was not finite. Raises UserError where the run is to stop, or where it cannot recover."""
-    content = {"model": run.model.state_dict(), "iteration": iteration, "images": images, "targets": targets,
-               "seed": run.seed * 1_000_003 + iteration}  # fmt: skip
+    content = {
+        "model": run.model.state_dict(),
+        "iteration": iteration,
+        "images": images,
+        "targets": targets,
+        "seed": run.seed * 1_000_003 + iteration,
+    }
     text = report_nonfinite(run.folder, losses, targets, {**run.about, **content})
     text = f"{run.title}: iteration {iteration + 1}: {text}"
     mend = f"lower train.lr (now {lr:g}) or train.clip_norm"
@@ -337,8 +342,10 @@ def _start(run: Run, loader: DataLoader, device: torch.device) -> None:
     """What is trained, by which optimiser, from where; wraps `losses` for several ranks."""
     config, ranks = run.config, distributed.world_size()
     if config.batch_size % (ranks * config.accumulate):
-        raise UserError(f"train.batch_size={config.batch_size} does not divide by {ranks} ranks times "
-                        f"train.accumulate={config.accumulate}")  # fmt: skip
+        raise UserError(
+            f"train.batch_size={config.batch_size} does not divide by {ranks} ranks times "
+            f"train.accumulate={config.accumulate}"
+        )
     run.save_every = config.checkpoint_every or SAVED_EVERY[run.losses is not None]
     set_trained_part(run.model, config.part)
     trainable = any(p.requires_grad for p in run.model.parameters())
@@ -346,8 +353,11 @@ def _start(run: Run, loader: DataLoader, device: torch.device) -> None:
         run.optimizer = build_optimizer(run.model, config)
         run.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         if config.scale_lr and distributed.is_main():
-            print(f"note: {run.title}: lr {base_rate(config):g} for {config.batch_size} images a step: "
-                  f"train.lr={config.lr:g} is that of {REFERENCE_BATCH}", file=sys.stderr)  # fmt: skip
+            print(
+                f"note: {run.title}: lr {base_rate(config):g} for {config.batch_size} images a step: "
+                f"train.lr={config.lr:g} is that of {REFERENCE_BATCH}",
+                file=sys.stderr,
+            )
     if not _resume(run) and not trainable:
         fit_classifiers(run.model, loader, device, run.seed, run.title)
     if config.compile and run.losses is None:

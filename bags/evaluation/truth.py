@@ -249,14 +249,18 @@ def _counts(category: dict, notes: Notes) -> dict:
         if type(value) is int and 0 <= value < 2**62:
             counts[name] = value
         elif value is not None:
-            notes.add(f"categories whose {name} is not a whole number, so that none is used",
-                      f"category {category['id']}: {shown(value)}")  # fmt: skip
+            notes.add(
+                f"categories whose {name} is not a whole number, so that none is used",
+                f"category {category['id']}: {shown(value)}",
+            )
     letter = category.get("frequency")
     if isinstance(letter, str) and letter in ("r", "c", "f"):
         counts["frequency"] = letter
     elif letter is not None:
-        notes.add("categories whose frequency is not r, c or f, so that none is used",
-                  f"category {category['id']}: {shown(letter)}")  # fmt: skip
+        notes.add(
+            "categories whose frequency is not r, c or f, so that none is used",
+            f"category {category['id']}: {shown(letter)}",
+        )
     return counts
 
 

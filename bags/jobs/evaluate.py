@@ -134,8 +134,10 @@ def print_comparison(kind: str, result, names: list[str]) -> None:
         print(f"\ncategories that {title} most" + ("" if rows else ": none"))
         for row in rows:
             count = f"{row['training_instances']} instances" if "training_instances" in row else ""
-            print(f"{100 * row['difference']:+8.2f}  {100 * row['first']:6.2f} -> {100 * row['second']:6.2f}  "
-                  f"{printable(row['name'])}  {count}".rstrip())  # fmt: skip
+            print(
+                f"{100 * row['difference']:+8.2f}  {100 * row['first']:6.2f} -> {100 * row['second']:6.2f}  "
+                f"{printable(row['name'])}  {count}".rstrip()
+            )
 
 
 def evaluate_checkpoint(path: Path, overrides: list[str], output: Path | None) -> tuple[dict | None, str]:

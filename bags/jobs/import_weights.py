@@ -71,8 +71,11 @@ def import_weights(source: str, config: Config, annotations: Path | None, eps: f
     config = override_config(config, [*keys, "detector.other_categories=false", "train.part=all"])
     detector = build_detector(config, stats)
     state = detector.state_dict()
-    _need_exact(source, {k: tuple(v.shape) for k, v in found.items()},
-                {k: tuple(v.shape) for k, v in state.items() if not k.endswith("num_batches_tracked")})  # fmt: skip
+    _need_exact(
+        source,
+        {k: tuple(v.shape) for k, v in found.items()},
+        {k: tuple(v.shape) for k, v in state.items() if not k.endswith("num_batches_tracked")},
+    )
     detector.load_state_dict({**state, **found})
     reasons = collections.Counter(translated.skipped.values())
     lines += [f"left out: {number} tensors: {reason}" for reason, number in reasons.items()]

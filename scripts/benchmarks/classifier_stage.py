@@ -33,13 +33,22 @@ def classifier_stage(arguments: argparse.Namespace) -> list[dict]:
         peer = EPOCHS * statistics.median(live)
         shape = f"{number} images of {size[0]}x{size[1]}"
         for title, stage in stages.items():
-            print(f"{title}: extraction {stage['extraction_s']:.1f} s, {EPOCHS} epochs {stage['training_s']:.1f} s, "
-                  f"{stage['bytes'] / number / 1e6:.2f} MB an image", file=sys.stderr)  # fmt: skip
+            print(
+                f"{title}: extraction {stage['extraction_s']:.1f} s, {EPOCHS} epochs {stage['training_s']:.1f} s, "
+                f"{stage['bytes'] / number / 1e6:.2f} MB an image",
+                file=sys.stderr,
+            )
         results = [
-            {"case": f"{title}, {shape}", "ours_s": stage["s"] / cases[title][1], "peer": "live, each classifier",
-             "peer_s": peer, "ratio": peer / (stage["s"] / cases[title][1]), "identical": None}
+            {
+                "case": f"{title}, {shape}",
+                "ours_s": stage["s"] / cases[title][1],
+                "peer": "live, each classifier",
+                "peer_s": peer,
+                "ratio": peer / (stage["s"] / cases[title][1]),
+                "identical": None,
+            }
             for title, stage in stages.items()
-        ]  # fmt: skip
+        ]
         return [*results, reading(stages["one view"], device)]
 
 
@@ -60,8 +69,16 @@ def write_dataset(folder: Path, size: tuple[int, int], number: int) -> None:
             x, y = generator.uniform(0, size[1] * 0.7), generator.uniform(0, size[0] * 0.7)
             box = [x, y, *generator.uniform(16, 0.3 * min(size), 2)]
             category = int(generator.integers(1, CATEGORIES + 1))
-            annotations.append({"id": len(annotations) + 1, "image_id": k, "category_id": category, "bbox": box,
-                                "area": box[2] * box[3], "iscrowd": 0})  # fmt: skip
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": k,
+                    "category_id": category,
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": 0,
+                }
+            )
     categories = [{"id": c, "name": str(c)} for c in range(1, CATEGORIES + 1)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "train.json").write_text(json.dumps(content))
@@ -79,12 +96,23 @@ def stage_config(folder: Path, size: tuple[int, int], device):
 
     torch.manual_seed(0)
     workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
-    data = {"name": "data", "root": str(folder / "data"), "train": "train.json", "val": "train.json",
-            "train_images": "images", "val_images": "images", "workers": workers}  # fmt: skip
-    config = config_from_dict({
-        "name": "softmax", "data": data, "output": str(folder / "runs"),
-        "detector": {"min_size": size[0], "max_size": size[1], "backbone_weights": None},
-    })  # fmt: skip
+    data = {
+        "name": "data",
+        "root": str(folder / "data"),
+        "train": "train.json",
+        "val": "train.json",
+        "train_images": "images",
+        "val_images": "images",
+        "workers": workers,
+    }
+    config = config_from_dict(
+        {
+            "name": "softmax",
+            "data": data,
+            "output": str(folder / "runs"),
+            "detector": {"min_size": size[0], "max_size": size[1], "backbone_weights": None},
+        }
+    )
     stats = CategoryStats.from_index(open_index(config, "train"))
     detector = build_detector(config, stats)
     config.run_folder.mkdir(parents=True)
@@ -128,9 +156,16 @@ def train_once(config, name: str, live: bool, epochs: int, device, mirrored: boo
         torch.cuda.synchronize()
     end = time.perf_counter()
     fc = sorted((Path(folder) / "train").glob("*.fc"))
-    return {"s": end - start, "extraction_s": extracted - start, "training_s": end - extracted,
-            "bytes": sum(path.stat().st_size for path in fc), "files": fc, "loader": loader, "runs": runs,
-            "config": config}  # fmt: skip
+    return {
+        "s": end - start,
+        "extraction_s": extracted - start,
+        "training_s": end - extracted,
+        "bytes": sum(path.stat().st_size for path in fc),
+        "files": fc,
+        "loader": loader,
+        "runs": runs,
+        "config": config,
+    }
 
 
 def reading(stage: dict, device) -> dict:
@@ -165,9 +200,14 @@ def reading(stage: dict, device) -> dict:
         forget(stage["files"])
         times.append((epoch(loader), read, computed))
     actual, read, computed = (statistics.median(column) for column in zip(*times, strict=True))
-    return {"case": f"an epoch ({stage['bytes'] / 1e6:.0f} MB)", "ours_s": actual,
-            "peer": f"reading the store ({read:.2f} s) or computing in memory ({computed:.2f} s), the slower",
-            "peer_s": max(read, computed), "ratio": max(read, computed) / actual, "identical": None}  # fmt: skip
+    return {
+        "case": f"an epoch ({stage['bytes'] / 1e6:.0f} MB)",
+        "ours_s": actual,
+        "peer": f"reading the store ({read:.2f} s) or computing in memory ({computed:.2f} s), the slower",
+        "peer_s": max(read, computed),
+        "ratio": max(read, computed) / actual,
+        "identical": None,
+    }
 
 
 def forget(files: list[Path]) -> None:

@@ -26,12 +26,18 @@ def data(arguments: argparse.Namespace) -> list[dict]:
         flat, listed = in_process(worker_memory, path, "index"), in_process(worker_memory, path, "list")
     return [
         {**opened, "identical": identical},
-        {"case": "first build, time", "ours_s": first["s"], "peer": "json.load", "peer_s": parsed["s"],
-         "ratio": parsed["s"] / first["s"], "identical": None},
+        {
+            "case": "first build, time",
+            "ours_s": first["s"],
+            "peer": "json.load",
+            "peer_s": parsed["s"],
+            "ratio": parsed["s"] / first["s"],
+            "identical": None,
+        },
         in_mb("first build, peak memory", first["mb"], "json.load", parsed["mb"]),
         in_mb("loader worker, private memory after epoch 1", flat[0], "list of dicts", listed[0]),
         in_mb("loader worker, private memory after epoch 3", flat[-1], "list of dicts", listed[-1]),
-    ]  # fmt: skip
+    ]
 
 
 def write_lvis_like(path: Path, annotations: int) -> None:
@@ -40,17 +46,34 @@ def write_lvis_like(path: Path, annotations: int) -> None:
 
     rng = np.random.default_rng(0)
     images = annotations * 10 // 127
-    categories = [{"id": c, "name": f"category {c}", "frequency": "f", "instance_count": 1, "image_count": 1}
-                  for c in range(1, 1204)]  # fmt: skip
-    entries = [{"id": i + 1, "width": 640, "height": 480, "coco_url": f"http://x.org/train2017/{i:012d}.jpg",
-                "neg_category_ids": [], "not_exhaustive_category_ids": []} for i in range(images)]  # fmt: skip
+    categories = [
+        {"id": c, "name": f"category {c}", "frequency": "f", "instance_count": 1, "image_count": 1}
+        for c in range(1, 1204)
+    ]
+    entries = [
+        {
+            "id": i + 1,
+            "width": 640,
+            "height": 480,
+            "coco_url": f"http://x.org/train2017/{i:012d}.jpg",
+            "neg_category_ids": [],
+            "not_exhaustive_category_ids": [],
+        }
+        for i in range(images)
+    ]
     with path.open("w") as file:
         file.write(f'{{"images": {json.dumps(entries)}, "categories": {json.dumps(categories)}, "annotations": [')
         for k in range(annotations):
             polygon = rng.uniform(0, 480, 2 * int(rng.integers(6, 45))).round(2)
             x, y, w, h = rng.uniform(5, 200, 4).round(2).tolist()
-            entry = {"id": k + 1, "image_id": int(rng.integers(images)) + 1, "category_id": int(rng.integers(1203)) + 1,
-                     "bbox": [x, y, w, h], "area": round(w * h, 2), "segmentation": [polygon.tolist()]}  # fmt: skip
+            entry = {
+                "id": k + 1,
+                "image_id": int(rng.integers(images)) + 1,
+                "category_id": int(rng.integers(1203)) + 1,
+                "bbox": [x, y, w, h],
+                "area": round(w * h, 2),
+                "segmentation": [polygon.tolist()],
+            }
             file.write((", " if k else "") + json.dumps(entry))
         file.write("]}")
 
@@ -142,6 +165,7 @@ def worker_memory(path: Path, kind: str) -> list[float]:
     from torch.utils.data import DataLoader
 
     targets: Any = Targets(path, kind)
-    loader: DataLoader = DataLoader(targets, batch_size=200, num_workers=1, persistent_workers=True,
-                        multiprocessing_context="fork")  # fmt: skip
+    loader: DataLoader = DataLoader(
+        targets, batch_size=200, num_workers=1, persistent_workers=True, multiprocessing_context="fork"
+    )
     return [max(float(batch.max()) for batch in loader) for _ in range(3)]

@@ -54,20 +54,43 @@ def write_results(folder: Path) -> tuple[Path, Path]:
     rng = np.random.default_rng(0)
     share = 1 / np.arange(1, 1204)
     share /= share.sum()
-    categories = [{"id": c, "name": f"c{c}", "frequency": "rcf"[c % 3], "image_count": 1 + 1000 // c,
-                   "instance_count": 1 + 3000 // c} for c in range(1, 1204)]  # fmt: skip
+    categories = [
+        {
+            "id": c,
+            "name": f"c{c}",
+            "frequency": "rcf"[c % 3],
+            "image_count": 1 + 1000 // c,
+            "instance_count": 1 + 3000 // c,
+        }
+        for c in range(1, 1204)
+    ]
     images: list[dict] = []
     objects: list[dict] = []
     detections: list[dict] = []
     for i in range(1, 2001):
         labels = rng.choice(1203, 12, p=share) + 1
         absent = [c for c in set((rng.choice(1203, 15) + 1).tolist()) if c not in labels]
-        images.append({"id": i, "width": 640, "height": 480, "neg_category_ids": absent,
-                       "not_exhaustive_category_ids": labels[:1].tolist()})  # fmt: skip
+        images.append(
+            {
+                "id": i,
+                "width": 640,
+                "height": 480,
+                "neg_category_ids": absent,
+                "not_exhaustive_category_ids": labels[:1].tolist(),
+            }
+        )
         boxes = np.column_stack([rng.random((12, 2)) * (500, 350), rng.random((12, 2)) * 120 + 8]).round(2)
         for label, box in zip(labels.tolist(), boxes.tolist(), strict=True):
-            objects.append({"id": len(objects) + 1, "image_id": i, "category_id": label, "bbox": box,
-                            "area": box[2] * box[3], "iscrowd": 0})  # fmt: skip
+            objects.append(
+                {
+                    "id": len(objects) + 1,
+                    "image_id": i,
+                    "category_id": label,
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": 0,
+                }
+            )
         which = np.arange(300) % 12
         guesses = np.where(rng.random(300) < 0.5, labels[which], rng.choice(1203, 300, p=share) + 1).tolist()
         shifted = boxes[which] + np.column_stack([rng.normal(0, 8, (300, 2)), np.zeros((300, 2))])

@@ -19,17 +19,29 @@ def inference(arguments: argparse.Namespace) -> list[dict]:
         equal = all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
         title = f"detections, {kind} scores"
         results.append(
-            measure(title, lambda c=case: run_detections("ours", c), "torchvision",
-                    lambda c=case: run_detections("torchvision", c), slow, equal)
-        )  # fmt: skip
+            measure(
+                title,
+                lambda c=case: run_detections("ours", c),
+                "torchvision",
+                lambda c=case: run_detections("torchvision", c),
+                slow,
+                equal,
+            )
+        )
         memory = [in_process(detections_peak, name, sharpness) for name in ("ours", "torchvision")]
         results.append(in_mb(f"{title}, peak memory", memory[0], "torchvision", memory[1]))
     masks, boxes = masks_case()
     equal = run_masks("ours", masks, boxes) == run_masks("torchvision", masks, boxes)
     results.append(
-        measure(f"{DETECTIONS} masks, pasted and encoded", lambda: run_masks("ours", masks, boxes),
-                "torchvision + pycocotools", lambda: run_masks("torchvision", masks, boxes), slow, equal)
-    )  # fmt: skip
+        measure(
+            f"{DETECTIONS} masks, pasted and encoded",
+            lambda: run_masks("ours", masks, boxes),
+            "torchvision + pycocotools",
+            lambda: run_masks("torchvision", masks, boxes),
+            slow,
+            equal,
+        )
+    )
     memory = [in_process(masks_peak, name) for name in ("ours", "torchvision")]
     return [*results, in_mb(f"{DETECTIONS} masks, peak memory", memory[0], "torchvision + pycocotools", memory[1])]
 

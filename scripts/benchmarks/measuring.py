@@ -21,14 +21,21 @@ def measure(case: str, ours: Callable, peer_name: str, peer: Callable, repeats: 
                 times[function].append(time.perf_counter() - start)
     ours_s, peer_s = (statistics.median(times[function]) for function in (ours, peer))
     ratio = statistics.median(map(operator.truediv, times[peer], times[ours]))
-    return {"case": case, "ours_s": ours_s, "peer": peer_name, "peer_s": peer_s,
-            "ratio": ratio, "identical": identical}  # fmt: skip
+    return {"case": case, "ours_s": ours_s, "peer": peer_name, "peer_s": peer_s, "ratio": ratio, "identical": identical}
 
 
 def in_mb(case: str, ours: float, peer_name: str, peer: float) -> dict:
     """A result in MB."""
-    return {"case": case, "ours_s": None, "ours_mb": ours, "peer": peer_name, "peer_s": None, "peer_mb": peer,
-            "ratio": peer / max(ours, 0.1), "identical": None}  # fmt: skip
+    return {
+        "case": case,
+        "ours_s": None,
+        "ours_mb": ours,
+        "peer": peer_name,
+        "peer_s": None,
+        "peer_mb": peer,
+        "ratio": peer / max(ours, 0.1),
+        "identical": None,
+    }
 
 
 def in_process(function: Callable, *arguments):

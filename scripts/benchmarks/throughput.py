@@ -51,12 +51,21 @@ def model_and_loader(folder: Path, device):
     from bags.data.statistics import CategoryStats
 
     _, size, batch, workers, name = SIZES[device.type]
-    config = config_from_dict({
-        "name": "throughput", "device": device.type, "output": str(folder / "runs"),
-        "data": {"name": "data", "root": str(folder / "data"), "train": "train.json", "train_images": "images",
-                 "workers": workers},
-        "train": {"batch_size": batch, "lr": 1e-4, "clip_norm": 0.0, "epochs": 1},
-    })  # fmt: skip
+    config = config_from_dict(
+        {
+            "name": "throughput",
+            "device": device.type,
+            "output": str(folder / "runs"),
+            "data": {
+                "name": "data",
+                "root": str(folder / "data"),
+                "train": "train.json",
+                "train_images": "images",
+                "workers": workers,
+            },
+            "train": {"batch_size": batch, "lr": 1e-4, "clip_norm": 0.0, "epochs": 1},
+        }
+    )
     index = open_index(config, "train")
     loader = build_train_loader(config, index, CategoryStats.from_index(index))
     torch.manual_seed(0)
