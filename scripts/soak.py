@@ -1,4 +1,4 @@
-"""Can training be left alone? Kills it at random moments, starts it again, and compares with an undisturbed run.
+"""Can training run unattended? Kills it at random moments, starts it again, and compares with an undisturbed run.
 
     python scripts/soak.py                 # one process, 50 kills (SIGKILL): about 8 minutes
     python scripts/soak.py --ranks 2       # two ranks; all of them are killed, or only one

@@ -66,7 +66,7 @@ def figure(content: bytes, alt: str, caption: str = "", kind: str = "png") -> st
 
 
 def drawn(plot, *arguments, **settings) -> bytes:
-    """What a function of `plots` writes."""
+    """The bytes that a function of `plots` writes."""
     file = io.BytesIO()
     plot(file, *arguments, **settings)
     return file.getvalue()

@@ -21,7 +21,7 @@ MOST = 8  # categories in a table
 
 @dataclass
 class Findings:
-    """What the page shows of the validation set beside the runs; what is None or empty is left out."""
+    """Parts of the page beside the runs; None and empty ones are left out."""
 
     images: dict[str, int] = field(default_factory=dict)  # split -> number
     objects: np.ndarray | None = None  # [C] validation objects of each category
@@ -112,7 +112,7 @@ def _changes(runs: list[RunResults], found: Findings) -> str:
     new, old = (run.label for run in runs)
     parts = [
         f"<p>{text(new)} minus {text(old)}, in percent. The interval holds 95 % of the differences when validation "
-        "images are drawn anew, the same ones for both. It tells of luck in the validation images alone, not of "
+        "images are drawn anew, the same ones for both. It covers only the choice of validation images, not "
         "another seed in training.</p>"
     ]
     for kind, result in found.comparison.items():

@@ -62,7 +62,7 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def read_seconds(folder: Path) -> float:
-    """What a run's own optimisation steps took, of its log; NaN where it has none."""
+    """Seconds of a run's optimisation steps, from its log; NaN without any."""
     return next((step["seconds"] for step in reversed(read_log(folder)) if "seconds" in step), math.nan)
 
 

@@ -40,14 +40,14 @@ def balance(
     Box head, box regression, mask branch, RPN, backbone, transform and thresholds stay the detector's own, and so does
     the way it is called: `detector(images, targets)` gives losses in training mode, `detector(images)` detections
     (labels 1..C, 0 is the background) in evaluation mode. Its losses are torchvision's, but for the classifier's: they
-    are named by it, and it alone has gradients. Whatever mode the frozen modules are put in, they work in
+    are named by it, and only it has gradients. Whatever mode the frozen modules are put in, they work in
     evaluation mode (batch normalisation keeps its statistics, dropout drops nothing). The new state dict holds the
     old one and the classifier: to load it, build the same detector, `balance` it in the same way, and load.
 
     detector         of torchvision's model functions, or built from parts (torchvision's RoIHeads, and a predictor of
                      two linear layers cls_score [C+1 rows] and bbox_pred); trained on anything
     instance_counts  [C] training boxes per label 1..C
-    boundaries       of the groups, for "group_softmax" alone (Eq. 3); default: 10, 100, 1000
+    boundaries       of the groups, only for "group_softmax" (Eq. 3); default: 10, 100, 1000
     classifier       name of a method, as in a configuration, with its published settings; or a classifier of
                      C categories for features as wide as the box head's
     image_counts     [C] training images per label, which some methods count; default: instance_counts

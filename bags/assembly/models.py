@@ -88,7 +88,7 @@ def check_memory(config: Config, stats: CategoryStats) -> None:
 def load_detector(
     path: str | Path, min_size: int | None = None, max_size: int | None = None, overrides: Sequence[str] = ()
 ) -> tuple[FasterRCNN, dict]:
-    """A trained detector from its checkpoint alone, in evaluation mode, on the CPU.
+    """A trained detector from its checkpoint, without other files, in evaluation mode, on the CPU.
 
     min_size, max_size: other resizing limits than in training, in pixels.
     overrides: `section.key=value` for the sections data and test, and device.

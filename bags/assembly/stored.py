@@ -87,7 +87,7 @@ def validation_store(config: Config, detector: FasterRCNN, dataset: DetectionDat
 def training_loader(config: Config, runs: list[Run], live: DataLoader, device) -> DataLoader:
     """Batches of stored features, of the images and seeds that the live loader's would be of.
 
-    The runs, whose detectors differ in their classifiers alone, are made to take them. On a GPU with twice
+    The runs, whose detectors differ only in their classifiers, are made to take them. On a GPU with twice
     the room, the whole store is copied to its memory first.
     """
     batches: Any = live.batch_sampler
@@ -173,7 +173,7 @@ def _mirroring(transform: Any) -> Iterator[None]:
 
 
 def share_frozen(detector: nn.Module, other: nn.Module) -> None:
-    """What is no classifier takes the memory of another detector's, which is equal."""
+    """Share all tensors outside the classifiers with `other`, whose values are equal."""
     state = other.state_dict()
     for name, value in (*detector.named_parameters(), *detector.named_buffers()):
         if "classifier." not in name:
@@ -209,7 +209,7 @@ def _shape(detector: FasterRCNN) -> tuple[int, int]:
 
 
 def _detector_settings(detector: DetectorConfig) -> dict:
-    """What proposals and features depend on beside the weights."""
+    """The settings that proposals and features depend on, beside the weights."""
     settings = {f.name: getattr(detector, f.name) for f in fields(detector) if f.name not in NOT_OF_THE_FEATURES}
     settings["roi"] = {key: value for key, value in asdict(detector.roi).items() if key not in DRAWN_LATER}
     return settings

@@ -1,4 +1,4 @@
-"""What several verbs have in their arguments: paths among overrides, and seeds."""
+"""Arguments that several verbs share: paths among overrides, and seeds."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[Path], list[str]]:
         if KEY.fullmatch(key) and not os.path.exists(argument):
             after = [text.removeprefix("=") for text in arguments[k + 1 : k + 3] if text != "="][:1]
             value = next((text for text in after if "=" not in text and not os.path.exists(text)), None)
-            if value or (key == argument and "." in key):  # `key=` alone is null, a bare word may be a folder
+            if value or (key == argument and "." in key):  # a bare `key=` is null, a bare word may be a folder
                 raise UserError(f"{key}: write {key}={value or 'VALUE'}, without spaces")
     is_path = ["=" not in argument or os.path.exists(argument) for argument in arguments]
     pairs = list(zip(arguments, is_path, strict=True))

@@ -7,7 +7,7 @@
 The first argument is a file, of torchvision's detectors or of the paper's code (mmdet 1.0), or the name
 of torchvision's own weights; the configuration says what it holds, and is checked against it: framework,
 backbone, categories, groups. Categories and their training counts come from --annotations, by default
-the configuration's training file: a COCO or LVIS JSON, or LVIS's list of categories alone.
+the configuration's training file: a COCO or LVIS JSON, or only LVIS's list of categories.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
         raise UserError(f"--eps {arguments.eps}: expected a number from 0 to 1")
     if arguments.export:
         if arguments.source or arguments.annotations or arguments.eps is not None:
-            raise UserError("--export takes a checkpoint and --output alone")
+            raise UserError("--export takes only a checkpoint and --output")
         export(arguments.export, arguments.output)
         return
     if len(arguments.source) < 2:

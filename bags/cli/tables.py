@@ -34,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.render:
         if arguments.save or arguments.paper or arguments.seeds:
-            raise UserError("--render takes pages alone: what it shows was kept before, with --save")
+            raise UserError("--render takes only pages: it shows numbers that --save has kept")
         render_pages([Path(path) for path in arguments.runs])
         return
     if arguments.paper:

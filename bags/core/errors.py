@@ -1,4 +1,4 @@
-"""What a user can mend, and how a script ends."""
+"""Errors that a user can mend, and the ways in which a script ends."""
 
 import contextlib
 import os

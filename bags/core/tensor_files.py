@@ -74,7 +74,7 @@ def load_tensors(path: Path, what: str, sealed: bool = False) -> Any:
 
 
 def _check_archive(path: Path, sealed: bool) -> str:
-    """What no archive of torch.save has, or ""; sizes and names are looked at before anything is unpacked."""
+    """The first thing that no archive of torch.save contains, or ""; nothing is unpacked for it."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):

@@ -1,4 +1,4 @@
-"""What is wrong with a dataset, before a GPU is booked.
+"""Defects of a dataset, found before a GPU is booked.
 
 `check_annotations` goes on where `AnnotationIndex.open` stops at the first defect, `check_images` looks
 at the files, `check_splits` at train and val together. Each gives findings: a defect, how often it
@@ -115,7 +115,7 @@ def check_annotations(
 
 
 def _check_plausibility(index: AnnotationIndex, training: bool, found: Findings) -> None:
-    """What only the index as a whole shows."""
+    """Add findings that only the index as a whole shows."""
     if training and (reason := why_nothing_trains(index)):
         found.add("nothing to train on", reason)
     for kind, seen in implausible_boxes(index).items():
@@ -308,7 +308,7 @@ def check_images(
 
 
 def check_splits(train: AnnotationIndex, val: AnnotationIndex, train_folder: Path, val_folder: Path) -> list[Finding]:
-    """What train and val have in common, and should or should not. Images are compared by content."""
+    """Compare train and val: their categories must be equal, their images must differ. Images are compared by content."""
     found = Findings(f"{train.path} and {val.path}")
     ours, theirs = (list(zip(i.category_ids.tolist(), i.category_names, strict=True)) for i in (train, val))
     for a, b in itertools.zip_longest(ours, theirs):

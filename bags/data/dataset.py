@@ -77,7 +77,7 @@ class DetectionDataset(Dataset):
         return len(self.index)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict]:
-        """`key` is a position, or (position, seed); augmentation depends on the seed alone."""
+        """`key` is a position, or (position, seed); augmentation depends only on the seed."""
         position, seed = key if isinstance(key, tuple) else (key, 0)
         unread: list[str] = []
         while True:

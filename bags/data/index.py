@@ -157,7 +157,7 @@ class AnnotationIndex:
         return (np.diff(self.rle_starts) > 0) | (np.diff(self.ring_starts) > 0)
 
     def only(self, wanted: np.ndarray) -> "AnnotationIndex":
-        """The images and annotations of some labels alone. wanted: bool [C + 1]; labels keep their numbers."""
+        """Only the images and annotations of some labels. wanted: bool [C + 1]; labels keep their numbers."""
         kept = wanted[self.labels] & self.trained
         per_image = np.diff(np.concatenate([[0], np.cumsum(kept)])[self.starts])
         return self.take(np.flatnonzero(per_image), kept)
@@ -228,7 +228,7 @@ def _in_home(variable: str, folder: str) -> Path:
 
 
 def _state(path: Path) -> list[int]:
-    """What changes with the file, at the latest when it is copied or written."""
+    """Size and times of a file, which change when it is written or copied."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 

@@ -16,7 +16,7 @@ class TrainSampler:
 
     A batch holds images of one shape (wide or not), so that little is padded. Each shape's last batch
     is filled up from the first images of the epoch's order. Rank r of W takes every W-th image of each
-    batch. Order and batches depend on seed and epoch alone, not on the number of ranks.
+    batch. Order and batches depend only on seed and epoch, not on the number of ranks.
 
     wide: [size] bool per image; None takes all images as of one shape. Raises UserError where
     batch_size (images, over all ranks) does not divide by the ranks.

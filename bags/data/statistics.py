@@ -103,7 +103,7 @@ def instance_bin(instance_counts: Sequence[int], boundaries: Sequence[int]) -> n
 
 
 class Training(NamedTuple):
-    """What is known of the categories' training data, by ascending id; None where it is not."""
+    """Training counts of the categories by ascending id; None where they are unknown."""
 
     instances: Sequence[int] | None
     images: Sequence[int] | None

@@ -1,4 +1,4 @@
-"""What interrupts training: a signal that asks it to stop, a loss that is not finite."""
+"""Interruptions of training: signals that ask it to stop, and losses that are not finite."""
 
 import contextlib
 import signal

@@ -40,7 +40,7 @@ SeenRow = np.dtype([("box", "<f4", (4,))])
 
 
 def pool_row(stages: int) -> np.dtype:
-    """What is known of a row to train from: label and IoU in each stage, objectness, whether it is an object."""
+    """The record of a training row: label and IoU in each stage, objectness, whether it is an object."""
     return np.dtype([("label", "<i4", (stages,)), ("overlap", "<f2", (stages,)), ("score", "<f2"), ("is_object", "?")])
 
 
@@ -68,7 +68,7 @@ class FeatureStore:
         return self.shards[shard].read("fc", first, count, chosen)
 
     def rows(self, key: tuple[int, bool]) -> np.ndarray:
-        """What is known of a view's rows, [R] of the layout's row type."""
+        """The records of a view's rows, [R] of the layout's row type."""
         shard, first, count = self.places[key[0], int(key[1])].tolist()
         return self.shards[shard].read("rows", first, count)
 

@@ -40,7 +40,7 @@ class Clock:
         self.marks.append((phase, _now(self.device)))
 
     def leave_out(self) -> None:
-        """What has passed since the last lap belongs to no phase."""
+        """Leave the time since the last lap out of every phase."""
         self.marks.append(("", _now(self.device)))
 
     def read(self) -> dict[str, float]:

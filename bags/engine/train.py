@@ -198,7 +198,7 @@ def fit_classifiers(detector: Any, loader: DataLoader, device: torch.device, see
     train_mode(detector)
 
     def batches(classifier: ProposalClassifier) -> Iterator[tuple[BoxFeatures, torch.Tensor]]:
-        """What one classifier is fitted to."""
+        """Yield the features and labels that one classifier is fitted to."""
         bar = tqdm(loader, desc=f"{title}: fit", unit="batch", disable=not distributed.is_main())
         for iteration, (images, targets) in enumerate(bar):
             distributed.seed_rank(seed * 1_000_003 + iteration, device)
@@ -264,7 +264,7 @@ def train(
     everything saved; a run that is resumed there calls it again.
 
     All runs see the same batches, so their epochs and batch size are the same; each draws its random numbers as
-    it would alone. `loader.batch_sampler` has `start(epoch, first_batch)` and `batches_in(epoch)`. Writes
+    it would in a job of its own. `loader.batch_sampler` has `start(epoch, first_batch)` and `batches_in(epoch)`. Writes
     `last.pth`, `previous.pth` and `log.jsonl`. Raises UserError for a loss that is not finite, and Stopped, with
     everything saved, after a step in which SIGTERM or SIGINT came.
     """
@@ -339,7 +339,7 @@ def _finish(runs: Sequence[Run], total: int) -> None:
 
 
 def _start(run: Run, loader: DataLoader, device: torch.device) -> None:
-    """What is trained, by which optimiser, from where; wraps `losses` for several ranks."""
+    """Set the trained part, the optimiser and the starting point of a run; wrap `losses` for several ranks."""
     config, ranks = run.config, distributed.world_size()
     if config.batch_size % (ranks * config.accumulate):
         raise UserError(

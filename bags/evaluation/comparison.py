@@ -112,7 +112,7 @@ def objects_of(entries: list[dict], labels: dict[int, int], images: dict[int, in
 
 
 def detections_of(entries: list[dict], labels: dict[int, int], images: dict[int, int]) -> list[Detections | None]:
-    """What `match` found, by category; None without detections."""
+    """The matched detections of each category; None for a category without any."""
     parts: list[list[dict]] = [[] for _ in labels]
     order = {image: k for k, image in enumerate(sorted(images))}  # equal scores: by image id, as the engines
     for entry in sorted(entries, key=lambda entry: order[entry["image_id"]]):

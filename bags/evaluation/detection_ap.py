@@ -159,7 +159,7 @@ def notes_of(
             "They are ordered by image and box; other orders can give another AP"
         )
     if iou_type == "bbox" and results.masks is not None and (reason := truth.lacks_masks() or results.lacks_masks()):
-        notes.append(f"{reason}: boxes alone are scored")
+        notes.append(f"{reason}: only boxes are scored")
     crowd = sum(annotation["iscrowd"] for annotation in truth.content["annotations"])
     if engine == "lvis" and crowd:
         notes.append(f"{truth.path}: {crowd} crowd regions, which the official lvis takes for objects")
@@ -168,7 +168,7 @@ def notes_of(
 
 @contextlib.contextmanager
 def _engine_errors(truth: Truth, results: Results) -> Iterator[None]:
-    """What the engine raises becomes a UserError that names both files."""
+    """Turn errors of the engine into a UserError that names both files."""
     try:
         yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -242,7 +242,7 @@ def _area(where: str, entry: dict, area: object, size: tuple[int, int], notes: N
 
 
 def _counts(category: dict, notes: Notes) -> dict:
-    """What the file says of a category's frequency in training, where it can be used."""
+    """The usable counts and frequency of a category in training, as the file gives them."""
     counts: dict[str, int | str] = {}
     for name in ("instance_count", "image_count"):
         value = category.get(name)

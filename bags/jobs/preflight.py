@@ -1,4 +1,4 @@
-"""What would stop a job, found before anything is trained."""
+"""Checks of a job's data before anything is trained."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -37,7 +37,7 @@ def read_runs(folders: list[Path], overrides: list[str]) -> list:
 
 
 def gather(runs: list, draws: int):
-    """What the page shows beside the runs' own numbers. What cannot be had becomes a note."""
+    """Gather what the page shows beside the numbers of the runs. Missing parts become notes."""
     from bags.analysis import examples as shown
     from bags.analysis.report import Findings, best_and_worst
     from bags.data.statistics import CategoryStats

@@ -169,7 +169,7 @@ def train_once(config, name: str, live: bool, epochs: int, device, mirrored: boo
 
 
 def reading(stage: dict, device) -> dict:
-    """An epoch from a store that is on disk alone, against the slower of reading the store and computing in memory."""
+    """An epoch from a store that is only on disk, against the slower of reading the store and computing in memory."""
     from bags.assembly.loaders import make_loader
     from bags.engine.features import TrainingFeatures, collate_samples
     from bags.engine.metrics import Clock

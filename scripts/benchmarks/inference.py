@@ -1,4 +1,4 @@
-"""What happens to an image after the network, at LVIS's settings, against torchvision."""
+"""Postprocessing of an image at LVIS's settings, against torchvision's."""
 
 import argparse
 

@@ -113,8 +113,11 @@ def reference_epoch(folder: Path, device) -> Callable[[], None]:
 
     model, ours, config = model_and_loader(folder, device)
     model.to(device)
-    settings = {"num_workers": ours.num_workers, "collate_fn": ours.collate_fn,
-                "persistent_workers": ours.num_workers > 0}  # fmt: skip  # as ours: an epoch is short here
+    settings = {
+        "num_workers": ours.num_workers,
+        "collate_fn": ours.collate_fn,
+        "persistent_workers": ours.num_workers > 0,
+    }  # as ours: an epoch is short here
     sampler = ours.batch_sampler
     loader = torch.utils.data.DataLoader(ours.dataset, batch_sampler=sampler, **settings)
     parameters = [p for p in model.parameters() if p.requires_grad]
