@@ -235,7 +235,7 @@ def test_what_is_no_mask_is_refused(tmp_path):
         with pytest.raises(bags.UserError, match=r"1 of \d+ detections have no segmentation \(first: detection 4\)"):
             bags.evaluate(*files, "segm")
         scores = detection_ap.score(*files)
-        assert scores.has_masks and any("boxes alone are scored" in note for note in scores.notes)
+        assert scores.has_masks and any("only boxes are scored" in note for note in scores.notes)
     files[1].write_text(json.dumps(good))
     content = json.loads(files[0].read_text())
     first = content["annotations"][0]
@@ -250,7 +250,7 @@ def test_what_is_no_mask_is_refused(tmp_path):
         bags.evaluate(*files, "segm")
     assert not detection_ap.score(*files).has_masks
     done = run_script("evaluate", files[1], "--annotations", files[0], "--json")
-    assert done.returncode == 0 and "boxes alone are scored" in done.stderr and "mask_AP" not in done.stdout
+    assert done.returncode == 0 and "only boxes are scored" in done.stderr and "mask_AP" not in done.stdout
 
 
 @pytest.mark.parametrize("shift", [-1, -40, 2**53])

@@ -204,7 +204,7 @@ def test_masks_that_are_not_scored_have_a_reason(tmp_path, monkeypatch, capsys):
     content["annotations"][1]["segmentation"] = []
     files[0].write_text(json.dumps(content))
     done = evaluate_script(monkeypatch, capsys, *command)
-    assert "1 of 5 objects have no segmentation (first: annotation 2): boxes alone are scored" in done.err
+    assert "1 of 5 objects have no segmentation (first: annotation 2): only boxes are scored" in done.err
     assert json.loads(done.out)["AP"] == numbers["AP"] and "mask_AP" not in done.out
 
 

@@ -149,7 +149,7 @@ def test_bad_input_is_one_line_and_exit_code_2(job, glyphs, tmp_path):
         (["predict", softmax, glyphs / "val"], "softmax.yaml: not a checkpoint"),
         (["prepare_data", "glyphs-100", "--root", configs], "is no glyphs dataset: choose another"),
         (["tables", "--render", softmax], "softmax.yaml: no such page"),
-        (["tables", "--render", softmax, "--save", "x.json"], "--render takes pages alone"),
+        (["tables", "--render", softmax, "--save", "x.json"], "--render takes only pages"),
         (["prepare_data", "glyphs-100", "--root", tmp_path / "g", "--workers", "-1"], "1 or more processes"),
         (["benchmark", "loss", "--repeats", "0"], "--repeats 0"),
         (["tables", "--paper", "7", configs], "--paper 7: expected one of 1, 2, 3, 4, fig4"),

@@ -54,7 +54,7 @@ class ProposalClassifier(nn.Module, ABC):
 
 
 class TrainingCounts(Protocol):
-    """The training counts that a method may use: C categories in label order (entry c is label c + 1), counted over training.
+    """The training counts that a method may use: C categories in label order (entry c is label c + 1).
 
     instance_counts: boxes of each category. image_counts: images with at least one box of it.
     """

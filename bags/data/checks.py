@@ -308,7 +308,7 @@ def check_images(
 
 
 def check_splits(train: AnnotationIndex, val: AnnotationIndex, train_folder: Path, val_folder: Path) -> list[Finding]:
-    """Compare train and val: their categories must be equal, their images must differ. Images are compared by content."""
+    """Compare train and val: categories must be equal, images (by their content) must differ."""
     found = Findings(f"{train.path} and {val.path}")
     ours, theirs = (list(zip(i.category_ids.tolist(), i.category_names, strict=True)) for i in (train, val))
     for a, b in itertools.zip_longest(ours, theirs):
