@@ -400,8 +400,9 @@ def test_a_full_disk_is_called_so(tmp_path, monkeypatch, trained):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_names_the_file(tmp_path, store):
-    (tmp_path / "x.json.tmp").symlink_to("/dev/full")
+def test_a_full_disk_names_the_file(tmp_path, store, monkeypatch):
+    monkeypatch.setattr("bags.core.files.secrets.token_hex", lambda _: "0000")
+    (tmp_path / "x.json.0000.tmp").symlink_to("/dev/full")
     with pytest.raises(UserError, match="x.json: cannot be written .the disk is full: No space left on device"):
         write_text(tmp_path / "x.json", "text" * 10_000)
     make, folder = store

@@ -33,18 +33,18 @@ def test_what_can_wait_for_ever_is_refused(tmp_path):
 
 
 PIPES = [  # command, with PIPE for the pipe, and what the line says
-    (["train", "PIPE.yaml"], "PIPE.yaml: cannot be read"),
+    (["train", "PIPE.yaml"], "PIPE.yaml: not a regular file"),
     (["train", "CONFIGS/softmax.yaml", "data.train=PIPE.json"], "PIPE.json: not a regular file"),
-    (["train", "CONFIGS/softmax.yaml", "detector.init_from=PIPE.pth"], "PIPE.pth: cannot be read"),
+    (["train", "CONFIGS/softmax.yaml", "detector.init_from=PIPE.pth"], "PIPE.pth: not a regular file"),
     (["prepare_data", "check", "PIPE.json"], "PIPE.json: cannot be read"),
     (["prepare_data", "coco_lt", "--source", "VAL", "--output", "none.json", "--targets", "PIPE.json"], "PIPE.json: "),
-    (["evaluate", "PIPE.pth"], "PIPE.pth: cannot be read"),
-    (["evaluate", "PIPE.json", "--annotations", "VAL"], "PIPE.json: cannot be read"),
+    (["evaluate", "PIPE.pth"], "PIPE.pth: not a regular file"),
+    (["evaluate", "PIPE.json", "--annotations", "VAL"], "PIPE.json: expected a results file"),
     (["evaluate", "VAL", "--annotations", "PIPE.json"], "PIPE.json: cannot be read"),
-    (["evaluate", "--compare", "PIPE.json", "VAL", "--annotations", "VAL"], "PIPE.json: cannot be read"),
-    (["predict", "PIPE.pth", "IMAGE"], "PIPE.pth: cannot be read"),
+    (["evaluate", "--compare", "PIPE.json", "VAL", "--annotations", "VAL"], "PIPE.json: expected a results file"),
+    (["predict", "PIPE.pth", "IMAGE"], "PIPE.pth: not a regular file"),
     (["predict", "LAST", "PIPE.png"], "PIPE.png: not a regular file"),
-    (["import_weights", "PIPE.pth", "CONFIGS/softmax.yaml", "--output", "none.pth"], "PIPE.pth: not a file of weights"),
+    (["import_weights", "PIPE.pth", "CONFIGS/softmax.yaml", "--output", "none.pth"], "PIPE.pth: not a regular file"),
 ]
 
 

@@ -535,10 +535,15 @@ class TwoStages:
     images = 1
     labels = np.array([[1, 1], [1, 0], [2, 2], [0, 1], [0, 0], [0, 0], [0, 0], [3, 3]])
 
-    def __getitem__(self, _):
+    def rows(self, _):
+        """As of a store."""
         rows = np.zeros(8, [("label", np.int32, 2), ("is_object", bool)])
         rows["label"] = self.labels
-        return np.repeat(np.arange(8.0)[:, None, None], 2, 1), rows
+        return rows
+
+    def features(self, _, chosen=slice(None)):
+        """As of a store."""
+        return np.repeat(np.arange(8.0)[:, None, None], 2, 1)[chosen]
 
 
 def test_drawing_a_category_from_stored_proposals():

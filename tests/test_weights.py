@@ -1,5 +1,6 @@
 """Weights in and out: torchvision's detectors, and every layout of the paper's released models."""
 
+import dataclasses
 import json
 import math
 import pickle
@@ -19,10 +20,10 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import bags
 from bags.assembly.initialise import initialise
-from bags.assembly.loaders import build_train_loader
 from bags.assembly.models import build_detector, load_detector
 from bags.classifiers import method_settings
 from bags.config.load import config_to_dict
+from bags.data.checks import what_does_not_train, why_nothing_trains
 from bags.data.statistics import CategoryStats
 from bags.detectors.weights import describe, fold_batch_norm_eps, read_state, select_labels, to_torchvision, translate
 from bags.engine.checkpoint import save_checkpoint
@@ -556,17 +557,15 @@ def test_what_would_be_dropped_or_seen_otherwise_is_refused(tmp_path, glyphs, ch
         initialise(build_detector(ours, stats), ours, index, stats)
 
 
-def test_masks_are_learnt_from_masks(tmp_path, glyphs, capsys):
-    config = bags.load_config(write(tmp_path, "c.yaml", "detector: {framework: mask_rcnn}"), [f"data.root={glyphs}"])
+def test_masks_are_learnt_from_masks(tmp_path, glyphs):
     content = json.loads((glyphs / "train.json").read_text())
-    for number, words in ((1, "1 of"), (len(content["annotations"]), "no annotation has a segmentation")):
+    for number in (1, len(content["annotations"])):
         for annotation in content["annotations"][:number]:
             annotation.pop("segmentation", None)
         (tmp_path / f"{number}.json").write_text(json.dumps(content))
         index = bags.AnnotationIndex.open(tmp_path / f"{number}.json")
-        if number == 1:
-            build_train_loader(config, index, CategoryStats.from_index(index))
-            assert words in capsys.readouterr().err
-        else:
-            with pytest.raises(bags.UserError, match=words):
-                build_train_loader(config, index, CategoryStats.from_index(index))
+        index = dataclasses.replace(index, for_masks=True)
+        words = what_does_not_train(index)
+        assert f"{number} of {len(content['annotations'])} objects are not trained on" in words
+        assert f"{number} have no segmentation, which masks need" in words
+        assert ("none of" in (why_nothing_trains(index) or "")) == (number > 1)

@@ -15,6 +15,7 @@ from bags.config.sections import (
     TailOnlyConfig,
     UniformConfig,
 )
+from bags.core.errors import UserError
 from bags.data.dataset import DetectionDataset, Loader, collate
 from bags.data.index import AnnotationIndex
 from bags.data.samplers import (
@@ -52,6 +53,8 @@ def build_train_loader(config: Config, index: AnnotationIndex, stats: CategorySt
         index = index.take(np.unique(index.owners[index.trained]))
     if isinstance(config.sampler, TailOnlyConfig):
         index = index.only(np.array([0, *stats.instance_counts]) < config.sampler.below)
+        if not len(index):
+            raise UserError(f"{index.path}: no category has fewer than sampler.below={config.sampler.below} instances")
     wide = index.image_sizes[:, 1] > index.image_sizes[:, 0] if data.aspect_batches else None
     batch_size, seed = config.train.batch_size, config.seed
     sampler: TrainSampler

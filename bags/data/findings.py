@@ -78,7 +78,7 @@ class Findings:
         finding = self.by_kind.setdefault(kind, Finding(self.where, kind, level, effect))
         finding.count += 1
         if finding.count <= EXAMPLES:
-            finding.examples.append(f"{example!s:.120}")
+            finding.examples.append(f"{example!s:.300}")
 
     def list(self) -> list[Finding]:
         """Worst first."""

@@ -62,15 +62,17 @@ def say(notes: list[str], truth, counts: dict) -> None:
 def evaluate_results(arguments: argparse.Namespace) -> dict[str, float]:
     """The numbers of boxes and, if both files have them, of masks (`mask_AP`, ...); also written."""
     from bags.analysis.tables import write_metrics, write_scores
-    from bags.evaluation.detection_ap import score
+    from bags.evaluation.detection_ap import ENGINES, score
     from bags.evaluation.results_file import read_results
     from bags.evaluation.truth import read_truth
 
-    source, bins = arguments.source, boundaries(arguments.bins)
+    source, bins, engine = arguments.source, boundaries(arguments.bins), arguments.engine or "hotcoco"
+    if engine not in ENGINES:
+        raise UserError(f"engine {engine}: expected one of {', '.join(ENGINES)}")
     truth = read_truth(arguments.annotations)
     results = read_results(source, truth)
     counts: dict[str, Any] = training_counts(arguments.train, truth)
-    settings = {"boundaries": bins, "engine": arguments.engine or "hotcoco", "fixed": True, **counts}
+    settings = {"boundaries": bins, "engine": engine, "fixed": True, **counts}
     scores = {"bbox": score(truth, results, **settings)}
     metrics = dict(scores["bbox"].numbers)
     if results.masks is not None and not (truth.lacks_masks() or results.lacks_masks()):
