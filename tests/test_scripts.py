@@ -19,6 +19,7 @@ from conftest import ROOT, ROWS, fork_script, metrics, read_lines, run_script
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+import bags
 from bags.cli.arguments import split_arguments
 from bags.engine.checkpoint import keep_best, load_checkpoint
 from bags.jobs.train import in_order
@@ -266,6 +267,28 @@ def test_training_commands_of_the_pages_are_valid(arguments, monkeypatch):
     paths, overrides = split_arguments([a for a in arguments[: min(at, flags)] if not a.startswith("--")])
     if not any(str(path).startswith(("mine", "my")) for path in paths):  # files of the reader's own
         assert in_order(paths, overrides, None, arguments[at + 1 :])
+
+
+def test_a_job_from_python(job, capsys):
+    """`bags.train` gives the run folders of each row; here all of them are complete."""
+    configs, runs, _ = job
+    folders = bags.train(configs, [f"output={runs}"])
+    assert folders == {row: [runs / "tiny" / row] for row in ROWS}
+    assert capsys.readouterr().out.count("complete, not run again") == 3
+
+
+def test_the_installed_command(tmp_path):
+    """`bags VERB` is the script of that name; an unknown verb is refused."""
+    for arguments, code, words in (
+        (["--help"], 0, "import-weights"),
+        (["nonsense"], 2, "usage"),
+        (["train", "glyphs-100", "--list"], 0, "table fig4"),
+        (["train", "glyphs-10"], 2, "did you mean glyphs-100?"),
+    ):
+        command = [sys.executable, "-c", "from bags.cli import main; main()", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == code and words in done.stdout + done.stderr, done
 
 
 def test_an_override_may_be_longer_than_a_path():
