@@ -43,7 +43,7 @@ def fetch_lvis(root: Path, version: str, images: bool = True) -> list[str]:
     lines = []
     for url, name in {**FILES[version], **(IMAGE_FILES if images else {})}.items():
         if (root / name).exists():
-            lines.append(f"{root / name}: there")
+            lines.append(f"{root / name}: exists already")
             continue
         with locks.waiting(root):
             if not (root / name).exists():  # no other process has fetched it meanwhile
