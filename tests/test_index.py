@@ -123,7 +123,7 @@ def test_a_copy_with_another_time_is_not_packed_again(file):
     times = {p.name: p.stat().st_mtime_ns for p in index.cache.glob("*.npy")}
     os.utime(file, ns=(1, 1))
     again = bags.AnnotationIndex.open(file)
-    state = json.loads((again.cache / "about.json").read_text())["state"]
+    state = json.loads((again.cache / "about.json").read_text())[0]["state"]
     assert state[1] == 1  # noted, so that the next open need not read the file
     assert times == {p.name: p.stat().st_mtime_ns for p in again.cache.glob("*.npy")}
 
@@ -139,7 +139,7 @@ def test_same_size_and_time_but_other_content(file):
     assert not np.array_equal(bags.AnnotationIndex.open(file).boxes, before.boxes)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "about", "empty", "files"])
+@pytest.mark.parametrize("damage", ["truncate", "remove", "about", "empty", "files", "bits", "nested"])
 def test_a_torn_cache_is_made_again(file, damage):
     expected = arrays_of(bags.AnnotationIndex.open(file))
     cache = file.with_name("a.json.index")
@@ -150,8 +150,14 @@ def test_a_torn_cache_is_made_again(file, damage):
     elif damage == "about":
         (cache / "about.json").write_text('{"format": 1, ')
     elif damage == "files":
-        about = json.loads((cache / "about.json").read_text())
-        (cache / "about.json").write_text(json.dumps({**about, "files": []}))
+        about, checksum = json.loads((cache / "about.json").read_text())
+        (cache / "about.json").write_text(json.dumps([{**about, "files": []}, checksum]))
+    elif damage == "bits":  # as large as before
+        content = bytearray((cache / "boxes.npy").read_bytes())
+        content[-1] ^= 0x85
+        (cache / "boxes.npy").write_bytes(content)
+    elif damage == "nested":
+        (cache / "about.json").write_text("[" * 100_000)
     else:
         shutil.rmtree(cache)
         cache.mkdir()

@@ -134,7 +134,15 @@ def test_keys_that_change_no_result():
     """They are marked at their fields; `result_settings` leaves them out and keeps all others."""
     config = sections.Config(train=sections.TrainConfig(checkpoint_every=7))
     everything, kept = dict(leaves(config_to_dict(config))), dict(leaves(result_settings(config)))
-    left_out = {"output", "device", "data.workers", "data.max_bad_images", "store.folder", "test.batch_size"}
+    left_out = {
+        "output",
+        "device",
+        "data.workers",
+        "data.max_bad_images",
+        "data.max_pixels",
+        "store.folder",
+        "test.batch_size",
+    }
     left_out |= {f"train.{key}" for key in ("log_every", "checkpoint_every", "nonfinite", "evaluate_every")}
     assert everything.keys() - kept.keys() == left_out
     assert all(everything[key] == value for key, value in kept.items())

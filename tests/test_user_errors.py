@@ -97,7 +97,7 @@ def test_bad_input_is_one_line_and_exit_code_2(job, glyphs, tmp_path):
     softmax, bags_row = configs / "softmax.yaml", configs / "bags.yaml"
     cases = [
         (["train", softmax, "train.epoch=3"], "train.epoch: unknown key; did you mean train.epochs?"),
-        (["train", tmp_path / "nothing"], "no such configuration file"),
+        (["train", tmp_path / "nothing"], "no such dataset, DATASET/METHOD, folder or file"),
         (["train", softmax, out, "data.root=/nowhere"], "/nowhere/train.json: no such file"),
         (["train", softmax, out, f"data.root={corrupt}"], "not a readable image"),
         (["train", softmax, out, f"data.root={corrupt}", "data.workers=1"], "not a readable image"),
@@ -153,7 +153,7 @@ def test_bad_input_is_one_line_and_exit_code_2(job, glyphs, tmp_path):
         (["prepare_data", "glyphs-100", "--root", tmp_path / "g", "--workers", "-1"], "1 or more processes"),
         (["benchmark", "loss", "--repeats", "0"], "--repeats 0"),
         (["tables", "--paper", "7", configs], "--paper 7: expected one of 1, 2, 3, 4, fig4"),
-        (["tables", "--paper", "4", configs], "no groups.yaml there"),
+        (["tables", "--paper", "4", configs], "expected one dataset"),
         (["prepare_data", "glyphs-100", "--root", glyphs], "not of this preset"),
     ]
     if not torch.cuda.is_available():

@@ -90,7 +90,7 @@ def read_environment(run: Path) -> dict:
     """Read the `environment.json` of a run folder; empty if it cannot be read."""
     try:
         environment = json.loads(read_text(run / "environment.json"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return environment if isinstance(environment, dict) else {}
 
@@ -116,7 +116,7 @@ def load_results(path: Path) -> dict:
             name: [{key: math.nan if value is None else float(value) for key, value in run.items()} for run in runs]
             for name, runs in content["rows"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: no results that a script's --save wrote ({error!r})") from None
     return content
 

@@ -43,7 +43,7 @@ def read_metrics(folder: Path) -> dict[str, float]:
     path = folder / "metrics.json"
     try:
         values = json.loads(read_text(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {AGAIN}") from None
     if not isinstance(values, dict) or not all(v is None or type(v) in (int, float) for v in values.values()):
         raise UserError(f"{path}: expected numbers by name; {AGAIN}")
@@ -56,7 +56,7 @@ def read_log(folder: Path) -> list[dict]:
     for line in read_text(path, "replace").splitlines() if path.exists() else []:
         try:
             found.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # the last line of a killed run
     return [step for step in found if isinstance(step, dict)]
 
@@ -66,9 +66,14 @@ def read_seconds(folder: Path) -> float:
     return next((step["seconds"] for step in reversed(read_log(folder)) if "seconds" in step), math.nan)
 
 
-def read_categories(folder: Path) -> list[dict]:
-    """Rows of a run's `categories.csv` as `write_scores` got them; an empty AP is NaN. Raises UserError."""
-    path = folder / "categories.csv"
+def read_categories(source: Path) -> list[dict]:
+    """Rows of a run's `categories.csv` as `write_scores` got them; an empty AP is NaN. Raises UserError.
+
+    source: the run's folder, or the file.
+    """
+    path, mend = source, "expected the categories.csv of a finished run"
+    if source.is_dir():
+        path, mend = source / "categories.csv", AGAIN.replace("it", "metrics.json", 1)
     whole, text = ("id", "training_instances", "training_images", "bin"), ("name", "frequency")
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="surrogatepass", newline="") as file:
@@ -80,7 +85,7 @@ def read_categories(folder: Path) -> list[dict]:
             for row in rows
         ]
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {AGAIN.replace('it', 'metrics.json', 1)}") from None
+        raise UserError(f"{path}: cannot be read ({error}); {mend}") from None
 
 
 def tail_below(boundaries: Sequence[int]) -> int:

@@ -227,6 +227,8 @@ def _chain(file: Path, children: tuple[Path, ...] = ()) -> list[tuple[Path, dict
 
 def _unknown(path: Path) -> str:
     """The message for a path that is neither a file nor a row; it names the nearest one."""
+    if path.exists():
+        return f"{path}: not a regular file; expected DATASET/METHOD or a YAML file"
     if path.suffix == ".yaml":
         near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], 1)
         hint = f"; did you mean {path.with_name(near[0])}?" if near else ""

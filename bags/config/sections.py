@@ -316,3 +316,4 @@ def _need_folder_name(key: str, name: str) -> None:
 
 def _need_path(key: str, path: str) -> None:
     need(bool(path) and "\0" not in path, key, "a path", path)
+    need(path.split("/")[0] != "~", key, "a path without ~, which only a shell expands", path)

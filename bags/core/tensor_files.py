@@ -127,14 +127,14 @@ def check_state(state: Mapping[Any, Any], path: Path, what: str) -> None:
 
 
 def check_finite(state: Mapping[str, Tensor], source: object) -> None:
-    """Raises UserError for weights that are NaN or infinite, and for variances below 0, naming the first tensor.
+    """Raises UserError for weights that are NaN or infinite in float32, and for variances below 0, naming the first.
 
     source: what holds the weights, for the error.
     """
     for name, value in state.items():
         if not value.is_floating_point():
             continue
-        if not value.isfinite().all():
+        if not value.to(torch.float32).isfinite().all():
             raise UserError(f"{source}: {name} holds numbers that are not finite: these weights cannot be used")
         if name.endswith("running_var") and (value < 0).any():
             raise UserError(f"{source}: {name} holds variances below 0: these weights cannot be used")

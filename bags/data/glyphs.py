@@ -289,7 +289,7 @@ def _merge(folder: Path, characters: dict[int, str], settings: dict) -> None:
 def _check_settings(file: Path, wanted: dict) -> None:
     try:
         settings = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         settings = None
     if settings is None:
         raise UserError(f"{file.parent} exists and is no glyphs dataset: choose another data.root (--root)")

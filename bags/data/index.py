@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from bags.core.errors import UserError
 from bags.core.files import open_regular, read_text, write_problem
 from bags.data.packing import category_name, gather, offsets, pack, ranges
 
-FORMAT = 3
+FORMAT = 4
 LEAST_SIDE = 1e-3  # pixels of a box inside its image
 ARRAYS = {  # name -> (type, columns); lengths: I images, A annotations, C categories, see AnnotationIndex
     "category_ids": (np.int64, 0),
@@ -88,7 +89,7 @@ class AnnotationIndex:
     def __reduce__(self):
         """A process that is not forked maps the same folder again."""
         if self.cache is not None:
-            return _map, (self.cache, self.path, self.for_masks)
+            return _reopen, (self.cache, self.path, self.for_masks)
         return AnnotationIndex, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     @classmethod
@@ -241,10 +242,8 @@ def _digest(path: Path) -> str:
 def _open_cache(folder: Path, path: Path) -> AnnotationIndex | None:
     """The index in a folder, if it is whole and of this file as it is now."""
     try:
-        about = json.loads(read_text(folder / "about.json"))
-        if about["format"] != FORMAT:
-            return None
-        if any((folder / f"{name}.npy").stat().st_size != size for name, size in about["files"].items()):
+        about = _read(folder)
+        if any(_checksum(folder / f"{name}.npy") != sums for name, sums in about["files"].items()):
             return None
         state = _state(path)
         if about["state"] != state:
@@ -252,19 +251,40 @@ def _open_cache(folder: Path, path: Path) -> AnnotationIndex | None:
                 return None
             with contextlib.suppress(OSError):  # the same content: need not be read again the next time
                 _write(folder, {**about, "state": state})
-        return _map(folder, path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _map(folder, path, about)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _read(folder: Path) -> dict:
+    """What `_write` wrote. Raises ValueError for anything else."""
+    about, sums = json.loads(read_text(folder / "about.json"))
+    if sums != zlib.crc32(json.dumps(about).encode()) or about["format"] != FORMAT:
+        raise ValueError("damaged, or of another version")
+    return about
+
+
+def _checksum(path: Path) -> list[int]:
+    """[bytes, CRC-32] of a file."""
+    size = crc = 0
+    with open_regular(path) as file:
+        while block := file.read(2**22):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
 
 
 def _write(folder: Path, about: dict) -> None:
     temporary = folder / f"about.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(about))
+    temporary.write_text(json.dumps([about, zlib.crc32(json.dumps(about).encode())]))
     os.replace(temporary, folder / "about.json")
 
 
-def _map(folder: Path, path: Path, for_masks: bool = False) -> AnnotationIndex:
-    about = json.loads(read_text(folder / "about.json"))
+def _reopen(folder: Path, path: Path, for_masks: bool) -> AnnotationIndex:
+    """The index that another process has opened."""
+    return _map(folder, path, _read(folder), for_masks)
+
+
+def _map(folder: Path, path: Path, about: dict, for_masks: bool = False) -> AnnotationIndex:
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS if name in about["files"]}
     empty: dict[str, np.ndarray] = {
         name: np.zeros((0, columns) if columns else (0,), kind) for name, (kind, columns) in ARRAYS.items()
@@ -299,13 +319,14 @@ def _make(folder: Path, path: Path) -> AnnotationIndex:
                         np.save(file, values)
                         file.flush()
                         os.fsync(file.fileno())
-                        files[name] = file.tell()
+                    files[name] = _checksum(temporary / f"{name}.npy")
             about = {"format": FORMAT, "source": str(path), "state": state, "sha256": digest, "files": files}
-            _write(temporary, {**about, "categories": categories})
+            about["categories"] = categories
+            _write(temporary, about)
             if folder.exists():
                 os.replace(folder, temporary.with_name(f"{temporary.name}.old"))
             os.replace(temporary, folder)
-            return _map(folder, path)
+            return _map(folder, path, about)
         finally:
             for rest in (temporary, temporary.with_name(f"{temporary.name}.old")):
                 shutil.rmtree(rest, ignore_errors=True)

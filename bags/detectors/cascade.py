@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bags.classifiers.base import BoxFeatures, ProposalClassifier
-from bags.detectors.roi_heads import RoIHeads, Samples, add_masks
+from bags.detectors.roi_heads import RoIHeads, Samples, add_masks, check_overflow
 
 
 class Stage(NamedTuple):
@@ -97,6 +97,7 @@ class CascadeRoIHeads(nn.Module):
 
     def stage_features(self, features, proposals, image_shapes) -> list[tuple[list[Tensor], BoxFeatures]]:
         """See `RoIHeads.stage_features`."""
+        check_overflow(*features.values())
         features, stages = self.with_context(features), []
         for stage in self.box_stages:
             box_features = stage.box_features(features, proposals, image_shapes)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import roi_heads as torchvision_roi_heads
 
 from bags.classifiers.base import BoxFeatures, ProposalClassifier
+from bags.core.errors import UserError
 from bags.detectors.conventions import STANDARD, Conventions
 from bags.detectors.postprocess import select_detections
 from bags.detectors.torchvision_private import BoxCoder
@@ -115,6 +116,7 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes
     ) -> list[tuple[list[Tensor], BoxFeatures]]:
         """The boxes [R_i, 4] per image that each stage classifies in evaluation, and their features."""
+        check_overflow(*features.values())
         return [(proposals, self.box_features(features, proposals, image_shapes))]
 
     def stage_detections(self, stages: list[tuple[list[Tensor], BoxFeatures]], image_shapes) -> list[dict[str, Tensor]]:
@@ -199,6 +201,7 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
 
         Column 0 of the scores is the background.
         """
+        check_overflow(scores, regression)
         counts = [len(proposals) for proposals in boxes]
         images = zip(scores.split(counts), regression.split(counts), boxes, image_shapes, strict=True)
         detections = []
@@ -220,6 +223,12 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
             if self.report_proposals:
                 detections[-1] |= {"proposals": proposals, "proposal_labels": image_scores.argmax(1)}
         return detections
+
+
+def check_overflow(*values: Tensor) -> None:
+    """Raise UserError for numbers that are not finite; of those, sorting and NMS make detections without a word."""
+    if not torch.stack([value.isfinite().all() for value in values]).all():
+        raise UserError("the detector's weights give numbers that are not finite, so it detects nothing: use others")
 
 
 def add_masks(detections: list[dict[str, Tensor]], probabilities: Tensor) -> None:

@@ -71,7 +71,7 @@ class JsonLog:
                 if values["iteration"] < first_iteration:
                     kept.append(line + b"\n")
                     self.last = values
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue  # the last line of a killed run
         if former != b"".join(kept):
             with replacing(path, "wb") as file:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from bags.core import distributed
 from bags.core.errors import UserError
-from bags.core.files import naming, replacing
+from bags.core.files import naming, open_regular, replacing
 
 
 @torch.inference_mode()
@@ -104,7 +104,7 @@ def _resume(share: Path, header: bytes, plan: list[list[int]]) -> tuple[int, lis
     a new file, so a process that still has the former one open writes nothing into it.
     """
     observed, ends = [], [len(header)]
-    with contextlib.suppress(FileNotFoundError), share.open("rb") as file:
+    with contextlib.suppress(FileNotFoundError), open_regular(share) as file:
         if file.readline() == header:
             for line, image_id in zip(file, itertools.chain.from_iterable(plan), strict=False):
                 found = _parse(line)
@@ -117,7 +117,7 @@ def _resume(share: Path, header: bytes, plan: list[list[int]]) -> tuple[int, lis
     with replacing(share, "wb") as new:
         new.write(header)
         if images:
-            with share.open("rb") as old:
+            with open_regular(share) as old:
                 _copy(old, new, len(header), ends[images])
     return whole[-1], observed[:images]
 
@@ -173,7 +173,7 @@ class _Damaged(Exception):
 def _lines(share: Path, header: bytes) -> Iterator[tuple[int, list[dict]]]:
     """(image id, results) of a share's lines. Raises _Damaged for anything else."""
     try:
-        with share.open("rb") as file:
+        with open_regular(share) as file:
             if file.readline() != header:
                 raise _Damaged
             for line in file:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from bags.core import distributed
 from bags.core.errors import UserError
-from bags.core.files import write_problem, write_text
+from bags.core.files import open_regular, read_text, write_problem, write_text
 
 KINDS = ("fc", "rows", "views")
 BLOCK = 2**22  # bytes that are read at a time for a checksum
@@ -109,13 +109,10 @@ class Shard:
         """The file descriptor of an unchanged file; opened for each view, as a store may have hundreds of files."""
         path = self.folder / f"{self.number}.{kind}"
         try:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                if _stamp(descriptor) != self.stamps[kind]:
+            with open_regular(path) as file:
+                if _stamp(file.fileno()) != self.stamps[kind]:
                     raise UserError(f"{path}: was changed while it was in use: {_mend(self.folder, self.number)}")
-                yield descriptor
-            finally:
-                os.close(descriptor)
+                yield file.fileno()
         except OSError as error:
             reason = f"cannot be read any more ({os.strerror(error.errno or 0)})"
             raise UserError(f"{path}: {reason}: {_mend(self.folder, self.number)}") from None
@@ -183,7 +180,7 @@ def _compared(folder: Path, number: int, layout: Layout, positions: range) -> Sh
     """A shard whose files are what was written. Raises UserError that names the file at fault."""
     stamps: dict[str, tuple[int, int]] = {}
     try:
-        sums = json.loads((folder / f"{number}.sums").read_text())
+        sums = json.loads(read_text(folder / f"{number}.sums"))
         for kind in KINDS:
             path = folder / f"{number}.{kind}"
             stamps[kind] = _stamp(path)
@@ -204,7 +201,7 @@ def _compared(folder: Path, number: int, layout: Layout, positions: range) -> Sh
 def _checksum(path: Path) -> tuple[int, int]:
     """(bytes, CRC-32) of a file; other threads run meanwhile."""
     block, size, crc = bytearray(BLOCK), 0, 0
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         while number := file.readinto(block):
             crc = zlib.crc32(memoryview(block)[:number], crc)
             size += number

@@ -37,7 +37,7 @@ def training_counts(source: Path | None, truth) -> dict[str, list[int]]:
     if source.is_dir() or source.suffix.lower() == ".csv":
         from bags.analysis.tables import read_categories
 
-        rows = read_categories(source if source.is_dir() else source.parent)
+        rows = read_categories(source)
         columns = ("id", "name", "training_instances", "training_images")
         stats = CategoryStats(*(tuple(row[column] for row in rows) for column in columns))
     elif source.suffix.lower() == ".json":

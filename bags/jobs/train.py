@@ -22,6 +22,7 @@ from bags.config.rows import row_beside, rows_of
 from bags.config.sections import Config
 from bags.core import distributed
 from bags.core.errors import UserError
+from bags.core.files import read_text
 from bags.data import glyphs
 from bags.data.checks import what_does_not_train
 from bags.data.index import AnnotationIndex
@@ -260,6 +261,6 @@ def _keep(run: Run, epoch: int, metrics: dict[str, float]) -> None:
 def _is_kept(folder: Path, epoch: int) -> bool:
     """Whether the validation after an epoch was noted."""
     try:
-        return any(entry["epoch"] == epoch for entry in json.loads((folder / "validation.json").read_text()))
-    except (OSError, ValueError, TypeError, KeyError):
+        return any(entry["epoch"] == epoch for entry in json.loads(read_text(folder / "validation.json")))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return False  # none so far, or damaged: begun again
