@@ -324,7 +324,13 @@ def test_a_damaged_shard_is_named_and_made_again(store, case):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
-    "how, words", [("cut", "changed"), ("removed", "cannot be read any more"), ("edited", "changed")]
+    "how, words",
+    [
+        ("cut", "changed"),
+        ("removed", "cannot be read any more"),
+        ("edited", "changed"),
+        ("pipe", "cannot be read any more"),
+    ],
 )
 def test_a_store_that_changes_while_it_is_used_is_one_line(store, workers, how, words):
     """A memory map of a file that is cut ends the process by SIGBUS."""
@@ -337,6 +343,8 @@ def test_a_store_that_changes_while_it_is_used_is_one_line(store, workers, how, 
             path.write_bytes(flipped(path.read_bytes()))
         else:
             path.unlink()
+            if how == "pipe":
+                os.mkfifo(path)
     features = TrainingFeatures(open_store, 0.0, 8, 0.5, resident=False)
     with pytest.raises(UserError, match=rf"\d\.fc: (was )?{words}"):
         list(DataLoader(features, batch_sampler=[[(0, 1)], [(1, 2)]], collate_fn=collate_samples, num_workers=workers))

@@ -20,6 +20,7 @@ from bags.classifiers.group_softmax import GroupSoftmaxSettings
 from bags.classifiers.ncm import NearestClassMeanSettings
 from bags.classifiers.reweighted_softmax import ReweightedSoftmaxSettings, class_weights
 from bags.classifiers.tau_norm import TauNormSettings
+from bags.core.tensor_files import check_finite
 from bags.data.statistics import CategoryStats
 from bags.detectors import postprocess
 from bags.detectors.postprocess import _suppress, select_detections
@@ -503,3 +504,19 @@ def test_selection_with_scores_that_cannot_be_told_apart(kind):
         assert found[1].tolist() == [-score for score, _, _ in best]
         assert found[2].tolist() == [label for _, _, label in best]
         assert torch.equal(found[0], torch.stack([boxes[row, label] for _, row, label in best]))
+
+
+@pytest.mark.parametrize("part, value", [("backbone", 1e38), ("roi_heads.box_regressor", 3e38)])
+def test_weights_that_overflow_are_no_silent_empty_result(tmp_path, part, value):
+    detector = build_detector(tiny_config(tmp_path), STATS).eval()
+    with torch.no_grad():
+        for name, weight in detector.named_parameters():
+            if name.startswith(part) and weight.ndim > 1:
+                weight.fill_(value)
+        with pytest.raises(bags.UserError, match="not finite"):
+            detector([torch.ones(3, 64, 64)])
+
+
+def test_weights_that_are_infinite_in_float32_are_refused():
+    with pytest.raises(bags.UserError, match="w holds numbers that are not finite"):
+        check_finite({"w": torch.full((2,), 1e300, dtype=torch.float64)}, "x.pth")

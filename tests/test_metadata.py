@@ -226,3 +226,19 @@ def test_names_that_are_none(row):
     content["categories"][1]["name"] = "a\ud800"
     index = open_index(write(content), "train")
     assert index.category_names == ["3", "a\\ud800"]
+
+
+@pytest.mark.parametrize("words", ["missing", "not a regular file"])
+def test_an_absent_validation_image_is_seen_before_training(row, words):
+    folder, write = row
+    config, image, kept = write(FULL), folder / "2.png", (folder / "2.png").read_bytes()
+    assert start(config) is None
+    image.unlink()
+    try:
+        if words != "missing":
+            image.mkdir()
+        assert f"{image}: image 2 of {folder / 'all.json'} is {words}" in (start(config) or "")
+    finally:
+        if image.is_dir():
+            image.rmdir()
+        image.write_bytes(kept)

@@ -17,6 +17,7 @@ from bags.analysis.examples import crop_window, judged, overlap
 from bags.analysis.run_results import read_run
 from bags.analysis.tables import column_title, read_categories, tail_below
 from bags.cli import evaluate
+from bags.core.errors import UserError
 from bags.evaluation.comparison import compare
 
 HOSTILE = '<script>alert("1")</script> & \'$x_1$'
@@ -126,6 +127,9 @@ def test_report_of_two_runs(job, glyphs, folder, tmp_path):
     assert means[""][:2] == ["softmax", "bags"]
     assert means["mAP"][:3] == [f"{a:.2f}", f"{b:.2f}", f"{b - a:+.2f}"]
     rows = read_categories(folder / "bags")
+    assert rows == read_categories(folder / "bags" / "categories.csv")
+    with pytest.raises(UserError, match="other.csv: cannot be read"):
+        read_categories(folder / "bags" / "other.csv")
     files = (folder / run / "predictions.json" for run in ("softmax", "bags"))
     counts = {"instance_counts": [row["training_instances"] for row in rows]}
     low, high = compare(glyphs / "val.json", *files, draws=50, **counts, max_detections=30).intervals["AP"]

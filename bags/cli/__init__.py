@@ -30,4 +30,4 @@ def main() -> None:
 
 def run(verb: str) -> None:
     """Run a verb on the arguments of this process, and end it with the exit code of `run_script`."""
-    run_script(importlib.import_module(f"bags.cli.{verb.replace('-', '_')}").main)
+    run_script(lambda: importlib.import_module(f"bags.cli.{verb.replace('-', '_')}").main())
