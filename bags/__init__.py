@@ -1,6 +1,7 @@
 """Long-tail object detection on torchvision, around Balanced Group Softmax (Li et al., CVPR 2020)."""
 
 import importlib
+from typing import Any
 
 from bags.classifiers import METHODS
 
@@ -30,7 +31,7 @@ _PUBLIC = {name: f"bags.classifiers.{file}" for name, file in METHODS.items()} |
 __all__ = sorted(_PUBLIC)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Load a public call when it is first used, so that scoring a results file needs no torch."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'bags' has no attribute '{name}'")

@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -85,7 +85,7 @@ def judged(entries: list[dict], truth: dict, name_of: dict[int, str], least: flo
     return {"boxes": boxes, "names": names, "colours": colours, "scores": [entry["score"] for entry in kept]}
 
 
-def examples(dataset, rows: list[dict], runs: dict[str, dict[int, list[dict]]], name_of: dict[int, str]) -> list:
+def examples(dataset: Any, rows: list[dict], runs: dict[str, dict[int, list[dict]]], name_of: dict[int, str]) -> list:
     """Choose for each category (a row of categories.csv) its validation object of median size: a list of Examples.
 
     dataset: a DetectionDataset; runs: name -> detections `by_image`. Categories without an object are left out.
@@ -101,7 +101,7 @@ def examples(dataset, rows: list[dict], runs: dict[str, dict[int, list[dict]]], 
     return chosen
 
 
-def _example(dataset, row: dict, annotation: int, runs: dict[str, dict], name_of: dict[int, str]) -> Example:
+def _example(dataset: Any, row: dict, annotation: int, runs: dict[str, dict], name_of: dict[int, str]) -> Example:
     index = dataset.index
     position = int(index.owners[annotation])
     image, target = dataset.read(position)

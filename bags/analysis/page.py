@@ -7,7 +7,8 @@ import base64
 import html
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 STYLE = """
 body { font: 16px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1c1c1c; background: #fff;
@@ -65,7 +66,7 @@ def figure(content: bytes, alt: str, caption: str = "", kind: str = "png") -> st
     return f'<figure><img src="{source}" alt="{text(alt)}"><figcaption>{text(caption)}</figcaption></figure>'
 
 
-def drawn(plot, *arguments, **settings) -> bytes:
+def drawn(plot: Callable[..., object], *arguments: Any, **settings: Any) -> bytes:
     """The bytes that a function of `plots` writes."""
     file = io.BytesIO()
     plot(file, *arguments, **settings)

@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import matplotlib
 import numpy as np
@@ -33,7 +33,7 @@ def plot_weight_norms(
 
 
 def draw_weight_norms(
-    axes, norms: dict[str, np.ndarray], instance_counts: Sequence[int], boundaries: Sequence[int]
+    axes: Any, norms: dict[str, np.ndarray], instance_counts: Sequence[int], boundaries: Sequence[int]
 ) -> None:
     """Draw classifier norms of categories by falling count, and group borders, on matplotlib axes.
 
@@ -185,7 +185,7 @@ def plot_predictions(
     _save(figure, path)
 
 
-def draw_boxes(axes, image: Image.Image, boxes, names, colours, scores=None) -> None:
+def draw_boxes(axes: Any, image: Image.Image, boxes: Any, names: Any, colours: Any, scores: Any = None) -> None:
     """Draw an image with labelled boxes [K, 4] in pixels on matplotlib axes; see `plot_predictions`."""
     axes.imshow(image)
     axes.axis("off")
@@ -201,7 +201,14 @@ def draw_boxes(axes, image: Image.Image, boxes, names, colours, scores=None) -> 
 
 
 def save_drawing(
-    path: Path | BinaryIO, image: Image.Image, boxes, names, colours, scores=None, width: int = 640, **settings
+    path: Path | BinaryIO,
+    image: Image.Image,
+    boxes: Any,
+    names: Any,
+    colours: Any,
+    scores: Any = None,
+    width: int = 640,
+    **settings: Any,
 ) -> None:
     """Draw one image with labelled boxes; settings: of matplotlib's savefig, such as the format.
 
@@ -220,7 +227,7 @@ def save_drawing(
     _save(figure, path, **settings)
 
 
-def _save(figure, path: Path | BinaryIO, **settings) -> None:
+def _save(figure: Any, path: Path | BinaryIO, **settings: Any) -> None:
     """Write a figure and close it; a file is replaced as a whole or not at all."""
     try:
         with warnings.catch_warnings():

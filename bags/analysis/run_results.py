@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,7 @@ def about(run: RunResults) -> dict[str, str]:
     }
 
 
-def _choice(section) -> str:
+def _choice(section: Any) -> str:
     """The name of a section's choice, and its settings that differ from the defaults."""
     settings = {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if f.name != "name"}
     changed = [f"{key}={value}" for key, value in settings.items() if value != getattr(type(section)(), key)]

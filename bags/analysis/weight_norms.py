@@ -1,10 +1,12 @@
 """Weight norms of classifiers, which rise with training counts (section 3.2, Figures 1 and 3 of the paper)."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 
-def classifier_norms(detector) -> np.ndarray:
+def classifier_norms(detector: Any) -> np.ndarray:
     """Weight norms [C+1] of a detector's classifier, the mean over stages; entry 0 is the background."""
     return np.mean([classifier.weight_norms().cpu().numpy() for classifier in detector.classifiers()], axis=0)
 

@@ -44,7 +44,9 @@ NOT_OF_THE_FEATURES = ("init_from", "other_categories", "reset_classifier", "bac
 DRAWN_LATER = ("batch_size", "positive_fraction")  # of the RoI section: how training draws from the store
 
 
-def training_store(config: Config, detector: FasterRCNN, dataset: DetectionDataset, device) -> FeatureStore:
+def training_store(
+    config: Config, detector: FasterRCNN, dataset: DetectionDataset, device: torch.device
+) -> FeatureStore:
     """The store of a training set's proposals, made where it is not complete. The detector holds its final weights."""
     views = [False, True] if config.data.flip > 0 and config.store.mirrored else [False]
     stages, width = _shape(detector)
@@ -71,11 +73,13 @@ def training_store(config: Config, detector: FasterRCNN, dataset: DetectionDatas
     return _open(config, "train", detector, plain, settings, layout, records)
 
 
-def validation_store(config: Config, detector: FasterRCNN, dataset: DetectionDataset, device) -> FeatureStore:
+def validation_store(
+    config: Config, detector: FasterRCNN, dataset: DetectionDataset, device: torch.device
+) -> FeatureStore:
     """The store of what the classifiers need of each validation image, in float32, made where it is not complete."""
     stages, width = _shape(detector)
 
-    def records(images: list[Tensor], _, positions: list[int]) -> list[Record]:
+    def records(images: list[Tensor], _: object, positions: list[int]) -> list[Record]:
         """Some images."""
         proposals = proposals_to_store(detector, [image.to(device) for image in images])
         return [_seen_record(*pair) for pair in zip(proposals, positions, strict=True)]
@@ -84,7 +88,7 @@ def validation_store(config: Config, detector: FasterRCNN, dataset: DetectionDat
     return _open(config, "val", detector, dataset, {}, layout, records)
 
 
-def training_loader(config: Config, runs: list[Run], live: DataLoader, device) -> DataLoader:
+def training_loader(config: Config, runs: list[Run], live: DataLoader, device: torch.device) -> DataLoader:
     """Batches of stored features, of the images and seeds that the live loader's would be of.
 
     The runs, whose detectors differ only in their classifiers, are made to take them. On a GPU with twice
@@ -104,7 +108,9 @@ def training_loader(config: Config, runs: list[Run], live: DataLoader, device) -
     return make_loader(config, features, batches, collate_samples)
 
 
-def validation_loader(config: Config, detector: FasterRCNN, dataset: DetectionDataset, device) -> DataLoader:
+def validation_loader(
+    config: Config, detector: FasterRCNN, dataset: DetectionDataset, device: torch.device
+) -> DataLoader:
     """This rank's share of the validation images, as `FromFeatures` takes them."""
     store = validation_store(config, detector, dataset, device)
     sampler = ShardSampler(len(dataset), config.test.batch_size)
@@ -180,7 +186,9 @@ def share_frozen(detector: nn.Module, other: nn.Module) -> None:
             value.data = state[name]
 
 
-def _open(config: Config, split: str, detector: nn.Module, dataset: DetectionDataset, settings, layout, records):
+def _open(
+    config: Config, split: str, detector: nn.Module, dataset: DetectionDataset, settings: Any, layout: Any, records: Any
+) -> Any:
     """`open_store` with the header of a configuration; the detector is in evaluation mode meanwhile."""
     frozen = {name: value for name, value in detector.state_dict().items() if "classifier." not in name}
     about = {
@@ -241,7 +249,7 @@ def _images_digest(dataset: DetectionDataset) -> str:
     return _digest([dataset.exif, *(path.stat().st_size if path.exists() else 0 for path in paths)])
 
 
-def _view(image: Tensor, target: dict, mirrored: bool, device) -> tuple[Tensor, dict]:
+def _view(image: Tensor, target: dict, mirrored: bool, device: torch.device) -> tuple[Tensor, dict]:
     """One image and its objects on the device, mirrored or not."""
     boxes = target["boxes"]
     if mirrored:
@@ -250,7 +258,7 @@ def _view(image: Tensor, target: dict, mirrored: bool, device) -> tuple[Tensor, 
     return image.to(device), {"boxes": boxes.to(device), "labels": target["labels"].to(device)}
 
 
-def _pool_record(pool, position: int, mirrored: bool) -> Record:
+def _pool_record(pool: Any, position: int, mirrored: bool) -> Record:
     rows = np.empty(len(pool.fc), pool_row(pool.fc.shape[1]))
     columns = {"label": pool.labels, "overlap": pool.overlaps, "score": pool.scores, "is_object": pool.is_object}
     for name, values in columns.items():

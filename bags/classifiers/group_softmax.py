@@ -8,7 +8,7 @@ Shape shorthand: R proposals, C categories, N foreground groups, L = C + 2 + N c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -299,7 +299,7 @@ class SelectedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, weights: Tensor, widths: list[int]) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, widths: list[int]) -> Tensor:
         """Compute what `dense_cross_entropy` computes, from the same arguments."""
         gradient = torch.zeros_like(logits)
         losses = []
@@ -317,7 +317,7 @@ class SelectedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         """Scale each block's gradient."""
         (gradient,) = ctx.saved_tensors
         if not (upstream == 1).all():

@@ -26,12 +26,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     then those of the first mapping that is merged.
     """
 
-    def __init__(self, stream):
+    def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self.flat: set[yaml.Node] = set()  # mappings whose keys are checked and whose merge keys are resolved
         self.merged = 0
 
-    def flatten_mapping(self, node):
+    def flatten_mapping(self, node: Any) -> None:
         """Checks the keys of a mapping, then replaces its merge key by what it stands for."""
         if node in self.flat:
             return

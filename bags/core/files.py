@@ -13,7 +13,7 @@ import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from bags.core.errors import UserError
 
@@ -58,7 +58,7 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, mode: str = "w", **settings) -> Iterator[IO]:
+def replacing(path: Path, mode: str = "w", **settings: Any) -> Iterator[IO]:
     """A temporary file beside `path` that takes its place at the end, and is removed after an error.
 
     settings: those of `open` (text is UTF-8). The temporary name is unique, so several processes may write one path
@@ -124,7 +124,7 @@ class JsonList:
     def __enter__(self) -> "JsonList":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if not os.fstat(self.descriptor).st_size:
             self.path.unlink(missing_ok=True)
         os.close(self.descriptor)

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -259,7 +260,7 @@ def _meets(values: list[float], side: int) -> bool:
     return max(values) > 0 and min(values) < side
 
 
-def _check_counts(categories, instances, in_images, boundaries, found: Findings) -> None:
+def _check_counts(categories: Any, instances: Any, in_images: Any, boundaries: Any, found: Findings) -> None:
     for key, category in categories.items():
         if not instances[key]:
             found.add("category without instances", f"category {key} '{category.get('name')}'")

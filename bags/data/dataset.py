@@ -228,7 +228,7 @@ class Loader(DataLoader):
     is said on stderr.
     """
 
-    def __init__(self, dataset: Dataset, collate_fn: Callable = collate, num_workers: int = 0, **settings):
+    def __init__(self, dataset: Dataset, collate_fn: Callable = collate, num_workers: int = 0, **settings: Any) -> None:
         self.bad: set[str] = set()  # what was wrong with the images that others stood in for
         if num_workers:
             collate_fn = functools.partial(_join_shared, collate_fn)

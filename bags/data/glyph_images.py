@@ -8,6 +8,7 @@ Pillow only changes colours.
 import math
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fontTools.pens.basePen import BasePen
@@ -43,17 +44,17 @@ def load_outlines(characters: list[str] | None = None) -> dict[str, list[np.ndar
 class _ContourPen(BasePen):
     """Collect a glyph's contours in font units; a quadratic curve becomes four chords."""
 
-    def __init__(self, glyphs):
+    def __init__(self, glyphs: Any) -> None:
         super().__init__(glyphs)
         self.contours: list[list[tuple[float, float]]] = []
 
-    def _moveTo(self, point):
+    def _moveTo(self, point: tuple[float, float]) -> None:
         self.contours.append([point])
 
-    def _lineTo(self, point):
+    def _lineTo(self, point: tuple[float, float]) -> None:
         self.contours[-1].append(point)
 
-    def _qCurveToOne(self, control, end):
+    def _qCurveToOne(self, control: tuple[float, float], end: tuple[float, float]) -> None:
         start = self.contours[-1][-1]
         for t in (0.25, 0.5, 0.75, 1.0):
             weights = (1 - t) ** 2, 2 * t * (1 - t), t * t
@@ -142,7 +143,9 @@ def _draw_clutter(canvas: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
     return np.asarray(image).astype(np.float32)
 
 
-def _place(outline, size_range, owner, areas, visible, rng) -> tuple[int, int, np.ndarray]:
+def _place(
+    outline: Any, size_range: Any, owner: np.ndarray, areas: Any, visible: Any, rng: np.random.RandomState
+) -> tuple[int, int, np.ndarray]:
     """Find a random pose that leaves every earlier object 85 % of its area: (top, left, coverage).
 
     owner: see draw_image. areas, visible: pixels of each earlier object, all of them and those that are not hidden.
@@ -171,7 +174,7 @@ def _place(outline, size_range, owner, areas, visible, rng) -> tuple[int, int, n
     raise RuntimeError("no room for an object: the preset asks for too many objects per image")
 
 
-def draw_image(size: int, object_size: tuple[float, float], outlines: list, rng: np.random.RandomState):
+def draw_image(size: int, object_size: tuple[float, float], outlines: list, rng: np.random.RandomState) -> Any:
     """Draw an image of `size` (S) pixels with one object per outline, whose longer side is in `object_size`.
 
     Returns (pixels uint8 [S, S, 3], semantic map uint8 [S, S] of 1 + index in TEXTURES, visible masks bool [S, S], one

@@ -11,6 +11,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -140,7 +141,7 @@ def _eight_bit_table(image: Image.Image) -> np.ndarray | None:
     return 255 - table if _tiff_tag(image, PHOTOMETRIC, None) == WHITE_IS_ZERO else table
 
 
-def _tiff_tag(image: Image.Image, tag: int, default):
+def _tiff_tag(image: Image.Image, tag: int, default: Any) -> Any:
     """The first value of a tag of a TIFF file; `default` for other formats, and where the tag is missing."""
     value = getattr(image, "tag_v2", {}).get(tag, default) if image.format == "TIFF" else default
     return value[0] if isinstance(value, tuple) else value

@@ -86,7 +86,7 @@ class AnnotationIndex:
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         """A process that is not forked maps the same folder again."""
         if self.cache is not None:
             return _reopen, (self.cache, self.path, self.for_masks)

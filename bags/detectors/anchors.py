@@ -24,7 +24,9 @@ class FixedStrideAnchors(PreciseAnchors):
     instead of 64, and its anchors drift by up to 36 pixels across the image.
     """
 
-    def __init__(self, sizes, aspect_ratios, strides: tuple[int, ...]):
+    def __init__(
+        self, sizes: tuple[tuple[int, ...], ...], aspect_ratios: tuple[tuple[float, ...], ...], strides: tuple[int, ...]
+    ) -> None:
         super().__init__(sizes, aspect_ratios)
         self.strides = strides
 

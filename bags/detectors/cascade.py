@@ -6,7 +6,7 @@ Scores come from the mean of the stages' logits, boxes from the last stage.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,11 @@ class CascadeRoIHeads(nn.Module):
 
     @torch.no_grad()
     def training_proposals(
-        self, features, proposals, image_shapes, targets
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]],
     ) -> list[tuple[ProposalClassifier, BoxFeatures, Tensor]]:
         """Sample proposals as a training step does: (classifier, BoxFeatures, labels [R] in 0..C) of each stage.
 
@@ -95,7 +99,9 @@ class CascadeRoIHeads(nn.Module):
         """The maps that boxes are pooled from: the pyramid's."""
         return features
 
-    def stage_features(self, features, proposals, image_shapes) -> list[tuple[list[Tensor], BoxFeatures]]:
+    def stage_features(
+        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> list[tuple[list[Tensor], BoxFeatures]]:
         """See `RoIHeads.stage_features`."""
         check_overflow(*features.values())
         features, stages = self.with_context(features), []
@@ -106,7 +112,9 @@ class CascadeRoIHeads(nn.Module):
                 proposals = stage.refine(proposals, stage.box_regressor(box_features.fc), image_shapes)
         return stages
 
-    def stage_detections(self, stages: list[tuple[list[Tensor], BoxFeatures]], image_shapes) -> list[dict[str, Tensor]]:
+    def stage_detections(
+        self, stages: list[tuple[list[Tensor], BoxFeatures]], image_shapes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
         """See `RoIHeads.stage_detections`."""
         pairs = zip(self.box_stages, stages, strict=True)
         logits = [stage.classifier(box_features) for stage, (_, box_features) in pairs]
@@ -122,7 +130,13 @@ class CascadeRoIHeads(nn.Module):
             losses |= {f"{name}_{number}": weight * value for name, value in stage.stage_losses([samples]).items()}
         return losses
 
-    def _losses(self, features, proposals, image_shapes, targets) -> dict[str, Tensor]:
+    def _losses(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: Any,
+    ) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
         for number, (stage, weight) in enumerate(zip(self.box_stages, self.loss_weights, strict=True)):
             samples = stage.sample(proposals, targets)
@@ -138,7 +152,9 @@ class CascadeRoIHeads(nn.Module):
             losses |= {f"{name}_{number + 1}": weight * value for name, value in stage_losses.items()}
         return losses
 
-    def _mask_samples(self, stage: RoIHeads, samples: Samples, moved: list[Tensor], targets) -> Samples:
+    def _mask_samples(
+        self, stage: RoIHeads, samples: Samples, moved: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> Samples:
         """The samples that a stage's mask branch is trained on: those of its box branch."""
         return samples
 
@@ -146,7 +162,9 @@ class CascadeRoIHeads(nn.Module):
         """Outputs [K, width, 14, 14] of the mask heads of stages (0-based) for pooled features of the same shape."""
         return [self.box_stages[number].mask_head(pooled) for number in stages]
 
-    def _detect(self, features, proposals, image_shapes) -> list[dict[str, Tensor]]:
+    def _detect(
+        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
         detections = self.stage_detections(self.stage_features(features, proposals, image_shapes), image_shapes)
         last = self.box_stages[-1]
         if self.has_mask():

@@ -6,6 +6,7 @@ pasted. A preset names one choice of all of them, and the code that builds a det
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +128,7 @@ class Conventions:
     semantic_padding: int = 255
 
 
-def _torchvision_anchors(sizes, aspect_ratios, strides) -> AnchorGenerator:
+def _torchvision_anchors(sizes: Any, aspect_ratios: Any, strides: Any) -> AnchorGenerator:
     """Anchors whose strides torchvision derives from the sizes of image and feature maps, rounded down."""
     return PreciseAnchors(sizes, aspect_ratios)
 

@@ -28,7 +28,7 @@ class FasterRCNN(GeneralizedRCNN):
     Parameters of the backbone that are frozen at construction stay frozen, whatever part is trained.
     """
 
-    def __init__(self, backbone, rpn, roi_heads, transform):
+    def __init__(self, backbone: Any, rpn: Any, roi_heads: Any, transform: Any) -> None:
         super().__init__(backbone, rpn, roi_heads, transform)
         self._frozen = [p for p in backbone.parameters() if not p.requires_grad]
 
@@ -203,7 +203,7 @@ def _box_head(channels: int, fc: int) -> TwoMLPHead:
     return head
 
 
-def _mask_branch(parts: Conventions, backbone: Backbone, labels: int, strides) -> dict[str, Any]:
+def _mask_branch(parts: Conventions, backbone: Backbone, labels: int, strides: Any) -> dict[str, Any]:
     """Four convolutions and a deconvolution, as in Mask R-CNN; their width is the pyramid's."""
     width = backbone.out_channels
     return {

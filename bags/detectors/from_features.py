@@ -6,7 +6,7 @@ the other half: it trains and predicts from the stored features. Shape shorthand
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ def _chosen(labels: Tensor, is_object: Tensor, negatives: int, seed: int) -> Ten
 
 
 def _training_proposals(
-    rpn: RegionProposalNetwork, images, features: dict[str, Tensor]
+    rpn: RegionProposalNetwork, images: Any, features: dict[str, Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Boxes [R, 4] and objectness [R] in 0..1 of each image, as many as in training; the RPN is in evaluation mode.
 
@@ -147,7 +147,7 @@ class FromFeatures(nn.Module):
         self.detector[0].eval()
         return super().train(mode)
 
-    def forward(self, images: list, targets: list[dict] | None = None):
+    def forward(self, images: list, targets: list[dict] | None = None) -> Any:
         """See the class."""
         detector = self.detector[0]
         if self.training:

@@ -8,6 +8,7 @@ It differs from Cascade R-CNN with masks in three ways:
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,7 @@ class FusedRoIAlign(nn.Module):
         super().__init__()
         self.pyramid, self.semantic = pyramid, semantic
 
-    def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes) -> Tensor:
+    def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Pool boxes [R_i, 4] per image: [R, width, side, side]."""
         pooled = self.pyramid(features, boxes, image_shapes)
         context = self.semantic(features, boxes, image_shapes)
@@ -111,7 +112,13 @@ class HTCRoIHeads(CascadeRoIHeads):
         self.semantic = semantic
         self.mask_flow = nn.ModuleList(conv_relu(width, 1) for _ in range(len(stages) - 1))
 
-    def forward(self, features, proposals, image_shapes, targets=None):
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: Any = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """See `CascadeRoIHeads.forward`; there is one more loss, loss_semantic."""
         context, logits = self.semantic(features)
         detections, losses = super().forward({**features, "semantic": context}, proposals, image_shapes, targets)
@@ -123,7 +130,9 @@ class HTCRoIHeads(CascadeRoIHeads):
         """The maps that boxes are pooled from: the pyramid's and the semantic branch's."""
         return features if "semantic" in features else {**features, "semantic": self.semantic(features)[0]}
 
-    def _mask_samples(self, stage: RoIHeads, samples: Samples, moved: list[Tensor], targets) -> Samples:
+    def _mask_samples(
+        self, stage: RoIHeads, samples: Samples, moved: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> Samples:
         """Draw samples again from the boxes that the stage has moved, with the stage's threshold."""
         return stage.sample(moved, targets)
 

@@ -8,6 +8,7 @@ deltas, clipping, matching, RoIAlign, resizing and masks.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,13 +42,13 @@ class ReleasedAnchors(FixedStrideAnchors):
     sizes, aspect_ratios (height / width) and strides are as in `FixedStrideAnchors`, one entry per level.
     """
 
-    def __init__(self, sizes, aspect_ratios, strides: tuple[int, ...]):
+    def __init__(self, sizes: Any, aspect_ratios: Any, strides: tuple[int, ...]) -> None:
         super().__init__(sizes, aspect_ratios, strides)
         levels = zip(self.sizes, self.aspect_ratios, strides, strict=True)
         self.cell_anchors = [_cell_anchors(*level) for level in levels]
 
 
-def _cell_anchors(sizes, aspect_ratios, stride: int) -> Tensor:
+def _cell_anchors(sizes: Any, aspect_ratios: Any, stride: int) -> Tensor:
     """Anchors [ratios * sizes, 4] of one cell; the order of the float32 operations decides ties of the rounding."""
     scales = torch.tensor(sizes, dtype=torch.float32) / stride
     h_ratios = torch.sqrt(torch.tensor(aspect_ratios, dtype=torch.float32))
@@ -83,7 +84,7 @@ class ResizedShape(tuple):
 
     scale: float
 
-    def __new__(cls, size: tuple[int, int], scale: float):
+    def __new__(cls, size: tuple[int, int], scale: float) -> Any:
         shape = super().__new__(cls, size)
         shape.scale = scale
         return shape
@@ -129,7 +130,9 @@ class ReleasedRPN(RegionProposalNetwork):
     anchors has no samples; if no image of the batch has samples, both losses are 0.
     """
 
-    def __init__(self, anchor_generator, head, fg_iou_thresh: float, bg_iou_thresh: float, *args, **kwargs):
+    def __init__(
+        self, anchor_generator: Any, head: Any, fg_iou_thresh: float, bg_iou_thresh: float, *args: Any, **kwargs: Any
+    ) -> None:
         """Take the arguments of torchvision's RPN."""
         super().__init__(anchor_generator, head, fg_iou_thresh, bg_iou_thresh, *args, **kwargs)
         self.box_coder = ReleasedBoxCoder((1.0, 1.0, 1.0, 1.0))
@@ -223,7 +226,7 @@ class ReleasedRoIAlign(MultiScaleRoIAlign):
     A region of side s belongs to level floor(log2(s / (14 * finest stride) + 1e-6)), limited to the existing levels.
     """
 
-    def __init__(self, featmap_names, output_size, sampling_ratio: int, strides: Sequence[int]):
+    def __init__(self, featmap_names: Any, output_size: Any, sampling_ratio: int, strides: Sequence[int]) -> None:
         """Take the arguments of MultiScaleRoIAlign, and the strides of the named maps, in pixels."""
         super().__init__(featmap_names, output_size, sampling_ratio)
         self.strides = tuple(strides)

@@ -5,7 +5,7 @@ and matching, and leaves loss and scores to the classifier. Shape shorthand: R p
 C categories; label 0 is the background.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +52,8 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         conventions: Conventions = STANDARD,
         max_per_category: int = 0,
         agnostic_nms: bool = False,
-        **settings,
-    ):
+        **settings: Any,
+    ) -> None:
         """box_regressor has 4 or 4 * (C + 1) outputs; `settings` are those of torchvision's RoIHeads.
 
         max_per_category and agnostic_nms are those of `select_detections`.
@@ -98,7 +98,13 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
             add_masks(detections, self.mask_logits(self.mask_head(pooled), labels).sigmoid())
         return detections, {}
 
-    def training_proposals(self, features, proposals, image_shapes, targets):
+    def training_proposals(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]],
+    ) -> list[tuple[ProposalClassifier, BoxFeatures, Tensor]]:
         """Sample proposals as a training step does: [(classifier, BoxFeatures, labels [R] in 0..C)]."""
         samples = self.sample(proposals, targets)
         return [(self.classifier, self.box_features(features, samples.boxes, image_shapes), torch.cat(samples.labels))]
@@ -113,13 +119,15 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         return features
 
     def stage_features(
-        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes
+        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> list[tuple[list[Tensor], BoxFeatures]]:
         """The boxes [R_i, 4] per image that each stage classifies in evaluation, and their features."""
         check_overflow(*features.values())
         return [(proposals, self.box_features(features, proposals, image_shapes))]
 
-    def stage_detections(self, stages: list[tuple[list[Tensor], BoxFeatures]], image_shapes) -> list[dict[str, Tensor]]:
+    def stage_detections(
+        self, stages: list[tuple[list[Tensor], BoxFeatures]], image_shapes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
         """Detections of each image, without masks, from the result of `stage_features` (only `fc` is needed)."""
         [(boxes, box_features)] = stages
         scores = self.classifier.probs(self.classifier(box_features))
@@ -152,7 +160,9 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         candidates = self.match(proposals, targets)
         return candidates.take(self.subsample(candidates.labels))
 
-    def box_features(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes) -> BoxFeatures:
+    def box_features(
+        self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> BoxFeatures:
         """The features of boxes [R_i, 4] per image, for the classifier and the box regression."""
         pooled = self.box_roi_pool(features, boxes, image_shapes)
         return BoxFeatures(pooled, self.box_head(pooled).flatten(1))
@@ -191,12 +201,14 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         moved = self.box_coder.decode_single(regression, torch.cat(boxes)).split([len(b) for b in boxes])
         return [self.conventions.clip(of_image, shape) for of_image, shape in zip(moved, image_shapes, strict=True)]
 
-    def next_proposals(self, samples: Samples, regression: Tensor, image_shapes) -> list[Tensor]:
+    def next_proposals(self, samples: Samples, regression: Tensor, image_shapes: list[tuple[int, int]]) -> list[Tensor]:
         """The samples' boxes [n, 4] per image for the next stage: moved, and without those of objects."""
         moved = self.refine(samples.boxes, regression, image_shapes)
         return [boxes[~is_object] for boxes, is_object in zip(moved, samples.is_object, strict=True)]
 
-    def detect(self, scores: Tensor, regression: Tensor, boxes: list[Tensor], image_shapes) -> list[dict[str, Tensor]]:
+    def detect(
+        self, scores: Tensor, regression: Tensor, boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
         """Detections of each image, from scores [R, C+1] in 0..1 and regression [R, 4 or 4 * (C+1)] of boxes [R_i, 4].
 
         Column 0 of the scores is the background.

@@ -33,11 +33,11 @@ class StopSignals:
                 signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.former.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _) -> None:
+    def _note(self, number: int, _: object) -> None:
         """Note a signal; pass on a second one."""
         if self.received and time.monotonic() - self.first > REPEATED:
             signal.signal(number, self.former[number])

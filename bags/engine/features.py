@@ -199,7 +199,7 @@ def _begin(folder: Path, header: dict) -> None:
         ) from None
 
 
-def _announce(folder: Path, layout: Layout, images: int, loader_of, records_of) -> None:
+def _announce(folder: Path, layout: Layout, images: int, loader_of: Callable, records_of: Callable) -> None:
     """Prints how large the store will be, measured on a few images. Raises UserError where the disk is too small."""
     probed = np.linspace(0, images - 1, min(PROBED, -(-images // 50)), dtype=int).tolist()
     records = [
@@ -223,7 +223,16 @@ def _announce(folder: Path, layout: Layout, images: int, loader_of, records_of) 
         )
 
 
-def _write(folder, layout, images, missing, loader_of, records_of, batch_size, title) -> None:
+def _write(
+    folder: Path,
+    layout: Layout,
+    images: int,
+    missing: list[int],
+    loader_of: Callable,
+    records_of: Callable,
+    batch_size: int,
+    title: str,
+) -> None:
     shards = shards_of(images)
     plan = [
         (number, list(shards[number][first : first + batch_size]))

@@ -78,7 +78,7 @@ class JsonLog:
                 file.writelines(kept)
         self.file = path.open("a", buffering=1)
 
-    def write(self, **values) -> None:
+    def write(self, **values: Any) -> None:
         """Appends one object; floats are rounded to 6 significant digits, those that are not finite are null."""
         plain = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
@@ -93,14 +93,14 @@ class JsonLog:
 class Stopwatch:
     """Seconds spent inside `with stopwatch:`, on the GPU where the device is one; nothing waits before it is asked."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.total, self.device = 0.0, torch.device("cpu")
         self.pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # not read yet
 
     def __enter__(self) -> None:
         self.started = _now(self.device)
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":
             self.pairs.append((self.started, _now(self.device)))
         else:
@@ -152,7 +152,7 @@ class Monitor:
     def __enter__(self) -> "Monitor":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bar.close()
         if self.log:
             self.log.close()

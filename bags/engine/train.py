@@ -149,7 +149,9 @@ def optimisation_step(
     return means
 
 
-def _leave_out(run: Run, losses, images, targets, iteration: int, lr: float, device: torch.device) -> None:
+def _leave_out(
+    run: Run, losses: Any, images: Any, targets: Any, iteration: int, lr: float, device: torch.device
+) -> None:
     """Says what was not finite. Raises UserError where the run is to stop, or where it cannot recover."""
     content = {
         "model": run.model.state_dict(),

@@ -239,7 +239,9 @@ def _evaluation(
     return evaluation
 
 
-def _match(engine_truth: hotcoco.COCO, results: Results, iou_type: str, lvis: bool, limit: int):
+def _match(
+    engine_truth: hotcoco.COCO, results: Results, iou_type: str, lvis: bool, limit: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(precision [10, 101, C, areas], recall [10, C, areas]) at `limit` detections per image."""
     evaluation = _evaluation(engine_truth, results, iou_type, lvis, limit)
     evaluation.evaluate()
@@ -249,7 +251,9 @@ def _match(engine_truth: hotcoco.COCO, results: Results, iou_type: str, lvis: bo
     return numbers["precision"][..., -1], numbers["recall"][..., -1]
 
 
-def _fixed(engine_truth, results: Results, iou_type: str, lvis: bool, limit: int, precision: np.ndarray) -> np.ndarray:
+def _fixed(
+    engine_truth: hotcoco.COCO, results: Results, iou_type: str, lvis: bool, limit: int, precision: np.ndarray
+) -> np.ndarray:
     """Precision where each category keeps its best `FIXED` detections, and images keep all of theirs."""
     most = int(np.bincount(results.images).max(initial=0))
     crowded = np.flatnonzero(np.bincount(results.categories) > FIXED)
@@ -273,7 +277,7 @@ def _mean_curve(precision: np.ndarray) -> np.ndarray:
     return np.where(valid.any(2), total / np.maximum(valid.sum(2), 1), np.nan)
 
 
-def _summary(precision, recall, sets: dict[str, np.ndarray]) -> dict[str, float]:
+def _summary(precision: np.ndarray, recall: np.ndarray, sets: dict[str, np.ndarray]) -> dict[str, float]:
     ap, mean = per_category_ap(precision[..., 0]), _mean
     results = {
         "AP": mean(ap),

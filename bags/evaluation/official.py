@@ -22,7 +22,7 @@ from bags.evaluation.results_file import Results
 from bags.evaluation.truth import Truth
 
 
-def match(engine: str, truth: Truth, results: Results, iou_type: str, limit: int):
+def match(engine: str, truth: Truth, results: Results, iou_type: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """(precision [10, 101, C, areas], recall [10, C, areas]) of the official tool; -1 where there is no ground truth.
 
     engine: "lvis" or "pycocotools", which must be the protocol's own. limit: detections per image. Raises UserError
@@ -40,7 +40,7 @@ def match(engine: str, truth: Truth, results: Results, iou_type: str, limit: int
         return (_lvis if truth.lvis else _coco)(str(path), results.entries(masks), iou_type, limit)
 
 
-def _coco(annotations: str, entries: list[dict], iou_type: Any, limit: int):
+def _coco(annotations: str, entries: list[dict], iou_type: Any, limit: int) -> tuple[np.ndarray, np.ndarray]:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -52,7 +52,7 @@ def _coco(annotations: str, entries: list[dict], iou_type: Any, limit: int):
     return evaluation.eval["precision"][..., -1], evaluation.eval["recall"][..., -1]
 
 
-def _lvis(annotations: str, entries: list[dict], iou_type: str, limit: int):
+def _lvis(annotations: str, entries: list[dict], iou_type: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
     with _lvis_mended():
         try:
             from lvis import LVIS, LVISEval, LVISResults

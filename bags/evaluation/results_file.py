@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -187,7 +188,7 @@ def _columns(
     return found
 
 
-def _converted(entries: list, images: dict[int, int], categories: dict[int, int]):
+def _converted(entries: list, images: dict[int, int], categories: dict[int, int]) -> Any:
     """The columns; None, or one of the errors of `_columns`, where a detection is at fault."""
     if not set(map(type, entries)) <= {dict}:
         return None

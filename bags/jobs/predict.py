@@ -3,10 +3,14 @@
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bags.core.errors import UnreadableImage, UserError
 from bags.core.files import JsonList
 from bags.data.images import SUFFIXES, read_image
+
+if TYPE_CHECKING:
+    import torch
 
 MOST_NAMED = 10  # skipped files of a folder that are named
 LONGEST_STEM = 230  # bytes of an image's name in that of its drawing, which has 255 at most
@@ -34,7 +38,15 @@ def image_files(paths: list[Path]) -> list[Path]:
     return files
 
 
-def detect(detector, meta: dict, files: list[Path], output: Path, least_score: float, max_pixels: int, device) -> None:
+def detect(
+    detector: Any,
+    meta: dict,
+    files: list[Path],
+    output: Path,
+    least_score: float,
+    max_pixels: int,
+    device: "torch.device",
+) -> None:
     """Writes drawings and predictions.json to `output`, image by image."""
     from tqdm import tqdm
 
@@ -82,7 +94,7 @@ def _results(path: Path) -> JsonList:
         raise UserError(f"{path}: another process writes it: choose another --output, or wait for that one") from None
 
 
-def _detections(detector, image, least_score: float, device) -> dict:
+def _detections(detector: Any, image: Any, least_score: float, device: "torch.device") -> dict:
     """The detections of one image with a score of `least_score` or more: boxes, labels, scores, and rles of masks."""
     import torch
 
@@ -102,7 +114,7 @@ def _drawing_name(number: int, file: Path) -> str:
     return f"{number:06d}_{os.fsencode(file.stem)[:LONGEST_STEM].decode(errors='ignore')}.png"
 
 
-def _draw(path: Path, image, detection: dict, names: tuple[str, ...]) -> None:
+def _draw(path: Path, image: Any, detection: dict, names: tuple[str, ...]) -> None:
     """Writes the image with its detections."""
     import matplotlib
 

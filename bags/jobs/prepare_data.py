@@ -3,24 +3,28 @@
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bags.config.sections import Config, DataConfig
 from bags.core.errors import UserError
 from bags.core.terminal import printable
 from bags.data.glyphs import PRESETS, make_glyphs
 
+if TYPE_CHECKING:
+    import argparse
 
-def glyphs(arguments) -> None:
+
+def glyphs(arguments: "argparse.Namespace") -> None:
     print(make_glyphs(arguments.root, PRESETS[arguments.command], arguments.seed, arguments.workers))
 
 
-def lvis(arguments) -> None:
+def lvis(arguments: "argparse.Namespace") -> None:
     from bags.data.lvis import fetch_lvis
 
     print("\n".join(fetch_lvis(arguments.root, arguments.version, not arguments.no_images)))
 
 
-def coco_lt(arguments) -> None:
+def coco_lt(arguments: "argparse.Namespace") -> None:
     from bags.data.coco_lt import BOUNDARIES, make_coco_lt, read_image_lists, read_targets
     from bags.data.statistics import instance_bin
 
@@ -34,14 +38,14 @@ def coco_lt(arguments) -> None:
     print(f"{arguments.output}: {sum(counts.values())} annotations; categories per bin (1-20-400-8000): {sizes}")
 
 
-def remap(arguments) -> None:
+def remap(arguments: "argparse.Namespace") -> None:
     from bags.data.remap import remap_categories
 
     annotations, categories = remap_categories(arguments.source, arguments.like, arguments.output)
     print(f"{arguments.output}: {annotations} annotations, {categories} categories as in {arguments.like}")
 
 
-def check(arguments) -> None:
+def check(arguments: "argparse.Namespace") -> None:
     from bags.data.checks import check_annotations, check_images, check_splits
     from bags.data.findings import STOP, as_dicts, render
     from bags.data.index import AnnotationIndex

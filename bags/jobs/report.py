@@ -3,6 +3,7 @@
 import contextlib
 import filecmp
 from pathlib import Path
+from typing import Any
 
 from bags.core.errors import UserError
 
@@ -36,7 +37,7 @@ def read_runs(folders: list[Path], overrides: list[str]) -> list:
     return runs
 
 
-def gather(runs: list, draws: int):
+def gather(runs: list, draws: int) -> Any:
     """Gather what the page shows beside the numbers of the runs. Missing parts become notes."""
     from bags.analysis import examples as shown
     from bags.analysis.report import Findings, best_and_worst
@@ -67,7 +68,7 @@ def gather(runs: list, draws: int):
     return found
 
 
-def norms_of(run):
+def norms_of(run: Any) -> Any:
     """The weight norms of a run's classifier, [C+1]."""
     from bags.jobs.tables import weight_norms
 
@@ -77,7 +78,7 @@ def norms_of(run):
     return norms[run.label][0]
 
 
-def open_validation(run, stats, found):
+def open_validation(run: Any, stats: Any, found: Any) -> Any:
     """The validation set, or None; its counts and what is missing go to `found`."""
     import numpy as np
 
@@ -102,7 +103,7 @@ def open_validation(run, stats, found):
     return None
 
 
-def compare_runs(runs: list, stats, draws: int) -> dict:
+def compare_runs(runs: list, stats: Any, draws: int) -> dict:
     """From the other run to the first one: boxes, and masks where both have them."""
     from bags.evaluation.comparison import compare
 

@@ -27,7 +27,7 @@ def predict_and_evaluate(
     stats: CategoryStats,
     dataset: DetectionDataset,
     predictions: Path,
-    device,
+    device: torch.device,
     stored: DataLoader | None = None,
 ) -> tuple[dict[str, float], dict[str, Scores]]:
     """Writes the results file of a dataset, then scores it: (numbers of boxes, of masks as `mask_AP`, ..., and

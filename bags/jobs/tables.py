@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bags.analysis.paper import METHODS, PAPER, PaperTable
 from bags.analysis.results import save_results, this_command
@@ -54,7 +55,7 @@ def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None
         print(f"figures: {folder / 'weight_norms.png'} {folder / 'predictions.png'}")
 
 
-def weight_norms(rows: dict[str, list[Path]]):
+def weight_norms(rows: dict[str, list[Path]]) -> Any:
     """Norms of every run's classifier, and their correlation with the counts, by row."""
     from bags.analysis.weight_norms import classifier_norms, rank_correlation
     from bags.assembly.models import load_detector
@@ -74,7 +75,7 @@ def weight_norms(rows: dict[str, list[Path]]):
     return norms, correlations, stats, meta["config"]
 
 
-def _draw_predictions(path: Path, runs: dict[str, Path], config, stats, num_images: int = 4) -> None:
+def _draw_predictions(path: Path, runs: dict[str, Path], config: Any, stats: Any, num_images: int = 4) -> None:
     """The validation images with most instances of tail categories, as each run sees them."""
     import numpy as np
 

@@ -9,6 +9,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 EPOCHS, CATEGORIES, OBJECTS, SWEEP = 12, 1230, 12, 12
 SIZES = {"cpu": ((480, 800), 20), "cuda": ((800, 1333), 200)}  # of the images, and how many
@@ -84,7 +88,7 @@ def write_dataset(folder: Path, size: tuple[int, int], number: int) -> None:
     (folder / "train.json").write_text(json.dumps(content))
 
 
-def stage_config(folder: Path, size: tuple[int, int], device):
+def stage_config(folder: Path, size: tuple[int, int], device: "torch.device") -> Any:
     """BAGS on a detector whose weights are random: they cost as much as trained ones."""
     import torch
 
@@ -125,7 +129,15 @@ def stage_config(folder: Path, size: tuple[int, int], device):
     return config_from_dict(tree)
 
 
-def train_once(config, name: str, live: bool, epochs: int, device, mirrored: bool = False, classifiers: int = 1):
+def train_once(
+    config: Any,
+    name: str,
+    live: bool,
+    epochs: int,
+    device: "torch.device",
+    mirrored: bool = False,
+    classifiers: int = 1,
+) -> Any:
     """Trains runs of a name as scripts/train.py does, without prediction: seconds, bytes of the store."""
     import torch
 
@@ -168,7 +180,7 @@ def train_once(config, name: str, live: bool, epochs: int, device, mirrored: boo
     }
 
 
-def reading(stage: dict, device) -> dict:
+def reading(stage: dict, device: "torch.device") -> dict:
     """An epoch from a store that is only on disk, against the slower of reading the store and computing in memory."""
     from bags.assembly.loaders import make_loader
     from bags.engine.features import TrainingFeatures, collate_samples
@@ -180,11 +192,11 @@ def reading(stage: dict, device) -> dict:
     data = TrainingFeatures(data.store, data.flip, roi.batch_size, roi.positive_fraction, resident=False)
     loader = make_loader(config, data, batches, collate_samples)  # on a GPU the other one reads nothing
 
-    def after_step(run, iteration: int, losses: dict, lr: float) -> None:
+    def after_step(run: Any, iteration: int, losses: dict, lr: float) -> None:
         """Waits for the step."""
         float(sum(losses.values()))
 
-    def epoch(source) -> float:
+    def epoch(source: Any) -> float:
         batches.start(0)
         start = time.perf_counter()
         train_one_epoch(runs, source, device, 0, [0, len(kept)], after_step, Clock(device))

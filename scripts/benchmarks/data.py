@@ -103,7 +103,7 @@ class JsonAndDicts:
             self.img_ann_map.setdefault(annotation["image_id"], []).append(annotation)
 
 
-def same_content(ours, peer) -> bool:
+def same_content(ours: Any, peer: Any) -> bool:
     """Whether both hold the same boxes and polygons, in float32, for every annotation."""
     import numpy as np
 

@@ -6,6 +6,7 @@ import io
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from bags.core.errors import UserError
 from scripts.benchmarks.measuring import measure
@@ -25,11 +26,11 @@ def evaluation(arguments: argparse.Namespace) -> list[dict]:
         def ours() -> None:
             plain = detection_ap._match
 
-            def kept(*given):
+            def kept(*given: Any) -> Any:
                 arrays["ours"] = plain(*given)
                 return arrays["ours"]
 
-            detection_ap._match = kept
+            detection_ap._match = kept  # type: ignore[assignment]
             detection_ap.evaluate(truth, found)
             detection_ap._match = plain
 

@@ -1,6 +1,7 @@
 """Postprocessing of an image at LVIS's settings, against torchvision's."""
 
 import argparse
+from typing import Any
 
 from scripts.benchmarks.measuring import in_mb, in_process, measure, peak
 
@@ -46,7 +47,7 @@ def inference(arguments: argparse.Namespace) -> list[dict]:
     return [*results, in_mb(f"{DETECTIONS} masks, peak memory", memory[0], "torchvision + pycocotools", memory[1])]
 
 
-def detections_case(sharpness: float):
+def detections_case(sharpness: float) -> Any:
     """(logits, deltas, proposals) of one image; most proposals are background."""
     import torch
 
@@ -58,7 +59,7 @@ def detections_case(sharpness: float):
     return logits, torch.randn(PROPOSALS, 4 * (CATEGORIES + 1)) * 0.5, proposals
 
 
-def run_detections(name: str, case):
+def run_detections(name: str, case: Any) -> Any:
     """(boxes, scores, labels) by our selection, or by torchvision's `postprocess_detections`."""
     from torchvision.models.detection import _utils, roi_heads
 
@@ -79,7 +80,7 @@ def detections_peak(name: str, sharpness: float) -> float:
     return peak(lambda: run_detections(name, case))["mb"]
 
 
-def masks_case():
+def masks_case() -> Any:
     """Smooth masks [300, 1, 28, 28] and boxes of 16 to 400 pixels."""
     import torch
 
@@ -91,7 +92,7 @@ def masks_case():
     return torch.nn.functional.interpolate(torch.rand(DETECTIONS, 1, 4, 4), size=28, mode="bilinear"), boxes
 
 
-def run_masks(name: str, masks, boxes) -> list:
+def run_masks(name: str, masks: Any, boxes: Any) -> list:
     """RLE strings by our crops, or of torchvision's pasted masks by pycocotools."""
     import numpy as np
     from pycocotools import mask as coco_mask

@@ -1,6 +1,7 @@
 """The loss of BAGS against plain cross entropy."""
 
 import argparse
+from typing import Any
 
 from scripts.benchmarks.measuring import measure
 
@@ -22,10 +23,10 @@ def loss(arguments: argparse.Namespace) -> list[dict]:
         grouped = torch.randn(proposals, 1236, requires_grad=True)
         plain = torch.randn(proposals, 1231, requires_grad=True)
 
-        def ours(logits=grouped, labels=labels):
+        def ours(logits: Any = grouped, labels: Any = labels) -> Any:
             return torch.autograd.grad(sum(classifier.loss(logits, labels).values()), logits)
 
-        def peer(logits=plain, labels=labels):
+        def peer(logits: Any = plain, labels: Any = labels) -> Any:
             return torch.autograd.grad(F.cross_entropy(logits, labels), logits)
 
         case = f"GroupSoftmax loss [{proposals}, 1236]"

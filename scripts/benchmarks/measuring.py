@@ -5,9 +5,12 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
-def measure(case: str, ours: Callable, peer_name: str, peer: Callable, repeats: int, identical=None) -> dict:
+def measure(
+    case: str, ours: Callable, peer_name: str, peer: Callable, repeats: int, identical: bool | None = None
+) -> dict:
     """Times both in turn, `repeats` times, after two unmeasured calls of each.
 
     The ratio is the median of those of neighbours in time: what slows the machine for a while slows both.
@@ -38,7 +41,7 @@ def in_mb(case: str, ours: float, peer_name: str, peer: float) -> dict:
     }
 
 
-def in_process(function: Callable, *arguments):
+def in_process(function: Callable, *arguments: Any) -> Any:
     """Calls a function in a fresh process."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context

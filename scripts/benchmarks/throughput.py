@@ -7,9 +7,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from scripts.benchmarks.classifier_stage import CATEGORIES, write_dataset
 from scripts.benchmarks.measuring import measure
+
+if TYPE_CHECKING:
+    import torch
 
 # Images, their size, how many of a step, loader processes, and which of torchvision's models.
 SIZES = {
@@ -41,7 +45,7 @@ def throughput(arguments: argparse.Namespace) -> list[dict]:
     return results
 
 
-def model_and_loader(folder: Path, device):
+def model_and_loader(folder: Path, device: "torch.device") -> Any:
     """One of torchvision's models with random weights, and our loader (of `folder`/data) with its configuration."""
     import torch
     import torchvision
@@ -76,7 +80,7 @@ def model_and_loader(folder: Path, device):
     return make(weights=None, weights_backbone=None, num_classes=CATEGORIES + 1, **sizes), loader, config
 
 
-def our_epoch(folder: Path, device, precision: str) -> Callable[[], None]:
+def our_epoch(folder: Path, device: "torch.device", precision: str) -> Callable[[], None]:
     """An epoch of our loop, as scripts/train.py sets it up: channels last, logged every 20 steps."""
     import torch
 
@@ -96,7 +100,7 @@ def our_epoch(folder: Path, device, precision: str) -> Callable[[], None]:
         clock, total = Clock(device), len(loader)
         with Monitor(folder, "ours", config, 0, total, clock) as monitor:
 
-            def after_step(_, iteration: int, losses: dict, lr: float) -> None:
+            def after_step(_: object, iteration: int, losses: dict, lr: float) -> None:
                 monitor.step(iteration, 0.0, losses, lr)
 
             train_one_epoch([run], loader, device, 0, [0, total], after_step, clock)
@@ -106,7 +110,7 @@ def our_epoch(folder: Path, device, precision: str) -> Callable[[], None]:
     return epoch
 
 
-def reference_epoch(folder: Path, device) -> Callable[[], None]:
+def reference_epoch(folder: Path, device: "torch.device") -> Callable[[], None]:
     """An epoch as in torchvision's references/detection/engine.py (`train_one_epoch`, one process, no AMP)."""
     import torch
     from tqdm import tqdm
