@@ -26,7 +26,6 @@ from bags.core.files import read_text
 
 _PLACES = [folder / "configs" for folder in Path(__file__).resolve().parents[1:3]]  # of the package, of a checkout
 CONFIGS = next((folder for folder in _PLACES if folder.is_dir()), _PLACES[0])
-DATASET_KEYS = ("rows", "classifier_stage", "methods", "left_out")
 
 
 class Dataset(NamedTuple):
