@@ -93,6 +93,7 @@ class _Rule(NamedTuple):
     range: Range | None
 
     def allows(self, value: Any) -> bool:
+        """Whether the field may hold the value."""
         if any(value is choice or (type(value) is type(choice) and value == choice) for choice in self.choices):
             return True
         if self.range:
@@ -100,6 +101,7 @@ class _Rule(NamedTuple):
         return bool(self.types) and value is not None and (str in self.types or not isinstance(value, str))
 
     def describe(self, name: str) -> str:
+        """What the field may hold, in words for an error."""
         is_list = any(typing.get_origin(kind) is tuple for kind in self.types)
         words = [self.range.describe(name, is_list)] if self.range else []
         texts = [repr(choice) for choice in self.choices if choice is not None]
