@@ -15,16 +15,19 @@ if TYPE_CHECKING:
 
 
 def glyphs(arguments: "argparse.Namespace") -> None:
+    """Draw a packaged dataset of letters, and print its folder."""
     print(make_glyphs(arguments.root, PRESETS[arguments.command], arguments.seed, arguments.workers))
 
 
 def lvis(arguments: "argparse.Namespace") -> None:
+    """Fetch what LVIS needs below the root, and print what is there."""
     from bags.data.lvis import fetch_lvis
 
     print("\n".join(fetch_lvis(arguments.root, arguments.version, not arguments.no_images)))
 
 
 def coco_lt(arguments: "argparse.Namespace") -> None:
+    """Make a long-tailed COCO from COCO. Raises UserError without exactly one source of counts."""
     from bags.data.coco_lt import BOUNDARIES, make_coco_lt, read_image_lists, read_targets
     from bags.data.statistics import instance_bin
 
@@ -39,6 +42,7 @@ def coco_lt(arguments: "argparse.Namespace") -> None:
 
 
 def remap(arguments: "argparse.Namespace") -> None:
+    """Write an annotation file with the categories of another one."""
     from bags.data.remap import remap_categories
 
     annotations, categories = remap_categories(arguments.source, arguments.like, arguments.output)
@@ -46,6 +50,7 @@ def remap(arguments: "argparse.Namespace") -> None:
 
 
 def check(arguments: "argparse.Namespace") -> None:
+    """Print the defects of annotation files and images. Raises UserError for those that stop training."""
     from bags.data.checks import check_annotations, check_images, check_splits
     from bags.data.findings import STOP, as_dicts, render
     from bags.data.index import AnnotationIndex
