@@ -1,12 +1,9 @@
 """Shared helpers: tiny data made in the test, scripts run as a user runs them."""
 
 import json
-import multiprocessing
 import os
-import runpy
+import socket
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 # Two workers share the cores, and tiny networks gain nothing from a second thread.
@@ -16,42 +13,36 @@ import pytest
 import torch  # noqa: F401  (so that forks have it)
 import torchvision  # noqa: F401
 import yaml
+from forks import Script, start_server
 
 from bags.data.glyphs import Preset, make_glyphs
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = Path(os.environ.get("BAGS_TEST_DATA", ROOT.parent / "shared"))  # data of others, which some tests need
+SERVER = start_server()  # before any test has computed anything
 ROWS = ("softmax", "softmax_retrained", "bags")
 TINY = Preset(8, 64, 30, 2, 2, (2, 4), (16, 30), 2, 0.7, 3, 3)
 
 
-def run_script(name: str, *arguments, timeout: int = 240, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """Runs scripts/NAME.py in a process of its own."""
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd)
+def start_script(name: str | Path, *arguments, cwd: Path = ROOT, **environment: str) -> Script:
+    """Start scripts/NAME.py, or the file of a path, in a process of its own (see forks.py)."""
+    path = name if isinstance(name, Path) else ROOT / "scripts" / f"{name}.py"
+    return Script(SERVER, [str(path), *map(str, arguments)], cwd, os.environ | environment)
 
 
-def fork_script(name: str, *arguments) -> subprocess.CompletedProcess:
-    """As `run_script`, in a fork of this process: a hundred cases need not import torch a hundred times.
+def run_script(name: str | Path, *arguments, timeout: float = 240, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run a script in a process of its own, to its end."""
+    return start_script(name, *arguments, cwd=cwd).wait(timeout)
 
-    For scripts that stop before they train: a fork must not use autograd after its parent has.
-    """
-    path = str(ROOT / "scripts" / f"{name}.py")
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
 
-        def child() -> None:
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-            sys.argv = [path, *map(str, arguments)]
-            runpy.run_path(path, run_name="__main__")
-
-        process = multiprocessing.get_context("fork").Process(target=child)
-        process.start()
-        process.join(120)
-        assert process.exitcode is not None, (name, arguments)
-        texts = [(file.seek(0), file.read())[1] for file in (out, err)]
-    return subprocess.CompletedProcess(sys.argv, process.exitcode, *texts)
+def run_ranks(number: int, name: str | Path, *arguments, timeout: float = 240) -> list[subprocess.CompletedProcess]:
+    """Run a script on some ranks, with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [start_script(name, *arguments, RANK=str(k), LOCAL_RANK=str(k), **shared) for k in range(number)]
+    return [rank.wait(timeout) for rank in ranks]
 
 
 @pytest.fixture(scope="session")

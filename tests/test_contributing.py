@@ -63,7 +63,8 @@ def seen(glyphs, tmp_path_factory):
     for part in ("bags", "scripts", "configs"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "tests").mkdir()
-    for name in ("pyproject.toml", "tests/conftest.py", "tests/test_house.py", "tests/test_contributing.py"):
+    helpers = ("tests/conftest.py", "tests/forks.py")
+    for name in ("pyproject.toml", *helpers, "tests/test_house.py", "tests/test_contributing.py"):
         shutil.copy(ROOT / name, folder / name)
     for path, blocks in examples().items():
         target = folder / path

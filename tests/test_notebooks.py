@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, start_script
 from PIL import Image
 
 import bags
@@ -44,9 +44,7 @@ def run_cells(cells: list[dict], folder, **parameters) -> list[str]:
         assert parameters.keys() <= values.keys()
         sources[place] += "\n" + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
     (folder / "cells.py").write_text(f"\n\nprint({BORDER!r})\n".join(sources))
-    environment = {**os.environ, "MPLBACKEND": "Agg"}
-    done = subprocess.run([sys.executable, folder / "cells.py"], capture_output=True, text=True, timeout=240,
-                          cwd=ROOT / "notebooks", env=environment)  # fmt: skip
+    done = start_script(folder / "cells.py", cwd=ROOT / "notebooks", MPLBACKEND="Agg").wait()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     return done.stdout.split(f"{BORDER}\n")
 

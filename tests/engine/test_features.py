@@ -1,0 +1,454 @@
+"""Classifiers trained from stored features: the same as from images, whatever happens in between."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import run_ranks, run_script, start_script, write_configs
+
+import bags
+from bags.analysis.results import load_results
+from bags.assembly import stored as cached
+from bags.assembly.loaders import build_train_loader, build_val_dataset, open_index
+from bags.assembly.models import build_detector
+from bags.core.errors import UserError
+from bags.data.statistics import CategoryStats
+from bags.detectors.from_features import FromFeatures, proposals_to_store
+from bags.engine.features import TrainingFeatures, collate_samples, shards_of
+from bags.engine.optim import set_trained_part, train_mode
+
+CPU = torch.device("cpu")
+EVERYTHING = ["detector.roi.batch_size=100000", "detector.roi.positive_fraction=1"]
+RESIZED = ["data.flip=0.5", "detector.min_size=80", "detector.max_size=80"]  # of the images' 64
+FRAMEWORKS = {
+    "faster": [],
+    "mask": ["detector.framework=mask_rcnn"],
+    "cascade": ["detector.framework=cascade_rcnn"],
+    "htc": ["detector.framework=htc"],
+}
+
+
+def prepared(folder, glyphs, *overrides):
+    """(config of `bags`, detector in whose folder its weights are, data) on tiny glyphs, with a softmax classifier."""
+    configs = write_configs(folder / "configs", glyphs)
+    keys = [f"output={folder / 'runs'}", "classifier={name: softmax}", *overrides]
+    config = bags.load_config(configs / "softmax_retrained.yaml", keys)
+    index = open_index(config, "train")
+    torch.manual_seed(0)
+    detector = build_detector(config, CategoryStats.from_index(index))
+    with torch.no_grad():  # as large as trained ones: random features all look alike
+        for stage in detector.roi_heads.box_stages:
+            stage.classifier.linear.weight.normal_(0, 0.3)
+            stage.box_regressor.weight.normal_(0, 0.05)
+    set_trained_part(detector, "cls")
+    dataset = build_train_loader(config, index, CategoryStats.from_index(index)).dataset
+    return config, detector, dataset
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_losses_are_those_of_a_live_step(tmp_path, glyphs, framework, mirrored):
+    """Where everything is sampled nothing is left to chance: fp16 features are all that differs."""
+    overrides = [*EVERYTHING, *FRAMEWORKS[framework], "store.negatives=100000", f"data.flip={float(mirrored)}"]
+    config, detector, dataset = prepared(tmp_path, glyphs, *overrides)
+    store = cached.training_store(config, detector, dataset, CPU)
+    stored = TrainingFeatures(store, config.data.flip, 100000, 1.0, resident=False)
+    model = FromFeatures(detector)
+    train_mode(model)
+    for position in (0, 5):
+        losses = model(*collate_samples([stored[position, 7]]))
+        image, target = dataset[position, 7]
+        train_mode(detector)
+        expected = {k: v for k, v in detector([image], [target]).items() if "classifier" in k}
+        assert losses.keys() == expected.keys() and len(losses) in (1, 3)
+        for key, value in expected.items():
+            torch.testing.assert_close(losses[key], value, rtol=2e-3, atol=1e-4)
+        resident = FromFeatures(detector, store.whole(CPU)).train()
+        numbers = TrainingFeatures(store, config.data.flip, 100000, 1.0, resident=True)
+        assert resident(*collate_samples([numbers[position, 7]])) == losses
+
+
+def test_what_is_drawn_is_what_a_live_step_draws(tmp_path, glyphs):
+    """Per image batch_size proposals, at most a share of them foreground, other ones with each seed; no more."""
+    config, detector, dataset = prepared(tmp_path, glyphs, "store.negatives=12", "data.flip=0.5")
+    store = cached.training_store(config, detector, dataset, CPU)
+    assert len(store.places) == len(dataset) and (store.places >= 0).all()  # both views of all images
+    for position in range(len(dataset)):
+        _, rows = store[position, False]
+        assert rows["is_object"].sum() == len(dataset[position, 0][1]["labels"])
+        assert (rows["label"][rows["is_object"]] > 0).all() and (rows["overlap"][rows["is_object"]] == 1).all()
+        background = (rows["label"][:, 0] == 0) & ~rows["is_object"]
+        assert background.sum() <= 12 and (rows["overlap"][:, 0][background] < 0.5).all()
+    items = TrainingFeatures(store, 0.5, 8, 0.5, resident=False)
+    drawn = [items[3, seed] for seed in range(40)]
+    assert all(1 <= (labels[0] > 0).sum() <= 4 and len(labels[0]) <= 8 for _, labels in drawn)
+    assert len({features[0].numpy().tobytes() for features, _ in drawn}) > 30
+    again = items[3, 11]
+    assert torch.equal(again[0][0], drawn[11][0][0]) and torch.equal(again[1][0], drawn[11][1][0])
+    mirrored = [features[0] for features, _ in drawn]
+    plain = {row.tobytes() for row in np.array(store[3, False][0][:, 0])}
+    views = [all(row.numpy().tobytes() in plain for row in own) for own in mirrored]
+    flips = []
+    for seed in range(40):  # as the live loader's flip of the same seed
+        flips.append(not torch.equal(dataset[3, seed][1]["boxes"], dataset.target(3)["boxes"]))
+    assert views == [not flip for flip in flips] and 5 < sum(flips) < 35
+
+
+def test_released_conventions_mirror_what_is_resized(tmp_path, glyphs, monkeypatch):
+    """In their coordinates mirroring before or after resizing is not the same."""
+    settings = ["detector.conventions=released", "data.flip=0.5", "detector.min_size=100", "detector.max_size=100"]
+    config, detector, dataset = prepared(tmp_path, glyphs, *settings)
+    shown = []
+    plain = cached.training_pool
+
+    def watched(detector, images, targets, *given):
+        shown.append((detector.transform.flip, detector.transform(images, targets)))
+        return plain(detector, images, targets, *given)
+
+    monkeypatch.setattr(cached, "training_pool", watched)
+    cached.training_store(config, detector, dataset, CPU)
+    transform = detector.transform
+    assert transform.flip == 0.5 and not transform.training
+    image, target = dataset[0, 0]
+    transform.flip, transform.training = 1.0, True
+    images, targets = transform([image], [target])
+    found = [resized for chance, resized in shown if chance == 1.0][1]  # the first was looked at for the size
+    torch.testing.assert_close(found[0].tensors[:1], images.tensors, rtol=0, atol=0)
+    torch.testing.assert_close(found[1][0]["boxes"], targets[0]["boxes"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("framework", ["faster", "cascade"])
+def test_detections_from_stored_features(tmp_path, glyphs, framework):
+    config, detector, _ = prepared(tmp_path, glyphs, *FRAMEWORKS[framework])
+    dataset = build_val_dataset(config)
+    loader = cached.validation_loader(config, detector, dataset, CPU)
+    model, count = FromFeatures(detector).eval(), 0
+    detector.eval()
+    loader.batch_sampler.start(0)
+    for batch, targets in loader:
+        for found, target in zip(model(batch), targets, strict=True):
+            position = dataset.index.image_ids.tolist().index(target["image_id"])
+            image, live_target = dataset[position]
+            [expected] = detector([image])
+            assert torch.equal(target["boxes"], live_target["boxes"])
+            assert torch.equal(found["labels"], expected["labels"]) and len(found["labels"])
+            torch.testing.assert_close(found["boxes"], expected["boxes"], rtol=0, atol=1e-3)
+            torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-5, atol=1e-7)
+            count += 1
+    assert count == len(dataset)
+
+
+def test_one_image_seen_alone_or_with_others(tmp_path, glyphs):
+    _, detector, dataset = prepared(tmp_path, glyphs)
+    images = [dataset[position, 0][0] for position in range(3)]
+    together, alone = (
+        proposals_to_store(detector.eval(), images),
+        [proposals_to_store(detector, [image])[0] for image in images],
+    )
+    for a, b in zip(together, alone, strict=True):
+        assert a.size == b.size and a.original == b.original and len(a.boxes) == len(b.boxes)
+        torch.testing.assert_close(a.fc, b.fc, rtol=1e-4, atol=1e-5)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("images", [3, 20])
+def test_an_extraction_that_was_killed_goes_on(tmp_path, glyphs, monkeypatch, images):
+    """In the first shard, in the second one."""
+    config, detector, dataset = prepared(tmp_path, glyphs, "data.flip=0.5", "test.batch_size=2")
+    whole = files(cached.training_store(config, detector, dataset, CPU).folder)
+    assert len(shards_of(len(dataset))) == 2 and len(whole) == 1 + 2 * 4
+    shutil.rmtree(config.init_file.with_suffix(".features"))
+    plain, seen_images = cached.training_pool, []
+
+    def dies(detector, shown, *given):
+        seen_images.extend(shown)
+        if len(seen_images) > 2 + 2 * images:  # both views; one image was looked at for the expected size
+            raise KeyboardInterrupt
+        return plain(detector, shown, *given)
+
+    monkeypatch.setattr(cached, "training_pool", dies)
+    with pytest.raises(KeyboardInterrupt):
+        cached.training_store(config, detector, dataset, CPU)
+    folder = config.init_file.with_suffix(".features") / "train"
+    assert [path.name for path in folder.glob("*.sums")] == (["0.sums"] if images > 16 else [])
+    monkeypatch.setattr(cached, "training_pool", plain)
+    assert files(cached.training_store(config, detector, dataset, CPU).folder) == whole
+
+
+def test_another_store_is_refused_and_says_why(tmp_path, glyphs):
+    config, detector, dataset = prepared(tmp_path, glyphs)
+    folder = cached.training_store(config, detector, dataset, CPU).folder
+    before = files(folder)
+    for override, reason in (("detector.rpn.train_proposals=30", "settings"), ("store.negatives=3", "settings")):
+        other = bags.load_config(tmp_path / "configs/bags.yaml", [f"output={tmp_path / 'runs'}", override])
+        with pytest.raises(UserError, match=rf"other {reason}: remove the folder"):
+            cached.training_store(other, detector, dataset, CPU)
+    with torch.no_grad():
+        detector.roi_heads.classifier.linear.weight.zero_()  # trained from the store, not in it
+        assert cached.training_store(config, detector, dataset, CPU).images == len(dataset)
+        weight = detector.roi_heads.box_head.fc6.weight
+        kept = weight[0, 0].clone()
+        weight[0, 0] += 1
+    with pytest.raises(UserError, match="other weights: remove"):
+        cached.training_store(config, detector, dataset, CPU)
+    weight.data[0, 0] = kept
+    dataset.index.labels[0] += 1
+    with pytest.raises(UserError, match="other annotations: remove"):
+        cached.training_store(config, detector, dataset, CPU)
+    dataset.index.labels[0] -= 1
+    dataset.exif = True
+    with pytest.raises(UserError, match="other images: remove"):
+        cached.training_store(config, detector, dataset, CPU)
+    dataset.exif = False
+    names = dataset.index.name_bytes.copy()
+    dataset.index.name_bytes[:] = np.roll(names.reshape(len(dataset), -1), 1, axis=0).ravel()  # equally long
+    with pytest.raises(UserError, match="other annotations"):
+        cached.training_store(config, detector, dataset, CPU)
+    dataset.index.name_bytes[:] = names
+    image = dataset.folder / dataset.index.file_name(0)
+    bytes_before = image.read_bytes()
+    try:
+        image.write_bytes(bytes_before + b"more")
+        with pytest.raises(UserError, match="other images: remove"):
+            cached.training_store(config, detector, dataset, CPU)
+    finally:
+        image.write_bytes(bytes_before)
+    assert files(folder) == before
+    (folder / "0.fc").write_bytes(before["0.fc"][:-5])
+    with pytest.raises(UserError, match=r"0.fc: damaged \(its checksum differs\): remove .*train/0\.\* and repeat"):
+        cached.training_store(config, detector, dataset, CPU)
+    for path in folder.glob("0.*"):
+        path.unlink()
+    assert files(cached.training_store(config, detector, dataset, CPU).folder) == before
+    (folder / "store.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read: remove the folder"):
+        cached.training_store(config, detector, dataset, CPU)
+
+
+def test_what_does_not_fit_is_not_begun(tmp_path, glyphs, monkeypatch, capsys):
+    config, detector, dataset = prepared(tmp_path, glyphs)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match="do not fit .*store.folder to another disk"):
+        cached.training_store(config, detector, dataset, CPU)
+    assert f"for each of {len(dataset)} images" in capsys.readouterr().err
+    assert [path.name for path in (config.init_file.with_suffix(".features") / "train").iterdir()] == ["store.json"]
+
+
+def test_sizes_are_printed_as_they_are(tmp_path, glyphs, capsys):
+    """Images of equal size and few proposals: the estimate from eight images is close."""
+    config, detector, dataset = prepared(tmp_path, glyphs)
+    store = cached.training_store(config, detector, dataset, CPU)
+    told = float(capsys.readouterr().err.split("about ")[1].split(" MB")[0])
+    measured = sum(path.stat().st_size for path in store.folder.glob("*.[fr]*")) / len(dataset) / 1e6
+    assert told == pytest.approx(measured, abs=0.006)
+
+
+def test_a_feature_too_large_for_fp16_is_refused(tmp_path, glyphs):
+    config, detector, dataset = prepared(tmp_path, glyphs)
+    detector.roi_heads.box_head.fc7.weight.data.fill_(1e5)
+    with pytest.raises(UserError, match="not a finite number in float16: train.features=live"):
+        cached.training_store(config, detector, dataset, CPU)
+
+
+def test_what_cannot_be_stored_is_said(tmp_path, glyphs):
+    configs = write_configs(tmp_path / "configs", glyphs)
+    sizes = "data.short_sides=[48,64]"
+    with pytest.raises(UserError, match="train.features.*live.*short_sides"):
+        bags.load_config(configs / "bags.yaml", [sizes, "train.features=cached"])
+    with pytest.raises(UserError, match="train.part.*cls"):
+        bags.load_config(configs / "softmax.yaml", ["train.features=cached"])
+    assert not bags.load_config(configs / "bags.yaml", [sizes]).is_cached
+    assert bags.load_config(configs / "bags.yaml").is_cached
+    assert not bags.load_config(configs / "bags.yaml", ["train.features=live"]).is_cached
+    assert not bags.load_config(configs / "softmax.yaml").is_cached
+
+
+def weights(run):
+    return torch.load(run / "last.pth", weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def swept(job, tmp_path_factory):
+    """Both retrained rows of the job in one pass, from a store of their own, with both flips."""
+    configs, runs, _ = job
+    folder = tmp_path_factory.mktemp("swept")
+    for name in ("last.pth", "config.yaml", "metrics.json", "predictions.json"):
+        (folder / "tiny" / "softmax").mkdir(parents=True, exist_ok=True)
+        shutil.copy(runs / "tiny" / "softmax" / name, folder / "tiny" / "softmax")
+    rows = [configs / "bags.yaml", configs / "softmax_retrained.yaml"]
+    done = run_script("train", *rows, f"output={folder}", *RESIZED)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("train: features") + done.stderr.count("MB for each of") >= 1
+    return configs, folder
+
+
+def test_two_runs_at_one_store_take_turns(swept, tmp_path):
+    configs, folder = swept
+    shutil.copytree(folder / "tiny" / "softmax", tmp_path / "tiny" / "softmax",
+                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+    rows = ("bags", "softmax_retrained")
+    both = [start_script("train", configs / f"{row}.yaml", f"output={tmp_path}", *RESIZED) for row in rows]
+    for row, process in zip(rows, both, strict=True):
+        done = process.wait()
+        assert done.returncode == 0, done.stderr
+        own, together = weights(tmp_path / "tiny" / row), weights(folder / "tiny" / row)
+        assert all(torch.equal(own[key], together[key]) for key in own)
+
+
+def test_a_removed_store_is_not_made_again_only_to_evaluate(swept, tmp_path):
+    configs, folder = swept
+    shutil.copytree(folder / "tiny", tmp_path / "tiny", ignore=shutil.ignore_patterns("*.features"))
+    (tmp_path / "tiny" / "bags" / "metrics.json").unlink()
+    done = run_script("train", configs / "bags.yaml", f"output={tmp_path}", *RESIZED)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "tiny" / "softmax" / "last.features").exists()
+    again, before = (json.loads((f / "tiny" / "bags" / "metrics.json").read_text()) for f in (tmp_path, folder))
+    assert again == before
+
+
+def test_a_live_run_ends_where_a_stored_one_does(swept, tmp_path):
+    """Where every proposal is drawn and none is mirrored, fp16 features are all that differs."""
+    configs, folder = swept
+    shutil.copytree(folder / "tiny" / "softmax", tmp_path / "tiny" / "softmax",
+                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+    ends = {}
+    for features in ("cached", "live"):
+        settings = [*EVERYTHING, "store.negatives=100000", f"train.features={features}", f"name={features}"]
+        done = run_script("train", configs / "softmax_retrained.yaml", f"output={tmp_path}", *settings)
+        assert done.returncode == 0, done.stderr
+        ends[features] = weights(tmp_path / "tiny" / features)
+    start = weights(tmp_path / "tiny" / "softmax")
+    key = "roi_heads.classifier.linear.weight"
+    assert (ends["live"][key] - start[key]).abs().max() > 0.02  # it was trained
+    for name, value in ends["live"].items():
+        torch.testing.assert_close(ends["cached"][name], value, rtol=1e-2, atol=1e-4)
+
+
+def test_a_job_that_needs_two_stores_in_one_place_is_not_begun(swept, tmp_path):
+    configs, folder = swept
+    over = ["--over", "store.negatives", "5", "6", f"detector.init_from={folder}/tiny/softmax/last.pth"]
+    done = run_script("sweep", configs / "bags.yaml", f"output={tmp_path}", over[-1], *over[:-1])
+    assert done.returncode == 2 and "needs another store of features than bags,negatives=5" in done.stderr
+    assert not list(tmp_path.iterdir())
+    over = ["--over", "detector.init_from", f"{folder}/tiny/softmax/last.pth", "row:nothing"]
+    done = run_script("sweep", configs / "bags.yaml", f"output={tmp_path}", *over)
+    assert done.returncode == 2 and "run the row nothing first" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_one_pass_for_several_rows_gives_each_its_own_result(swept, tmp_path):
+    configs, folder = swept
+    for row in ("bags", "softmax_retrained"):
+        shutil.copytree(folder / "tiny" / "softmax", tmp_path / row / "tiny" / "softmax",
+                        ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+        done = run_script("train", configs / f"{row}.yaml", f"output={tmp_path / row}", *RESIZED)
+        assert done.returncode == 0, done.stderr
+        alone, together = weights(tmp_path / row / "tiny" / row), weights(folder / "tiny" / row)
+        assert all(torch.equal(alone[key], together[key]) for key in alone)
+        numbers = [json.loads((f / "tiny" / row / "metrics.json").read_text()) for f in (tmp_path / row, folder)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("after", ["softmax/last.features/train/0.fc", "bags/log.jsonl", "softmax_retrained/last.pth"])
+def test_killed_anywhere_the_weights_are_the_same(swept, tmp_path, after):
+    configs, folder = swept
+    shutil.copytree(folder / "tiny" / "softmax", tmp_path / "tiny" / "softmax",
+                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+    rows = [configs / "bags.yaml", configs / "softmax_retrained.yaml"]
+    process = start_script("train", *rows, f"output={tmp_path}", *RESIZED)
+    deadline = time.time() + 120
+    while not (tmp_path / "tiny" / after).exists() and time.time() < deadline:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "tiny" / "softmax_retrained" / "metrics.json").exists(), "killed too late to test anything"
+    done = run_script("train", *rows, f"output={tmp_path}", *RESIZED)
+    assert done.returncode == 0, done.stderr
+    for row in ("bags", "softmax_retrained"):
+        resumed, undisturbed = weights(tmp_path / "tiny" / row), weights(folder / "tiny" / row)
+        assert all(torch.equal(resumed[key], undisturbed[key]) for key in resumed)
+
+
+def test_two_ranks_make_the_same_store(swept, tmp_path):
+    configs, folder = swept
+    shutil.copytree(folder / "tiny" / "softmax", tmp_path / "tiny" / "softmax",
+                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+    for done in run_ranks(2, "train", configs / "bags.yaml", f"output={tmp_path}", *RESIZED):
+        assert done.returncode == 0, done.stderr
+    one, two = (files(f / "tiny" / "softmax" / "last.features" / "train") for f in (folder, tmp_path))
+    assert one == two
+    alone, shared = weights(folder / "tiny" / "bags"), weights(tmp_path / "tiny" / "bags")
+    assert alone.keys() == shared.keys()
+    moved = [key for key in alone if not torch.equal(alone[key], shared[key])]
+    assert all("classifier." in key for key in moved)  # each rank draws and sums on its own
+    for key in moved:
+        torch.testing.assert_close(shared[key], alone[key], rtol=0, atol=0.1)
+
+
+def test_a_sweep_of_scores_runs_the_detector_once(job, tmp_path):
+    """Calibration of a trained detector: NorCal with gamma 0 is the detector itself; its limits are test's."""
+    configs, runs, _ = job
+    shutil.copytree(configs, tmp_path / "configs")
+    shutil.copytree(runs / "tiny" / "softmax", tmp_path / "runs" / "tiny" / "softmax",
+                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+    row = {"base": "softmax.yaml", "detector": {"init_from": "row:softmax"}, "classifier": {"name": "norcal"},
+           "train": {"part": "none"}}  # fmt: skip
+    (tmp_path / "configs" / "norcal.yaml").write_text(yaml.safe_dump(row))
+    over = ["--over", "classifier.gamma", "0", "0.5", "--over", "test.max_detections", "1", "30"]
+    kept = tmp_path / "kept.json"
+    done = run_script("sweep", tmp_path / "configs/norcal.yaml", f"output={tmp_path / 'runs'}", *over, "--save", kept)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("MB for each of") == 1 and "highest AP: norcal,gamma=" in done.stdout
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| norcal")]
+    assert rows == [f"norcal,gamma={g},max_detections={m}" for g in ("0", "0.5") for m in (1, 30)]
+    own = json.loads((tmp_path / "runs/tiny/softmax/metrics.json").read_text())
+    found = {row: json.loads((tmp_path / "runs/tiny" / row / "metrics.json").read_text()) for row in rows}
+    content = load_results(kept)
+    assert content["command"].startswith("python scripts/sweep.py") and "--save" not in content["command"]
+    assert [run[0]["AP"] for run in content["rows"].values()] == pytest.approx(
+        [n["AP"] for n in found.values()], abs=1e-5
+    )
+    assert found["norcal,gamma=0,max_detections=30"] == pytest.approx(own, abs=1e-6, nan_ok=True)
+    live = run_script("train", tmp_path / "configs/norcal.yaml", f"output={tmp_path / 'runs'}", "classifier.gamma=0.5")
+    assert live.returncode == 0, live.stderr
+    alone = json.loads((tmp_path / "runs/tiny/norcal/metrics.json").read_text())
+    assert found["norcal,gamma=0.5,max_detections=30"] == pytest.approx(alone, abs=1e-6, nan_ok=True)
+    for row in rows:
+        entries = json.loads((tmp_path / "runs/tiny" / row / "predictions.json").read_text())
+        number = np.bincount([entry["image_id"] for entry in entries]).max()
+        assert number == 1 if row.endswith("=1") else 1 < number <= 30
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--over", "classifier.others_ratio"], "expected a key and its values"),
+        (["--over", "classifier.others_ratio=2", "3"], "expected a key and its values"),
+        (["--over", "classifier.others_ratio", "2", "2"], "a value is there twice"),
+        (["--over", "classifier.others_ratio", "2", "n", "2.0"], "=2 and bags,others_ratio=2.0 have equal settings"),
+        (["--over", "classifier.others_ratio", "2", "seed=3"], "seed=3: put CONFIG and section.key=value before"),
+        (["--over", "name", "a", "b"], "--over name: cannot be swept: rows are named by"),
+        (["--over", "output", "a", "b"], "--over output: cannot be swept"),
+        (["--over", "seed", "0", "1", "--seeds", "3,4"], "--over seed: cannot be swept: --seeds gives it"),
+        (["--over", "classifier.other_ratio", "2"], "did you mean classifier.others_ratio"),
+        (["--over", "classifier.others_ratio", "2", "--best", "mAP"], "--best mAP: expected a column of the table"),
+    ],
+)
+def test_mistakes_in_a_sweep(swept, arguments, message):
+    configs, folder = swept
+    done = run_script("sweep", configs / "bags.yaml", f"output={folder}", "data.flip=0.5", *arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_sweep_whose_configuration_comes_last():
+    done = run_script("sweep", "--over", "classifier.others_ratio", "2", "8", "configs/glyphs-100/bags")
+    assert done.returncode == 2 and "no configuration: put CONFIG and section.key=value before --over" in done.stderr

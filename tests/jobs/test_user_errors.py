@@ -1,0 +1,166 @@
+"""What a user gets wrong: one line on stderr that names it, exit code 2, never a traceback."""
+
+import json
+import shutil
+
+import torch
+from conftest import metrics, run_script
+
+
+def test_a_row_whose_baseline_was_trained_anew_is_refused(job, tmp_path):
+    configs, runs, _ = job
+    shutil.copytree(runs / "tiny", tmp_path / "tiny")
+    shutil.rmtree(tmp_path / "tiny/softmax")
+    for args, code in ((["softmax.yaml", "seed=0"], 0), (["bags.yaml"], 0)):  # the same weights again
+        done = run_script("train", configs / args[0], f"output={tmp_path}", *args[1:])
+        assert done.returncode == code, done.stderr
+    assert "complete, not run again" in done.stdout
+    shutil.rmtree(tmp_path / "tiny/softmax")
+    assert run_script("train", configs / "softmax.yaml", f"output={tmp_path}", "seed=1").returncode == 0
+    done = run_script("train", configs / "bags.yaml", f"output={tmp_path}")
+    assert done.returncode == 2 and "started from other weights than" in done.stderr
+
+
+def test_other_settings_in_the_same_run_folder_are_refused(job):
+    configs, runs, _ = job
+    done = run_script("train", configs, f"output={runs}", "train.lr=0.5")
+    assert done.returncode == 2 and "trained with train.lr=0.01, now it is 0.5" in done.stderr
+
+
+def test_settings_that_change_no_result_leave_a_run_complete(job):
+    configs, runs, _ = job
+    keys = ["data.workers=1", "data.max_bad_images=2", "device=cpu", "test.batch_size=2", "train.log_every=3"]
+    keys += ["train.checkpoint_every=9", "train.nonfinite=skip", "train.evaluate_every=1"]
+    done = run_script("train", configs, f"output={runs}", *keys)
+    assert done.returncode == 0 and done.stdout.count("complete, not run again") == 3, done.stderr
+
+
+def test_changed_annotations_under_a_complete_run_are_refused(job, glyphs, tmp_path):
+    configs, runs, _ = job
+    shutil.copytree(runs / "tiny", tmp_path / "tiny")
+    data = shutil.copytree(glyphs, tmp_path / "data")
+    shutil.copytree(configs, tmp_path / "configs")
+    for run in (tmp_path / "tiny").glob("*/config.yaml"):
+        run.write_text(run.read_text().replace(str(glyphs), str(data)))
+    command = ["train", tmp_path / "configs", f"output={tmp_path}", f"data.root={data}"]
+    done = run_script(*command)
+    assert done.returncode == 0 and done.stdout.count("complete") == 3, done.stderr
+    edit(data / "train.json", lambda c: c["annotations"].pop())
+    done = run_script(*command)
+    assert done.returncode == 2 and "train.json has changed since this run was trained" in done.stderr
+
+
+def test_a_complete_run_with_a_damaged_checkpoint_heals(job, tmp_path):
+    configs, runs, _ = job
+    shutil.copytree(runs / "tiny", tmp_path / "tiny")
+    (tmp_path / "tiny/bags/last.pth").write_bytes(b"torn")
+    assert (tmp_path / "tiny/bags/previous.pth").exists()
+    done = run_script("train", configs, f"output={tmp_path}")
+    assert done.returncode == 0 and done.stdout.count("complete, not run again") == 2, done.stderr
+    assert "going on from previous.pth" in done.stderr
+    assert metrics(tmp_path, "bags") == metrics(runs, "bags")
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_bad_input_is_one_line_and_exit_code_2(job, glyphs, tmp_path):
+    """What a user gets wrong: a line on stderr that names it, never a traceback."""
+    configs, runs, _ = job
+    corrupt, empty, other, partial = (
+        shutil.copytree(glyphs, tmp_path / n) for n in ("corrupt", "empty", "other", "partial")
+    )
+    for image in (corrupt / "train").iterdir():
+        image.write_bytes(image.read_bytes()[:200])
+    (empty / "train.json").write_text("")
+    for split in ("train", "val"):
+        edit(other / f"{split}.json", lambda c: c["categories"][0].update(name="renamed"))
+    edit(partial / "train.json", lambda c: c.update(annotations=[]))
+    last = runs / "tiny/softmax/last.pth"
+    damaged = tmp_path / "damaged.pth"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit
+    damaged.write_bytes(content)
+    for name in ("half", "torn", "unread"):
+        shutil.copytree(runs / "tiny", tmp_path / name / "tiny")
+    half, torn, unread = tmp_path / "half", tmp_path / "torn", tmp_path / "unread"
+    (half / "tiny/softmax/metrics.json").unlink()
+    shutil.rmtree(half / "tiny/bags")
+    (torn / "tiny/bags/metrics.json").write_text("{")
+    (unread / "tiny/bags/predictions.json").write_text('[{"a": 1}]')
+    twice = tmp_path / "twice.yaml"
+    twice.write_text("train: {lr: 1}\ntrain: {epochs: 2}\n")
+    out = f"output={tmp_path / 'out'}"
+    softmax, bags_row = configs / "softmax.yaml", configs / "bags.yaml"
+    cases = [
+        (["train", softmax, "train.epoch=3"], "train.epoch: unknown key; did you mean train.epochs?"),
+        (["train", tmp_path / "nothing"], "no such dataset, DATASET/METHOD, folder or file"),
+        (["train", softmax, out, "data.root=/nowhere"], "/nowhere/train.json: no such file"),
+        (["train", softmax, out, f"data.root={corrupt}"], "not a readable image"),
+        (["train", softmax, out, f"data.root={corrupt}", "data.workers=1"], "not a readable image"),
+        (["train", softmax, out, f"data.root={empty}"], "train.json: the file is empty"),
+        (["train", softmax, out, f"data.root={partial}"], "`annotations` is empty"),
+        (["train", bags_row, out, f"data.root={other}", f"detector.init_from={last}"], "'renamed'"),
+        (["train", bags_row, out], "tiny/softmax: no finished run"),
+        (["train", bags_row, out, "detector.init_from=none.pth"], "none.pth: no such checkpoint"),
+        (["train", softmax, "--seeds", "a"], "--seeds a"),
+        (["train", softmax, "--seeds", ""], "--seeds '': expected whole numbers"),
+        (["train", softmax, "train.epochs", "5"], "train.epochs: write train.epochs=5, without spaces"),
+        (["train", softmax, "train.lr", "=", "0.1"], "train.lr: write train.lr=0.1, without spaces"),
+        (["train", softmax, "train.lr=", "0.1"], "train.lr: write train.lr=0.1, without spaces"),
+        (["train", "train.lr", softmax], "train.lr: write train.lr=VALUE, without spaces"),
+        (["train", "seed", "3", softmax], "seed: write seed=3, without spaces"),
+        (["train", "data.yaml"], "data.yaml: no such configuration file"),
+        (["train", configs / "_base.yaml"], "is a base of other files; its rows are bags.yaml, softmax.yaml"),
+        (["evaluate", last, f"data.root={other}"], "'renamed'"),
+        (["evaluate", tmp_path / "x.pth"], "no such checkpoint"),
+        (["evaluate", last, "train.lr=1"], "data.*, test.* and device only"),
+        (["evaluate", glyphs / "val.json"], "needs --annotations"),
+        (["predict", last, tmp_path / "none.png"], "none.png: no such image"),
+        (["predict", last, configs], "no image in there"),
+        (["predict", last, glyphs / "val", "--score", "nan"], "--score nan"),
+        (["evaluate", tmp_path / "r.json", "--annotations", glyphs / "val.json", "test.bins=[5]"], "for a checkpoint"),
+        (["evaluate", tmp_path / "r.json", "--annotations", glyphs / "val.json", "--bins", "9,3"], "rising numbers"),
+        (
+            ["evaluate", tmp_path / "r.json", "--annotations", glyphs / "val.json", "--engine", "x"],
+            "engine x: expected",
+        ),
+        (["evaluate", last, "--output", softmax], "softmax.yaml is a file, not a folder"),
+        (["evaluate", last, "--output", softmax / "out"], "softmax.yaml is a file, not a folder"),
+        (["evaluate", "--compare", last, last, "x=1"], "x=1: --compare takes two results files and options"),
+        (["evaluate", "--json"], "or --compare with two results files"),
+        (["evaluate", last, "--engine", "lvis"], "--engine is for a results file"),
+        (["predict", glyphs / "val.json", glyphs / "val"], "not a checkpoint"),
+        (["tables", tmp_path], "no finished run"),
+        (["tables", torn / "tiny"], "bags/metrics.json: cannot be read"),
+        (["tables", unread / "tiny"], "bags/predictions.json: not this run's results"),
+        (["tables", runs / "tiny", "--seeds", "0,1"], "--seeds and section.key=value go with --paper"),
+        (["train", bags_row, f"output={half}"], "tiny/softmax: no finished run; run the row softmax first"),
+        (["train", configs, softmax, out], "two rows of this job would share it"),
+        (["train", bags_row, out, f"detector.init_from={last}", "train.part=none"], "needs trained weights"),
+        (["train", twice, out], "key 'train' is given twice"),
+        (["train", softmax, out, "data.root=2024-13-45"], "2024-13-45/train.json: no such file"),
+        (["train", softmax, out, "classifier={name: [1]}"], "classifier.name: unknown name"),
+        (["evaluate", damaged], "damaged.pth: damaged (its checksum differs)"),
+        (["evaluate", last, "--annotations", glyphs / "val.json"], "--annotations is for a results file"),
+        (["predict", softmax, glyphs / "val"], "softmax.yaml: not a checkpoint"),
+        (["prepare_data", "glyphs-100", "--root", configs], "is no glyphs dataset: choose another"),
+        (["tables", "--render", softmax], "softmax.yaml: no such page"),
+        (["tables", "--render", softmax, "--save", "x.json"], "--render takes only pages"),
+        (["prepare_data", "glyphs-100", "--root", tmp_path / "g", "--workers", "-1"], "1 or more processes"),
+        (["benchmark", "loss", "--repeats", "0"], "--repeats 0"),
+        (["tables", "--paper", "7", configs], "--paper 7: expected one of 1, 2, 3, 4, fig4"),
+        (["tables", "--paper", "4", configs], "expected one dataset"),
+        (["prepare_data", "glyphs-100", "--root", glyphs], "not of this preset"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append((["train", softmax, out, "device=cuda"], "torch sees no GPU"))
+    for arguments, words in cases:
+        done = run_script(*arguments)
+        assert done.returncode == 2, (arguments, done.stderr)
+        last_line = done.stderr.strip().splitlines()[-1]
+        assert last_line.startswith("error: ") and words in last_line, (arguments, done.stderr)
+        assert "Traceback" not in done.stderr
