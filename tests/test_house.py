@@ -1,6 +1,7 @@
-"""The rules of the house: imports point down, files stay short."""
+"""Rules for the code: imports point down, files stay short, and docs/architecture.md shows both."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A package may import from the rooms listed for it, and from its own.
+# A package may import from the packages and modules listed for it, and from itself.
 ALLOWED = {
     "cli": {"jobs", "analysis", "assembly", "evaluation", "engine", "detectors", "data", "config", "core"},
     "jobs": {"analysis", "assembly", "evaluation", "engine", "detectors", "classifiers.base", "data", "config", "core"},
@@ -40,12 +41,38 @@ def module_imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bags").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path):
-    """Each room knows only those below it."""
-    room = path.relative_to(ROOT / "bags").parts[0].removesuffix(".py")
+    """Each package knows only those below it."""
+    package = path.relative_to(ROOT / "bags").parts[0].removesuffix(".py")
     for name in module_imports(path):
-        own = name.split(".")[0] == room
-        allowed = any(name == target or name.startswith(f"{target}.") for target in ALLOWED[room])
-        assert own or allowed, f"{path.name} imports bags.{name}, which is not below {room}"
+        inside = name.split(".")[0] == package
+        allowed = any(name == target or name.startswith(f"{target}.") for target in ALLOWED[package])
+        assert inside or allowed, f"{path.name} imports bags.{name}, which is not below {package}"
+
+
+def test_the_architecture_page_states_the_allowed_imports():
+    """In its table of packages: names in code quotes, or everything below; a name after "but" is excepted."""
+    page = (ROOT / "docs/architecture.md").read_text()
+    rows = re.findall(r"^\| `bags/(\w+)\S*` \|.*\| ([^|]+) \|$", page, re.M)
+    shown = {}
+    for number, (package, words) in enumerate(rows):
+        allowed = {below for below, _ in rows[number + 1 :]} if "everything below" in words else set()
+        allowed -= set(re.findall(r"but `(\S+?)`", words))
+        shown[package] = allowed | set(re.findall(r"(?<!but )`(\S+?)`", words))
+    assert shown == ALLOWED
+
+
+def test_the_architecture_page_has_a_line_for_each_file():
+    """In the tree: the modules of the package, the scripts and the notebooks, each once; not an empty __init__.py."""
+    tree = re.search(r"```\n(bags/\n.*?)```", (ROOT / "docs/architecture.md").read_text(), re.S)
+    listed, folder = [], ""
+    for line in tree[1].splitlines():
+        if not line.startswith(" "):
+            folder = line.split()[0]
+        elif name := re.match(r"  (\S+\.(py|ipynb))\s+\S", line):
+            listed.append(folder + name[1])
+    modules = [path for path in (ROOT / "bags").rglob("*.py") if path.stat().st_size]
+    files = [*modules, *(ROOT / "scripts").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
+    assert sorted(listed) == sorted(path.relative_to(ROOT).as_posix() for path in files)
 
 
 def test_no_import_circle_between_files():
@@ -61,7 +88,7 @@ def test_no_import_circle_between_files():
 
 
 def test_only_the_list_of_methods_names_a_classifier():
-    """The seam: no file outside `classifiers` refers to a particular classifier's module."""
+    """The one interface: no file outside `classifiers` refers to a particular classifier's module."""
     for path in (ROOT / "bags").rglob("*.py"):
         particular = [n for n in module_imports(path) if n.startswith("classifiers.") and n != "classifiers.base"]
         assert path.parent.name == "classifiers" or not particular, f"{path}: {particular}"

@@ -2,13 +2,19 @@
 
 import itertools
 import re
+import typing
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from bags.analysis.results import TABLE, load_results
 from bags.analysis.tables import spread
+from bags.classifiers import method_settings
+from bags.config import sections
+from bags.config.load import config_to_dict
+from bags.config.rows import CONFIGS, summary
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LONGEST_CELL = 70
@@ -51,6 +57,44 @@ def test_cells_of_tables_are_short(page):
     for line in re.findall(r"^ *\|.*\|$", text, re.M):
         shown = [re.sub(r"\]\([^)]*\)|[\[`*]", "", cell) for cell in cells(line)]
         assert max(map(len, shown)) <= LONGEST_CELL, f"{page.name}: {max(shown, key=len)}"
+
+
+def default_of(key: str) -> object:
+    """The default of `section.key`, or of a key of Balanced Group Softmax."""
+    tree = config_to_dict(sections.Config(classifier=method_settings()["group_softmax"]()))
+    for part in (key if "." in key else f"classifier.{key}").split("."):
+        tree = tree[part]
+    return tree
+
+
+@pytest.mark.parametrize("page, number", [("data", 8), ("training", 6), ("methods", 10)])
+def test_defaults_in_tables_of_keys(page, number):
+    """The second column of a table that begins with key and default."""
+    text, seen = (ROOT / f"docs/{page}.md").read_text(), 0
+    for table in re.findall(r"^\| key \| default \|.*\n\|-.*\n((?:\|.*\n)+)", text, re.M):
+        for key, default, _ in map(cells, table.splitlines()):
+            assert default_of(key.strip("`")) == yaml.safe_load(default), key
+            seen += 1
+    assert seen == number
+
+
+def test_defaults_in_the_tables_of_methods():
+    """Settings of classifiers and samplers, each with its default in brackets."""
+    samplers = {kind.name: kind for kind in typing.get_args(sections.SamplerConfig)}
+    seen = 0
+    for name, settings in re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", (ROOT / "docs/methods.md").read_text(), re.M):
+        for key, default in re.findall(r"`(\w+)` \[([^]]+)\]", settings):
+            assert getattr((method_settings() | samplers)[name](), key) == yaml.safe_load(default), (name, key)
+            seen += 1
+    assert seen > 25
+
+
+def test_the_list_of_methods_is_that_of_the_files():
+    """Each method with the first line of its file, as `train.py --list` prints them."""
+    files = sorted((CONFIGS / "methods").glob("*.yaml"))
+    lines = [f"{file.stem:<25}{summary(file)}" for file in files]
+    assert "```\n" + "\n".join(lines) + "\n```" in (ROOT / "docs/methods.md").read_text()
+    assert max(map(len, lines)) <= 120 and all(line.endswith(".") for line in lines)
 
 
 def test_the_readme_is_one_page():

@@ -92,7 +92,7 @@ def training_loader(config: Config, runs: list[Run], live: DataLoader, device: t
     """Batches of stored features, of the images and seeds that the live loader's would be of.
 
     The runs, whose detectors differ only in their classifiers, are made to take them. On a GPU with twice
-    the room, the whole store is copied to its memory first.
+    as much free memory, the whole store is copied to it first.
     """
     batches: Any = live.batch_sampler
     assert isinstance(runs[0].model, FasterRCNN) and isinstance(live.dataset, DetectionDataset)

@@ -1,4 +1,4 @@
-"""The seam of the project: how a proposal's features become a loss and probabilities.
+"""The one interface of the project: how a proposal's features become a loss and probabilities.
 
 Shape shorthand: R proposals of the batch, C categories, D logits (private to each classifier).
 Labels are 0..C and 0 is the background.

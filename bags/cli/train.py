@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bags.analysis.paper import METHODS, PAPER
 from bags.cli.arguments import seeds_of, split_arguments
-from bags.config.rows import compose, find_dataset, method_names, rows_of
+from bags.config.rows import compose, find_dataset, methods_of, rows_of, summary
 from bags.core.errors import STOPPED, UserError
 from bags.jobs import train
 
@@ -61,7 +61,7 @@ def show_files(paths: list[Path], methods: list[str]) -> None:
 
 
 def show_rows(paths: list[Path]) -> None:
-    """Print the rows of datasets, and which of them are in which table."""
+    """Print the rows of datasets, which of them are in which table, and a line for each method."""
     for path in paths:
         dataset = find_dataset(path)
         if dataset is None:
@@ -70,4 +70,6 @@ def show_rows(paths: list[Path]) -> None:
         for name, table in {**PAPER, "methods": METHODS}.items():
             rows = [row.config for row in table.rows if not (table.optional and row.config in dataset.left_out)]
             print(f"  table {name}: {' '.join(rows)}")
-        print(f"  methods: {' '.join(method_names(dataset))}")
+        print("  methods:")
+        for name, file in methods_of(dataset).items():
+            print(f"    {name:<25}{summary(file)}".rstrip())

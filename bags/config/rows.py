@@ -192,21 +192,26 @@ def _dataset(name: Path, file: Path, tree: dict) -> Dataset:
 
 
 def _method_file(dataset: Dataset, method: str) -> Path:
-    """The method's file beside the dataset's, or the packaged one."""
-    folders = [dataset.file.parent / "methods", dataset.file.parent.parent / "methods", CONFIGS / "methods"]
-    for folder in folders:
-        if (folder / f"{method}.yaml").is_file():
-            return folder / f"{method}.yaml"
-    known = method_names(dataset)
+    """The method's file. Raises UserError for an unknown method; the message names the nearest one."""
+    known = methods_of(dataset)
+    if method in known:
+        return known[method]
     near = difflib.get_close_matches(method, known, 1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
     raise UserError(f"{dataset.name / method}: {method} is no method; {hint}")
 
 
-def method_names(dataset: Dataset) -> list[str]:
-    """The methods that can be rows of a dataset."""
-    folders = [dataset.file.parent / "methods", dataset.file.parent.parent / "methods", CONFIGS / "methods"]
-    return sorted({file.stem for folder in folders for file in folder.glob("[!_]*.yaml")})
+def methods_of(dataset: Dataset) -> dict[str, Path]:
+    """The methods that can be rows of a dataset, by name: their files beside the dataset's, or the packaged ones."""
+    folders = [CONFIGS / "methods", dataset.file.parent.parent / "methods", dataset.file.parent / "methods"]
+    files = {file.stem: file for folder in folders for file in folder.glob("[!_]*.yaml")}
+    return dict(sorted(files.items()))
+
+
+def summary(file: Path) -> str:
+    """The comment in the first line of a YAML file, or nothing."""
+    first = read_text(file, errors="replace").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
 def _chain(file: Path, children: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:

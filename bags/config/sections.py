@@ -108,7 +108,8 @@ class DetectorConfig(Settings):
     backbone_weights: str | None = None  # IMAGENET1K_V1, or a file; where nothing comes from init_from
     # ResNet stages with deformable 3x3 convolutions.
     deformable_stages: Annotated[tuple[int, ...], Range(ge=1, le=4, rising=True)] = ()
-    frozen_batch_norm: bool | Literal["statistics"] = False  # true: affine parameters, too, stay as loaded
+    # true: statistics and affine parameters stay as loaded; statistics: only those do. `small` always trains its own.
+    frozen_batch_norm: bool | Literal["statistics"] = False
     frozen_stages: Annotated[int, Range(ge=0, le=3)] = 0  # stem and that many stages are not trained; 0: all are
     # Of RGB in 0..1, as backbone_weights expect them.
     image_mean: Annotated[tuple[float, ...], Range(ge=0, le=255, items=3)] = (0.485, 0.456, 0.406)

@@ -43,7 +43,7 @@ def build_backbone(
     channels           width of the pyramid
     levels             of `small`, 2 or 3; other backbones ignore it
     frozen_batch_norm  True: statistics and affine parameters stay as loaded (eps 1e-5); "statistics": only the
-                       statistics do, as in the paper's code
+                       statistics do, as in the paper's code; `small` has no loaded weights and ignores it
     frozen_stages      the stem and so many of the following stages are not trained; 0: all are trained
     deformable_stages  stages of a ResNet, of 1 to 4, whose 3x3 convolutions are deformable
     """

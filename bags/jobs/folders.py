@@ -33,7 +33,8 @@ def is_complete(folder: Path, config: Config) -> bool:
     if change:
         raise UserError(
             f"{folder}: this run was trained with {change[0]}={change[1]}, now it is {change[2]}: "
-            "remove the folder, or set output= to keep both"
+            "repeat the overrides of that run, give new ones to one row only (DATASET/METHOD with name=), "
+            "set output= to keep both, or remove the folder"
         )
     latest, source = load_latest(folder), config.init_file
     assert latest is not None  # a file of it is there

@@ -120,17 +120,3 @@ def test_groups_by_confusion(job, glyphs, tmp_path):
     for name in kept:
         groups = json.loads((tmp_path / f"{name}.txt").read_text())
         assert sorted(itertools.chain(*groups)) == ids and [len(group) for group in groups] == [2] * 4
-
-
-def test_the_architecture_page_has_a_line_for_each_file():
-    """In the tree: the packages' and scripts' modules and the notebooks, each once."""
-    tree = re.search(r"```\n(bags/\n.*?)```", (ROOT / "docs/architecture.md").read_text(), re.S)
-    listed, folder = [], ""
-    for line in tree[1].splitlines():
-        if not line.startswith(" "):
-            folder = line.split()[0]
-        elif name := re.match(r"  (\S+\.(py|ipynb))\s+\S", line):
-            listed.append(folder + name[1])
-    modules = [path for path in (ROOT / "bags").rglob("*.py") if path.name != "__init__.py"]
-    files = [*modules, *(ROOT / "scripts").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
-    assert sorted(listed) == sorted(path.relative_to(ROOT).as_posix() for path in files)

@@ -10,7 +10,7 @@ from conftest import ROOT
 import bags
 from bags.analysis.paper import METHODS, PAPER
 from bags.config.load import config_to_dict
-from bags.config.rows import compose, find_dataset, method_names, rows_of
+from bags.config.rows import compose, find_dataset, methods_of, rows_of, summary
 
 DATASETS = sorted(path.stem for path in (ROOT / "configs/datasets").glob("*.yaml"))
 
@@ -71,7 +71,8 @@ def test_what_a_path_stands_for(configs, tmp_path):
     write(tmp_path, "mine/_base.yaml", seed=4)
     assert rows_of(file) == rows_of(file.parent) == [file]
     assert bags.load_config(file).seed == 3
-    assert "seesaw" in method_names(find_dataset(birds)) and "fine" in method_names(find_dataset(birds))
+    methods = methods_of(find_dataset(birds))
+    assert summary(methods["seesaw"]).startswith("Seesaw loss") and not summary(methods["fine"])
 
 
 def test_a_dataset_of_ones_own(tmp_path, monkeypatch):
@@ -128,15 +129,15 @@ def test_a_dataset_is_no_row(configs):
 def test_every_method_composes_with_every_dataset(dataset):
     """Every shipped row resolves, and to the same values from its saved file."""
     found = find_dataset(Path(dataset))
-    for method in method_names(found):
+    for method in methods_of(found):
         config = bags.load_config(f"{dataset}/{method}")
         assert (config.name, config.data.name) == (method, "mine" if dataset == "custom" else dataset)
         assert config.init_row in (None, "softmax", method.removesuffix("_bags"))
-    assert set(found.rows) | set(found.left_out) | set(found.methods) <= set(method_names(found))
+    assert set(found.rows) | set(found.left_out) | set(found.methods) <= set(methods_of(found))
 
 
 def test_every_row_of_a_table_is_a_method():
-    known = method_names(find_dataset(Path("glyphs-100")))
+    known = methods_of(find_dataset(Path("glyphs-100")))
     for table in (*PAPER.values(), METHODS):
         for row in table.rows:
             assert row.config in known

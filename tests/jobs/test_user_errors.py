@@ -25,6 +25,7 @@ def test_other_settings_in_the_same_run_folder_are_refused(job):
     configs, runs, _ = job
     done = run_script("train", configs, f"output={runs}", "train.lr=0.5")
     assert done.returncode == 2 and "trained with train.lr=0.01, now it is 0.5" in done.stderr
+    assert "give new ones to one row only (DATASET/METHOD with name=)" in done.stderr
 
 
 def test_settings_that_change_no_result_leave_a_run_complete(job):
