@@ -297,7 +297,7 @@ def mutated(draw):
     return content
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(mutated())
 def test_any_file_is_an_index_or_our_error(tmp_path_factory, content):
     """And `check` lists a defect that stops training wherever `open` refuses."""
