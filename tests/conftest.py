@@ -1,9 +1,12 @@
 """Shared helpers: tiny data made in the test, scripts run as a user runs them."""
 
+import fcntl
 import json
 import os
+import shutil
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 # Two workers share the cores, and tiny networks gain nothing from a second thread.
@@ -45,10 +48,22 @@ def run_ranks(number: int, name: str | Path, *arguments, timeout: float = 240) -
     return [rank.wait(timeout) for rank in ranks]
 
 
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder of a name that `make` fills for all workers: the first that needs it does."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not Path(f"{folder}.made").exists():
+            make(folder)
+            Path(f"{folder}.made").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def glyphs(tmp_path_factory) -> Path:
-    """A dataset of 8 categories in 64 x 64 pixels."""
-    return make_glyphs(tmp_path_factory.mktemp("data") / "tiny", TINY, workers=1)
+    """A dataset of 8 categories in 64 x 64 pixels, of all workers: tests change a copy."""
+    return made_once(tmp_path_factory, "tiny", lambda folder: make_glyphs(folder, TINY, workers=1))
 
 
 def write_configs(folder: Path, data: Path) -> Path:
@@ -117,12 +132,16 @@ def read_lines(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def job(glyphs, tmp_path_factory):
-    """The three rows, trained once: (configs folder, output folder, process)."""
-    folder = tmp_path_factory.mktemp("job")
-    configs = write_configs(folder / "configs", glyphs)
-    done = run_script("train", configs, f"output={folder / 'runs'}")
-    assert done.returncode == 0, done.stderr
-    return configs, folder / "runs", done
+    """The three rows, trained once: (configs folder, output folder, what was printed)."""
+
+    def train(folder: Path) -> None:
+        done = run_script("train", write_configs(folder / "configs", glyphs), f"output={folder / 'runs'}")
+        assert done.returncode == 0, done.stderr
+        (folder / "printed").write_text(done.stdout)
+
+    made = made_once(tmp_path_factory, "job", train)
+    folder = shutil.copytree(made, tmp_path_factory.mktemp("job") / "job")  # commands lock what they look at
+    return folder / "configs", folder / "runs", (folder / "printed").read_text()
 
 
 def metrics(runs, row):
