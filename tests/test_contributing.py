@@ -22,7 +22,7 @@ NEW = {
     "bags/detectors/convnext.py",
     "configs/datasets/birds.yaml",
     "configs/methods/label_smoothing.yaml",
-    "tests/test_label_smoothing.py",
+    "tests/classifiers/test_label_smoothing.py",
 }
 
 
@@ -64,7 +64,7 @@ def seen(glyphs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     for part in ("bags", "scripts", "configs", "notebooks", "docs"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "tests").mkdir()
+    (folder / "tests/classifiers").mkdir(parents=True)
     helpers = ("tests/conftest.py", "tests/forks.py")
     for name in ("pyproject.toml", *helpers, "tests/test_house.py", "tests/test_contributing.py"):
         shutil.copy(ROOT / name, folder / name)
@@ -174,7 +174,7 @@ def look() -> dict:
     with torch.device("meta"):
         names = torchvision.models.convnext_tiny().state_dict()
     facts["torchvisions_names"] = {f"features.{name}" for name in frozen.state_dict()} <= set(names)
-    tests = ["tests/test_label_smoothing.py", "tests/test_house.py"]
+    tests = ["tests/classifiers/test_label_smoothing.py", "tests/test_house.py"]
     facts["tests"] = int(pytest.main(["-q", "-n0", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", *tests]))
     return facts
 
