@@ -20,10 +20,10 @@ class CategoryStats:
     `AnnotationIndex.trained`.
     """
 
-    category_ids: tuple[int, ...]
-    names: tuple[str, ...]
-    instance_counts: tuple[int, ...]
-    image_counts: tuple[int, ...]
+    category_ids: tuple[int, ...]  # [C]
+    names: tuple[str, ...]  # [C]
+    instance_counts: tuple[int, ...]  # [C]
+    image_counts: tuple[int, ...]  # [C]
 
     @classmethod
     def from_index(cls, index: AnnotationIndex) -> "CategoryStats":
@@ -105,10 +105,10 @@ def instance_bin(instance_counts: Sequence[int], boundaries: Sequence[int]) -> n
 class Training(NamedTuple):
     """Training counts of the categories by ascending id; None where they are unknown."""
 
-    instances: Sequence[int] | None
-    images: Sequence[int] | None
-    letters: np.ndarray | None  # r, c, f
-    bins: np.ndarray | None  # 0 for the rarest
+    instances: Sequence[int] | None  # [C]
+    images: Sequence[int] | None  # [C]
+    letters: np.ndarray | None  # [C] of r, c, f
+    bins: np.ndarray | None  # [C] in 0..num_bins - 1; 0 for the rarest
     num_bins: int
 
     def sets(self) -> dict[str, np.ndarray]:

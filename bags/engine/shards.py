@@ -45,13 +45,13 @@ class Record(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The types of a store's files; `fc` is "float16" or "float32"."""
+    """The types of a store's files."""
 
-    fc: str
-    row: np.dtype
-    view: np.dtype
-    stages: int
-    width: int
+    fc: str  # "float16" or "float32"
+    row: np.dtype  # of a row, the record of a proposal
+    view: np.dtype  # of a view, the record of an image or of its mirror image
+    stages: int  # S, classifiers of the detector
+    width: int  # D, features of a row for each stage
 
     def shape(self, kind: str) -> tuple[np.dtype, tuple[int, ...]]:
         """(type, shape) of one entry of a file: of a row's features [S, D], of a row, of a view."""
@@ -72,11 +72,11 @@ class Shard:
     stamps: (bytes, time of the last change in ns) of each file then, which every later reading compares.
     """
 
-    folder: Path
-    number: int
+    folder: Path  # of the store
+    number: int  # from 0, in the names of its files
     layout: Layout
-    stamps: dict[str, tuple[int, int]]
-    views: np.ndarray
+    stamps: dict[str, tuple[int, int]]  # by the file's kind
+    views: np.ndarray  # [V] of the layout's view type
 
     @property
     def rows(self) -> int:
