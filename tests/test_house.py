@@ -60,7 +60,7 @@ def test_no_import_circle_between_files():
         graph = {name: targets for name, targets in graph.items() if name not in free}
 
 
-def test_only_the_list_of_methods_names_a_classifier():
+def test_only_the_list_of_classifiers_names_one():
     """The seam: no file outside `classifiers` refers to a particular classifier's module."""
     for path in (ROOT / "bags").rglob("*.py"):
         particular = [n for n in module_imports(path) if n.startswith("classifiers.") and n != "classifiers.base"]

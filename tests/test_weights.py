@@ -21,7 +21,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import bags
 from bags.assembly.initialise import initialise
 from bags.assembly.models import build_detector, load_detector
-from bags.classifiers import method_settings
+from bags.classifiers import classifier_settings
 from bags.config.load import config_to_dict
 from bags.data.checks import what_does_not_train, why_nothing_trains
 from bags.data.statistics import CategoryStats
@@ -339,8 +339,8 @@ def test_every_released_layout_fits_its_row(monkeypatch, row, framework, backbon
 
         return on_cpu
 
-    for method in method_settings().values():
-        monkeypatch.setattr(method, "build", with_memory(method.build))
+    for kind in classifier_settings().values():
+        monkeypatch.setattr(kind, "build", with_memory(kind.build))
     with torch.device("meta"):
         translated = translate({key: torch.empty(shape) for key, shape in shapes.items()}, "file")
         config = bags.load_config(ROOT / "configs/lvis_v0.5" / row, ["detector.conventions=released"])

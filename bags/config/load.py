@@ -103,7 +103,7 @@ def _check(config: Config, source: str) -> None:
     """Check what no section can know by itself. Raises UserError, naming the source and a key."""
     try:
         _check_sources(config)
-        _check_method(config)
+        _check_classifier(config)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
 
@@ -129,7 +129,7 @@ def _check_sources(config: Config) -> None:
     need(row is None or (bool(row) and not set(row) & set("/\\")), "detector.init_from", f"row:NAME, got row:{row}")
 
 
-def _check_method(config: Config) -> None:
+def _check_classifier(config: Config) -> None:
     """The classifier and the sampler fit the trained part."""
     classifier, part = config.classifier, config.train.part
     if not classifier.trained:
