@@ -166,7 +166,7 @@ def poisoned(monkeypatch, iterations, spoil=lambda model: None):
 
     def step(run, images, targets, iteration, *rest):
         """The real step, on losses of which one is spoiled."""
-        module, forward = run.losses, run.losses.forward
+        module, forward = run.loss_module, run.loss_module.forward
         if iteration in iterations:
             spoil(run.model)
             module.forward = lambda *given: {

@@ -101,7 +101,7 @@ def training_loader(config: Config, runs: list[Run], live: DataLoader, device: t
     whole = store.whole(device) if resident else None
     for run in runs:
         assert isinstance(run.model, FasterRCNN)
-        run.losses = FromFeatures(run.model, whole)
+        run.loss_module = FromFeatures(run.model, whole)
     flip = config.data.flip if config.store.mirrored else 0.0
     roi = config.detector.roi
     features = TrainingFeatures(store, flip, roi.batch_size, roi.positive_fraction, resident)
