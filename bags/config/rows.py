@@ -191,10 +191,14 @@ def _dataset(name: Path, file: Path, tree: dict) -> Dataset:
     return Dataset(name, file, settings=tree, **values)
 
 
+def _method_folders(dataset: Dataset) -> list[Path]:
+    """List the folders of the methods that a dataset may have as rows, the first to be preferred."""
+    return [dataset.file.parent / "methods", dataset.file.parent.parent / "methods", CONFIGS / "methods"]
+
+
 def _method_file(dataset: Dataset, method: str) -> Path:
     """The method's file beside the dataset's, or the packaged one."""
-    folders = [dataset.file.parent / "methods", dataset.file.parent.parent / "methods", CONFIGS / "methods"]
-    for folder in folders:
+    for folder in _method_folders(dataset):
         if (folder / f"{method}.yaml").is_file():
             return folder / f"{method}.yaml"
     known = method_names(dataset)
@@ -205,8 +209,7 @@ def _method_file(dataset: Dataset, method: str) -> Path:
 
 def method_names(dataset: Dataset) -> list[str]:
     """The methods that can be rows of a dataset."""
-    folders = [dataset.file.parent / "methods", dataset.file.parent.parent / "methods", CONFIGS / "methods"]
-    return sorted({file.stem for folder in folders for file in folder.glob("[!_]*.yaml")})
+    return sorted({file.stem for folder in _method_folders(dataset) for file in folder.glob("[!_]*.yaml")})
 
 
 def _chain(file: Path, children: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
