@@ -9,7 +9,7 @@ from conftest import fork_script, metrics, read_lines, run_script, write_configs
 
 import bags
 from bags.analysis.paper import METHODS
-from bags.analysis.tables import read_seconds
+from bags.analysis.run_files import read_seconds
 from bags.classifiers.group_softmax import GroupSoftmaxSettings
 from bags.data.statistics import CategoryStats
 from bags.engine.metrics import Stopwatch

@@ -8,7 +8,7 @@ import pytest
 from conftest import run_script
 
 import bags
-from bags.analysis.tables import from_cell, read_categories, to_cell
+from bags.analysis.run_files import from_cell, read_categories, to_cell
 from bags.cli import evaluate
 from bags.core.terminal import printable
 from bags.evaluation import detection_ap

@@ -35,7 +35,7 @@ def training_counts(source: Path | None, truth: Any) -> dict[str, list[int]]:
     if source is None:
         return {}
     if source.is_dir() or source.suffix.lower() == ".csv":
-        from bags.analysis.tables import read_categories
+        from bags.analysis.run_files import read_categories
 
         rows = read_categories(source)
         columns = ("id", "name", "training_instances", "training_images")
@@ -61,7 +61,7 @@ def say(notes: list[str], truth: Any, counts: dict) -> None:
 
 def evaluate_results(arguments: argparse.Namespace) -> dict[str, float]:
     """The numbers of boxes and, if both files have them, of masks (`mask_AP`, ...); also written."""
-    from bags.analysis.tables import write_metrics, write_scores
+    from bags.analysis.run_files import write_metrics, write_scores
     from bags.evaluation.detection_ap import ENGINES, score
     from bags.evaluation.results_file import read_results
     from bags.evaluation.truth import read_truth
@@ -89,7 +89,7 @@ def evaluate_results(arguments: argparse.Namespace) -> dict[str, float]:
 
 def compare_results(arguments: argparse.Namespace) -> None:
     """Prints what changed from A to B: means with their intervals, and the categories that changed most."""
-    from bags.analysis.tables import as_table, write_comparison
+    from bags.analysis.run_files import as_table, write_comparison
     from bags.evaluation.comparison import compare
     from bags.evaluation.detection_ap import notes_of
     from bags.evaluation.results_file import read_results
@@ -146,7 +146,7 @@ def evaluate_checkpoint(path: Path, overrides: list[str], output: Path | None) -
     """(metrics, name of the configuration); metrics are None except in the main process."""
     import torch
 
-    from bags.analysis.tables import write_metrics, write_scores
+    from bags.analysis.run_files import write_metrics, write_scores
     from bags.assembly.initialise import check_categories
     from bags.assembly.loaders import build_val_dataset
     from bags.assembly.models import load_detector

@@ -6,12 +6,13 @@ from typing import Any
 
 from bags.analysis.paper import METHODS, PAPER, PaperTable
 from bags.analysis.results import save_results, this_command
-from bags.analysis.tables import read_metrics, read_seconds, render_paper_table, render_table, spread
-from bags.config.load import load_config
+from bags.analysis.run_files import read_metrics, read_seconds
+from bags.analysis.tables import render_paper_table, render_table, spread
+from bags.config.load import load_config, load_rows
 from bags.config.rows import find_dataset, row_beside
 from bags.core.errors import UserError
 from bags.core.terminal import printable
-from bags.jobs.train import in_order, run_jobs
+from bags.jobs.train import run_jobs
 
 CROWDED = 25  # in an image with more boxes only tail categories are named
 
@@ -138,7 +139,7 @@ def paper_table(
             rows[source] = row_beside(next(iter(rows.values())), source)
             waiting.append(load_config(rows[source], overrides))
     published = table.foreign or configs[0].data.name.startswith("lvis")
-    jobs = [in_order(list(rows.values()), overrides, seed) for seed in seeds]
+    jobs = [load_rows(list(rows.values()), overrides, seed) for seed in seeds]
     run_jobs(jobs, lambda folders: _show_table(table, folders, published, save))
 
 
