@@ -19,10 +19,11 @@ from bags.analysis.results import load_results
 from bags.assembly import stored as cached
 from bags.assembly.loaders import build_train_loader, build_val_dataset, open_index
 from bags.assembly.models import build_detector
+from bags.assembly.stored_samples import TrainingFeatures, collate_samples
 from bags.core.errors import UserError
 from bags.data.statistics import CategoryStats
 from bags.detectors.from_features import FromFeatures, proposals_to_store
-from bags.engine.features import TrainingFeatures, collate_samples, shards_of
+from bags.engine.features import shards_of
 from bags.engine.optim import set_trained_part, train_mode
 
 CPU = torch.device("cpu")

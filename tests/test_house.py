@@ -16,7 +16,7 @@ ALLOWED = {
     "assembly": {"engine", "detectors", "evaluation", "data", "config", "classifiers", "core"},
     "analysis": {"evaluation", "config", "data.statistics", "core"},
     "evaluation": {"data.json_files", "data.packing", "data.statistics", "core"},
-    "engine": {"config", "data", "classifiers.base", "detectors.torchvision_private", "core"},
+    "engine": {"config", "data", "classifiers.base", "core"},
     "detectors": {"classifiers.base", "core"},
     "data": {"core"},
     "config": {"classifiers", "core"},

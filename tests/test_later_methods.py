@@ -12,9 +12,9 @@ import torch
 from test_methods import features, tensor
 
 import bags
+from bags.assembly.stored_samples import TrainingFeatures
 from bags.classifiers.base import CosineLinear
 from bags.data.samplers import ClassBalancedSampler
-from bags.engine.features import TrainingFeatures
 
 COUNTS = (3, 2000, 50, 7, 300, 40, 12, 5000)  # training instances of labels 1..8
 IMAGES = (3, 900, 45, 7, 101, 100, 10, 4000)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bags.assembly.loaders import make_loader
+from bags.assembly.stored_samples import SeenFeatures, TrainingFeatures, collate_samples
 from bags.config.sections import Config, DetectorConfig, TailOnlyConfig
 from bags.data.dataset import DetectionDataset
 from bags.data.images import image_path
@@ -28,12 +29,9 @@ from bags.detectors.from_features import FromFeatures, StoredProposals, proposal
 from bags.engine.checkpoint import weights_digest
 from bags.engine.features import (
     FeatureStore,
-    SeenFeatures,
     SeenRow,
     SeenView,
-    TrainingFeatures,
     View,
-    collate_samples,
     open_store,
     pool_row,
 )

@@ -183,7 +183,7 @@ def train_once(
 def reading(stage: dict, device: "torch.device") -> dict:
     """An epoch from a store that is only on disk, against the slower of reading the store and computing in memory."""
     from bags.assembly.loaders import make_loader
-    from bags.engine.features import TrainingFeatures, collate_samples
+    from bags.assembly.stored_samples import TrainingFeatures, collate_samples
     from bags.engine.metrics import Clock
     from bags.engine.train import train_one_epoch
 
