@@ -7,7 +7,7 @@ on is in its header: weights, annotations, settings.
 import contextlib
 import gc
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from bags.data.images import image_path
 from bags.data.index import AnnotationIndex
 from bags.data.samplers import ShardSampler
 from bags.detectors.faster_rcnn import FasterRCNN
-from bags.detectors.from_features import FromFeatures, StoredProposals, proposals_to_store, training_pool
+from bags.detectors.from_features import FromFeatures, Pool, StoredProposals, proposals_to_store, training_pool
 from bags.engine.checkpoint import weights_digest
 from bags.engine.features import (
     FeatureStore,
@@ -77,7 +77,7 @@ def validation_store(
     """The store of what the classifiers need of each validation image, in float32, made where it is not complete."""
     stages, width = _shape(detector)
 
-    def records(images: list[Tensor], _: object, positions: list[int]) -> list[Record]:
+    def records(images: list[Tensor], _: list[dict], positions: list[int]) -> list[Record]:
         """Some images."""
         proposals = proposals_to_store(detector, [image.to(device) for image in images])
         return [_seen_record(*pair) for pair in zip(proposals, positions, strict=True)]
@@ -185,8 +185,14 @@ def share_frozen(detector: nn.Module, other: nn.Module) -> None:
 
 
 def _open(
-    config: Config, split: str, detector: nn.Module, dataset: DetectionDataset, settings: Any, layout: Any, records: Any
-) -> Any:
+    config: Config,
+    split: str,
+    detector: nn.Module,
+    dataset: DetectionDataset,
+    settings: Mapping[str, object],
+    layout: Layout,
+    records: Callable[[list[Tensor], list[dict], list[int]], list[Record]],
+) -> FeatureStore:
     """`open_store` with the header of a configuration; the detector is in evaluation mode meanwhile."""
     frozen = {name: value for name, value in detector.state_dict().items() if "classifier." not in name}
     about = {
@@ -256,7 +262,7 @@ def _view(image: Tensor, target: dict, mirrored: bool, device: torch.device) -> 
     return image.to(device), {"boxes": boxes.to(device), "labels": target["labels"].to(device)}
 
 
-def _pool_record(pool: Any, position: int, mirrored: bool) -> Record:
+def _pool_record(pool: Pool, position: int, mirrored: bool) -> Record:
     rows = np.empty(len(pool.fc), pool_row(pool.fc.shape[1]))
     columns = {"label": pool.labels, "overlap": pool.overlaps, "score": pool.scores, "is_object": pool.is_object}
     for name, values in columns.items():

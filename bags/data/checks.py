@@ -8,9 +8,9 @@ occurs, examples by id, and what training will do about it.
 import itertools
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -260,7 +260,13 @@ def _meets(values: list[float], side: int) -> bool:
     return max(values) > 0 and min(values) < side
 
 
-def _check_counts(categories: Any, instances: Any, in_images: Any, boundaries: Any, found: Findings) -> None:
+def _check_counts(
+    categories: Mapping[int, dict],
+    instances: Mapping[object, int],
+    in_images: Mapping[object, int],
+    boundaries: Sequence[int] | None,
+    found: Findings,
+) -> None:
     for key, category in categories.items():
         if not instances[key]:
             found.add("category without instances", f"category {key} '{category.get('name')}'")

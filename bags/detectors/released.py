@@ -84,7 +84,7 @@ class ResizedShape(tuple):
 
     scale: float
 
-    def __new__(cls, size: tuple[int, int], scale: float) -> Any:
+    def __new__(cls, size: tuple[int, int], scale: float) -> "ResizedShape":
         shape = super().__new__(cls, size)
         shape.scale = scale
         return shape

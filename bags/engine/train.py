@@ -150,7 +150,13 @@ def optimisation_step(
 
 
 def _leave_out(
-    run: Run, losses: Any, images: Any, targets: Any, iteration: int, lr: float, device: torch.device
+    run: Run,
+    losses: dict[str, torch.Tensor],
+    images: list[torch.Tensor],
+    targets: list[dict],
+    iteration: int,
+    lr: float,
+    device: torch.device,
 ) -> None:
     """Says what was not finite. Raises UserError where the run is to stop, or where it cannot recover."""
     content = {

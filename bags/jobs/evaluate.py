@@ -5,11 +5,15 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bags.core import locks
 from bags.core.errors import UserError
 from bags.core.terminal import printable
+
+if TYPE_CHECKING:
+    from bags.evaluation.comparison import Comparison
+    from bags.evaluation.truth import Truth
 
 MOST = 8  # categories that --compare names on each side
 OF_RESULTS = ("annotations", "bins", "engine", "train")
@@ -27,7 +31,7 @@ def boundaries(text: str | None) -> tuple[int, ...]:
     return bins
 
 
-def training_counts(source: Path | None, truth: Any) -> dict[str, list[int]]:
+def training_counts(source: Path | None, truth: "Truth") -> dict[str, list[int]]:
     """`instance_counts` and `image_counts` of the ground truth's categories, from --train; nothing without it."""
     from bags.data.index import AnnotationIndex
     from bags.data.statistics import CategoryStats
@@ -49,7 +53,7 @@ def training_counts(source: Path | None, truth: Any) -> dict[str, list[int]]:
     return truth.training_counts(stats, f"--train {source}")
 
 
-def say(notes: list[str], truth: Any, counts: dict) -> None:
+def say(notes: list[str], truth: "Truth", counts: dict) -> None:
     """Print notes, each once, and where the bins come from."""
     if not counts and all("instance_count" in category for category in truth.counts):
         notes = [*notes, f"{truth.path}: its own instance_count makes the bins; {TRAIN}"]
@@ -118,7 +122,7 @@ def compare_results(arguments: argparse.Namespace) -> None:
         print_comparison(kind, result, [str(path) for path in arguments.compare])
 
 
-def print_comparison(kind: str, result: Any, names: list[str]) -> None:
+def print_comparison(kind: str, result: "Comparison", names: list[str]) -> None:
     """One table of means, one of categories."""
     from bags.evaluation.comparison import changed_most
 

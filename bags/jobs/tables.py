@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bags.analysis.paper import METHODS, PAPER, PaperTable
 from bags.analysis.results import save_results, this_command
@@ -13,6 +13,14 @@ from bags.config.rows import find_dataset, row_beside
 from bags.core.errors import UserError
 from bags.core.terminal import printable
 from bags.jobs.train import run_jobs
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from bags.config.sections import Config
+    from bags.data.statistics import CategoryStats
+
+    Norms = dict[str, list[np.ndarray]]  # row -> [C+1] of each run
 
 CROWDED = 25  # in an image with more boxes only tail categories are named
 
@@ -56,14 +64,14 @@ def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None
         print(f"figures: {folder / 'weight_norms.png'} {folder / 'predictions.png'}")
 
 
-def weight_norms(rows: dict[str, list[Path]]) -> Any:
-    """Norms of every run's classifier, and their correlation with the counts, by row."""
+def weight_norms(rows: dict[str, list[Path]]) -> tuple["Norms", dict[str, list[float]], "CategoryStats", "Config"]:
+    """Norms of every run's classifier, their correlation with the counts, by row; counts and the last configuration."""
     from bags.analysis.weight_norms import classifier_norms, rank_correlation
     from bags.assembly.models import load_detector
 
-    norms: dict[str, list] = {}
+    norms: Norms = {}
     correlations: dict[str, list[float]] = {}
-    stats = None
+    stats: CategoryStats | None = None
     for name, folders in rows.items():
         norms[name], correlations[name] = [], []
         for folder in folders:
@@ -73,10 +81,13 @@ def weight_norms(rows: dict[str, list[Path]]) -> Any:
                 raise UserError(f"{folder}: trained on another dataset than {next(iter(rows.values()))[0]}")
             norms[name].append(classifier_norms(detector))
             correlations[name].append(rank_correlation(norms[name][-1][1:], meta["stats"].instance_counts))
+    assert stats is not None  # there are rows
     return norms, correlations, stats, meta["config"]
 
 
-def _draw_predictions(path: Path, runs: dict[str, Path], config: Any, stats: Any, num_images: int = 4) -> None:
+def _draw_predictions(
+    path: Path, runs: dict[str, Path], config: "Config", stats: "CategoryStats", num_images: int = 4
+) -> None:
     """The validation images with most instances of tail categories, as each run sees them."""
     import numpy as np
 
