@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from bags.config.sections import Config, DetectorConfig, TailOnlyConfig
 from bags.data.dataset import DetectionDataset
 from bags.data.images import image_path
 from bags.data.index import AnnotationIndex
-from bags.data.samplers import ShardSampler
+from bags.data.samplers import ShardSampler, TrainSampler
 from bags.detectors.faster_rcnn import FasterRCNN
 from bags.detectors.from_features import FromFeatures, Pool, StoredProposals, proposals_to_store, training_pool
 from bags.engine.checkpoint import weights_digest
@@ -92,7 +92,7 @@ def training_loader(config: Config, runs: list[Run], live: DataLoader, device: t
     The runs, whose detectors differ only in their classifiers, are made to take them. On a GPU with twice
     the room, the whole store is copied to its memory first.
     """
-    batches: Any = live.batch_sampler
+    batches = cast(TrainSampler, live.batch_sampler)
     assert isinstance(runs[0].model, FasterRCNN) and isinstance(live.dataset, DetectionDataset)
     store = training_store(config, runs[0].model, live.dataset, device)
     resident = device.type == "cuda" and 2 * store.nbytes() < _free_memory(device)

@@ -5,7 +5,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import orjson
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from bags.core import distributed
 from bags.core.errors import UserError
 from bags.core.files import naming, open_regular, replacing
+from bags.data.samplers import ShardSampler
 
 
 @torch.inference_mode()
@@ -50,7 +51,7 @@ def predict(
         )
     header = orjson.dumps(f"{key} of {distributed.world_size()}", option=orjson.OPT_APPEND_NEWLINE)
     distributed.on_main(lambda: _remove_left_over(path, distributed.world_size()))
-    share, sampler = _share(path, distributed.rank()), _sampler(loader)
+    share, sampler = _share(path, distributed.rank()), cast(ShardSampler, loader.batch_sampler)
     plan = [[image_ids[position] for position in batch] for batch in sampler.start(0)]
     batches, observed = _resume(share, header, plan)
     sampler.start(batches)
@@ -76,11 +77,6 @@ def predict(
     distributed.barrier()
     distributed.on_main(lambda: _merge(path, header, image_ids, distributed.world_size()))
     return observed
-
-
-def _sampler(loader: DataLoader) -> Any:
-    """The loader's batch sampler, whose `start` torch's type does not have."""
-    return loader.batch_sampler
 
 
 def _share(path: Path, rank: int) -> Path:

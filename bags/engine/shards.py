@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from bags.core import distributed
 from bags.core.errors import UserError
 from bags.core.files import open_regular, read_text, write_problem, write_text
 
+Result = TypeVar("Result")
 KINDS = ("fc", "rows", "views")
 BLOCK = 2**22  # bytes that are read at a time for a checksum
 THREADS = 8  # at most, that compute checksums: fast disks need several
@@ -262,7 +263,7 @@ class ShardWriter:
             self._path(kind, ".tmp").replace(self._path(kind))
         write_text(self._path("sums"), json.dumps(self.sums))
 
-    def _safely(self, action: Callable[[], Any]) -> Any:
+    def _safely(self, action: Callable[[], Result]) -> Result:
         """Does something with the files. Where the system refuses, they are removed, and UserError says why."""
         try:
             return action()

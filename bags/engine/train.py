@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from bags.config.sections import TrainConfig
 from bags.core import distributed
 from bags.core.errors import Stopped, UserError
 from bags.core.tensor_files import check_finite
+from bags.data.samplers import TrainSampler
 from bags.engine.checkpoint import load_latest, save_checkpoint
 from bags.engine.faults import StopSignals, report_nonfinite
 from bags.engine.metrics import Clock, Monitor, Stopwatch
@@ -253,7 +254,7 @@ def _resume(run: Run) -> bool:
 
 def _first_iterations(config: TrainConfig, loader: DataLoader) -> list[int]:
     """The first iteration of each epoch, and the total."""
-    sampler: Any = loader.batch_sampler
+    sampler = cast(TrainSampler, loader.batch_sampler)
     sampler.start(0)
     return [0, *itertools.accumulate(sampler.batches_in(epoch) for epoch in range(config.epochs))]
 
@@ -281,7 +282,7 @@ def train(
     `last.pth`, `previous.pth` and `log.jsonl`. Raises UserError for a loss that is not finite, and Stopped, with
     everything saved, after a step in which SIGTERM or SIGINT came.
     """
-    sampler: Any = loader.batch_sampler
+    sampler = cast(TrainSampler, loader.batch_sampler)
     epochs = _first_iterations(runs[0].config, loader)
     for run in runs:
         _start(run, loader, device)

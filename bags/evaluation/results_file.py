@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
@@ -24,6 +23,7 @@ from bags.evaluation.truth import Notes, Truth, check_mask, mask_sizes, ranks_of
 AT_ONCE = 2**20  # bytes parsed at once: Python objects of a whole file would take ten times its size
 BETWEEN = re.compile(rb"\}\s*,\s*(?=\{)")
 IDS = ("image_id", "category_id")
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray, list | None]  # see `_columns`
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,9 +170,7 @@ def _parts(path: Path) -> Iterator[list]:
     yield entries[done:]
 
 
-def _columns(
-    path: Path, entries: list, first: int, images: dict[int, int], categories: dict[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list | None]:
+def _columns(path: Path, entries: list, first: int, images: dict[int, int], categories: dict[int, int]) -> Columns:
     """(ranks [D, 2], boxes [D, 4], scores [D], masks or None where there are none) of a part of a file.
 
     first: position of its first detection in the file.
@@ -188,7 +186,7 @@ def _columns(
     return found
 
 
-def _converted(entries: list, images: dict[int, int], categories: dict[int, int]) -> Any:
+def _converted(entries: list, images: dict[int, int], categories: dict[int, int]) -> Columns | None:
     """The columns; None, or one of the errors of `_columns`, where a detection is at fault."""
     if not set(map(type, entries)) <= {dict}:
         return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bags.core.errors import UserError
-from scripts.benchmarks.measuring import measure
+from scripts.benchmarks.measuring import coco_object, measure
 
 
 def evaluation(arguments: argparse.Namespace) -> list[dict]:
@@ -82,16 +82,7 @@ def write_results(folder: Path) -> tuple[Path, Path]:
         )
         boxes = np.column_stack([rng.random((12, 2)) * (500, 350), rng.random((12, 2)) * 120 + 8]).round(2)
         for label, box in zip(labels.tolist(), boxes.tolist(), strict=True):
-            objects.append(
-                {
-                    "id": len(objects) + 1,
-                    "image_id": i,
-                    "category_id": label,
-                    "bbox": box,
-                    "area": box[2] * box[3],
-                    "iscrowd": 0,
-                }
-            )
+            objects.append(coco_object(len(objects) + 1, i, label, box))
         which = np.arange(300) % 12
         guesses = np.where(rng.random(300) < 0.5, labels[which], rng.choice(1203, 300, p=share) + 1).tolist()
         shifted = boxes[which] + np.column_stack([rng.normal(0, 8, (300, 2)), np.zeros((300, 2))])
