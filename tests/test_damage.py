@@ -379,8 +379,12 @@ def test_few_rows_are_the_same_rows(store, monkeypatch):
 def test_stores_without_checksums_are_refused(store):
     make, folder = store
     header = json.loads((folder / "store.json").read_text())
-    for odd, words in ((header | {"format": 1}, "made by an earlier version and has no checksums: remove the folder"),
-                       ([], "other format"), ([1], "cannot be read"), ("x", "cannot be read")):  # fmt: skip
+    for odd, words in (
+        (header | {"format": 1}, "made by an earlier version and has no checksums: remove the folder"),
+        ([], "other format"),
+        ([1], "cannot be read"),
+        ("x", "cannot be read"),
+    ):
         (folder / "store.json").write_text(json.dumps(odd))
         with pytest.raises(UserError, match=words):
             make()

@@ -37,6 +37,12 @@ FRAMEWORKS = {
 }
 
 
+def copy_softmax(runs, target):
+    """Copy the run that others start from, without its store of features."""
+    ignore = shutil.ignore_patterns("*.features")
+    shutil.copytree(runs / "tiny" / "softmax", target / "tiny" / "softmax", ignore=ignore)
+
+
 def prepared(folder, glyphs, *overrides):
     """(config of `bags`, detector in whose folder its weights are, data) on tiny glyphs, with a softmax classifier."""
     configs = write_configs(folder / "configs", glyphs)
@@ -297,12 +303,12 @@ def swept(job, tmp_path_factory):
 
 def test_two_runs_at_one_store_take_turns(swept, tmp_path):
     configs, folder = swept
-    shutil.copytree(folder / "tiny" / "softmax", tmp_path / "tiny" / "softmax",
-                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+    copy_softmax(folder, tmp_path)
     script = [sys.executable, str(ROOT / "scripts/train.py")]
     rows = ("bags", "softmax_retrained")
-    both = [subprocess.Popen([*script, str(configs / f"{row}.yaml"), f"output={tmp_path}", *RESIZED],
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for row in rows]  # fmt: skip
+    commands = [[*script, str(configs / f"{row}.yaml"), f"output={tmp_path}", *RESIZED] for row in rows]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    both = [subprocess.Popen(command, **pipes, text=True) for command in commands]
     for row, process in zip(rows, both, strict=True):
         message = process.communicate(timeout=240)[1]
         assert process.returncode == 0, message
@@ -324,8 +330,7 @@ def test_a_removed_store_is_not_made_again_only_to_evaluate(swept, tmp_path):
 def test_a_live_run_ends_where_a_stored_one_does(swept, tmp_path):
     """Where every proposal is drawn and none is mirrored, fp16 features are all that differs."""
     configs, folder = swept
-    shutil.copytree(folder / "tiny" / "softmax", tmp_path / "tiny" / "softmax",
-                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+    copy_softmax(folder, tmp_path)
     ends = {}
     for features in ("cached", "live"):
         settings = [*EVERYTHING, "store.negatives=100000", f"train.features={features}", f"name={features}"]
@@ -353,8 +358,7 @@ def test_a_job_that_needs_two_stores_in_one_place_is_not_begun(swept, tmp_path):
 def test_one_pass_for_several_rows_gives_each_its_own_result(swept, tmp_path):
     configs, folder = swept
     for row in ("bags", "softmax_retrained"):
-        shutil.copytree(folder / "tiny" / "softmax", tmp_path / row / "tiny" / "softmax",
-                        ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+        copy_softmax(folder, tmp_path / row)
         done = run_script("train", configs / f"{row}.yaml", f"output={tmp_path / row}", *RESIZED)
         assert done.returncode == 0, done.stderr
         alone, together = weights(tmp_path / row / "tiny" / row), weights(folder / "tiny" / row)
@@ -366,8 +370,7 @@ def test_one_pass_for_several_rows_gives_each_its_own_result(swept, tmp_path):
 @pytest.mark.parametrize("after", ["softmax/last.features/train/0.fc", "bags/log.jsonl", "softmax_retrained/last.pth"])
 def test_killed_anywhere_the_weights_are_the_same(swept, tmp_path, after):
     configs, folder = swept
-    shutil.copytree(folder / "tiny" / "softmax", tmp_path / "tiny" / "softmax",
-                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+    copy_softmax(folder, tmp_path)
     rows = [str(configs / "bags.yaml"), str(configs / "softmax_retrained.yaml")]
     command = [sys.executable, str(ROOT / "scripts/train.py"), *rows, f"output={tmp_path}", *RESIZED]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -386,11 +389,10 @@ def test_killed_anywhere_the_weights_are_the_same(swept, tmp_path, after):
 
 def test_two_ranks_make_the_same_store(swept, tmp_path):
     configs, folder = swept
-    shutil.copytree(folder / "tiny" / "softmax", tmp_path / "tiny" / "softmax",
-                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "scripts/train.py"), str(configs / "bags.yaml"),
-               f"output={tmp_path}", *RESIZED]  # fmt: skip
+    copy_softmax(folder, tmp_path)
+    two_ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    training = [str(ROOT / "scripts/train.py"), str(configs / "bags.yaml"), f"output={tmp_path}", *RESIZED]
+    command = [*two_ranks, *training]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -409,10 +411,13 @@ def test_a_sweep_of_scores_runs_the_detector_once(job, tmp_path):
     """Calibration of a trained detector: NorCal with gamma 0 is the detector itself; its limits are test's."""
     configs, runs, _ = job
     shutil.copytree(configs, tmp_path / "configs")
-    shutil.copytree(runs / "tiny" / "softmax", tmp_path / "runs" / "tiny" / "softmax",
-                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
-    row = {"base": "softmax.yaml", "detector": {"init_from": "row:softmax"}, "classifier": {"name": "norcal"},
-           "train": {"part": "none"}}  # fmt: skip
+    copy_softmax(runs, tmp_path / "runs")
+    row = {
+        "base": "softmax.yaml",
+        "detector": {"init_from": "row:softmax"},
+        "classifier": {"name": "norcal"},
+        "train": {"part": "none"},
+    }
     (tmp_path / "configs" / "norcal.yaml").write_text(yaml.safe_dump(row))
     over = ["--over", "classifier.gamma", "0", "0.5", "--over", "test.max_detections", "1", "30"]
     kept = tmp_path / "kept.json"

@@ -482,9 +482,8 @@ def test_simcal_by_hand():
     classifier.requires_grad_(False)
     assert not any(p.requires_grad for p in classifier.parameters())
     classifier.requires_grad_(True)
-    assert {name for name, p in classifier.named_parameters() if p.requires_grad} == {
-        "calibrated.weight", "calibrated.bias",
-    }  # fmt: skip
+    trained = {name for name, p in classifier.named_parameters() if p.requires_grad}
+    assert trained == {"calibrated.weight", "calibrated.bias"}
     classifier.loss(classifier(features(torch.randn(3, 4))), torch.tensor([0, 1, 2]))["loss_classifier"].backward()
     assert classifier.linear.weight.grad is None and classifier.calibrated.weight.grad.abs().sum() > 0
     norms = classifier.weight_norms().tolist()
