@@ -31,13 +31,13 @@ def read_metrics(folder: Path) -> dict[str, float]:
 
 def read_log(folder: Path) -> list[dict]:
     """Objects of a run's `log.jsonl`; none where it was not trained. A line that was cut off is left out."""
-    path, found = folder / "log.jsonl", []
+    path, steps = folder / "log.jsonl", []
     for line in read_text(path, "replace").splitlines() if path.exists() else []:
         try:
-            found.append(json.loads(line))
+            steps.append(json.loads(line))
         except (ValueError, RecursionError):
             continue  # the last line of a killed run
-    return [step for step in found if isinstance(step, dict)]
+    return [step for step in steps if isinstance(step, dict)]
 
 
 def read_seconds(folder: Path) -> float:
@@ -88,17 +88,17 @@ def write_scores(folder: Path, name: str, scores: dict[str, Scores], boundaries:
     for row, mask in zip(rows, scores["segm"].rows if "segm" in scores else (), strict=False):
         row |= {"mask_AP": mask["AP"], "mask_AP50": mask["AP50"]}
     written = [_write_csv(folder / "categories.csv", rows)]
-    for kind, own in scores.items():
+    for kind, of_kind in scores.items():
         prefix = "" if kind == "bbox" else "mask_"
         written += [folder / f"figures/{prefix}precision_recall.png", folder / f"figures/{prefix}ap_by_instances.png"]
-        plot_precision_recall(written[-2], own.curves)
-        plot_ap_by_instances(written[-1], {name: own.rows}, boundaries)
+        plot_precision_recall(written[-2], of_kind.curves)
+        plot_ap_by_instances(written[-1], {name: of_kind.rows}, boundaries)
     return written
 
 
-def write_comparison(folder: Path, found: dict[str, Comparison]) -> None:
+def write_comparison(folder: Path, comparisons: dict[str, Comparison]) -> None:
     """Writes `comparison.json` (means, intervals) and `comparison.csv` (categories); of masks `mask_comparison.*`."""
-    for kind, result in found.items():
+    for kind, result in comparisons.items():
         stem = "comparison" if kind == "bbox" else "mask_comparison"
         write_text(folder / f"{stem}.json", json.dumps(as_table(result), indent=1))
         _write_csv(folder / f"{stem}.csv", result.rows)

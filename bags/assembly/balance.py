@@ -219,9 +219,9 @@ def _new_classifier(
 
 
 def _copy_layer(layer: nn.Linear, classifier: ProposalClassifier) -> None:
-    own = getattr(classifier, "linear", None)
-    if type(own) is not nn.Linear or own.weight.shape != layer.weight.shape:
+    linear = getattr(classifier, "linear", None)
+    if type(linear) is not nn.Linear or linear.weight.shape != layer.weight.shape:
         raise ValueError(f"keep_weights: the layer of {type(classifier).__name__} is not a softmax's")
     with torch.no_grad():
-        own.weight.copy_(layer.weight)
-        own.bias.copy_(layer.bias)
+        linear.weight.copy_(layer.weight)
+        linear.bias.copy_(layer.bias)

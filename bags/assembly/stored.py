@@ -55,16 +55,16 @@ def training_store(
 
     def records(images: list[Tensor], targets: list[dict], positions: list[int]) -> list[Record]:
         """All views of some images."""
-        found = []
+        stored = []
         for mirrored in views:
-            own = mirrored and hasattr(detector.transform, "flip")  # the transform mirrors what it has resized
-            shown = [_view(*pair, mirrored and not own, device) for pair in zip(images, targets, strict=True)]
+            by_transform = mirrored and hasattr(detector.transform, "flip")  # the transform mirrors what it has resized
+            shown = [_view(*pair, mirrored and not by_transform, device) for pair in zip(images, targets, strict=True)]
             seeds = [2 * position + mirrored for position in positions]
-            with _mirroring(detector.transform) if own else contextlib.nullcontext():
+            with _mirroring(detector.transform) if by_transform else contextlib.nullcontext():
                 moved = [image for image, _ in shown], [target for _, target in shown]
                 pools = training_pool(detector, *moved, config.store.negatives, seeds)
-            found += [_pool_record(*pair, mirrored) for pair in zip(pools, positions, strict=True)]
-        return sorted(found, key=lambda record: record.view)
+            stored += [_pool_record(*pair, mirrored) for pair in zip(pools, positions, strict=True)]
+        return sorted(stored, key=lambda record: record.view)
 
     settings = {"negatives": config.store.negatives, "mirrored": len(views) > 1}
     layout = Layout("float16", pool_row(stages), View, stages, width)

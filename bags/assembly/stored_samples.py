@@ -65,17 +65,17 @@ class TrainingFeatures(Dataset):
         """Rows [n] of each stage, each stage for itself: those of a label, and as many of background, if there are."""
         drawn = []
         for labels in torch.from_numpy(rows["label"].astype(np.int64)).unbind(1):
-            own, background = (torch.where(labels == wanted)[0] for wanted in (label, 0))
-            background = background[torch.randperm(len(background))[: len(own)]]
-            drawn.append(torch.cat([own, background]).sort().values)
+            labelled, background = (torch.where(labels == wanted)[0] for wanted in (label, 0))
+            background = background[torch.randperm(len(background))[: len(labelled)]]
+            drawn.append(torch.cat([labelled, background]).sort().values)
         return drawn
 
 
 def collate_samples(items: list[tuple[list[Tensor], list[Tensor]]]) -> tuple[list[Tensor], list[dict]]:
     """A batch as `FromFeatures` takes it: features [N, D] and {"labels": [N]} of each stage."""
     features, labels = zip(*items, strict=True)
-    targets = [{"labels": torch.cat(own)} for own in zip(*labels, strict=True)]
-    return [torch.cat(own) for own in zip(*features, strict=True)], targets
+    targets = [{"labels": torch.cat(of_stage)} for of_stage in zip(*labels, strict=True)]
+    return [torch.cat(of_stage) for of_stage in zip(*features, strict=True)], targets
 
 
 class SeenFeatures(Dataset):

@@ -41,9 +41,9 @@ def main() -> None:
             f"--best {arguments.best}: expected a column of the table, as AP, AP50, AP1, AP_tail, mask_AP, ACC"
         )
     seeds = seeds_of(arguments.seeds)
-    own_rows = combinations(arguments.over, TAKEN if seeds[0] is None else TAKEN | {"seed": "--seeds gives it"})
+    combined = combinations(arguments.over, TAKEN if seeds[0] is None else TAKEN | {"seed": "--seeds gives it"})
     name = load_config(paths[0], overrides).name
-    rows = [[*overrides, *own, f"name={row_name(name, own)}"] for own in own_rows]
+    rows = [[*overrides, *values, f"name={row_name(name, values)}"] for values in combined]
     jobs = [[load_rows(paths, row, seed)[0] for row in rows] for seed in seeds]
     refuse_equal(jobs[0])
     title = f"{name}: {', '.join(key for key, *_ in arguments.over)}"

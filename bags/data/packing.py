@@ -81,8 +81,8 @@ def _unique(path: Path, kind: str, ids: ArrayLike) -> np.ndarray:
 def _size(path: Path, image: dict) -> tuple[int, int]:
     height, width = image.get("height"), image.get("width")
     if not (type(height) is type(width) is int and 0 < height < 2**20 and 0 < width < 2**20):
-        found = f"{width!r:.40} x {height!r:.40}"
-        raise UserError(f"{path}: image {image['id']}: expected width and height in pixels, found {found}")
+        given = f"{width!r:.40} x {height!r:.40}"
+        raise UserError(f"{path}: image {image['id']}: expected width and height in pixels, found {given}")
     return height, width
 
 

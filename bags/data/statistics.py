@@ -113,14 +113,14 @@ class Training(NamedTuple):
 
     def sets(self) -> dict[str, np.ndarray]:
         """Which categories [C] enter which mean."""
-        found: dict[str, np.ndarray] = {}
+        members: dict[str, np.ndarray] = {}
         if self.letters is not None:
-            found |= {f"AP{letter}": self.letters == letter for letter in "rcf"}
+            members |= {f"AP{letter}": self.letters == letter for letter in "rcf"}
         if self.bins is not None:
-            found |= {f"AP{n + 1}": self.bins == n for n in range(self.num_bins)}
-            found["AP_tail"] = self.bins < self.num_bins // 2
-            found["AP_head"] = self.bins >= self.num_bins // 2
-        return found
+            members |= {f"AP{n + 1}": self.bins == n for n in range(self.num_bins)}
+            members["AP_tail"] = self.bins < self.num_bins // 2
+            members["AP_head"] = self.bins >= self.num_bins // 2
+        return members
 
 
 def training_of(
@@ -136,8 +136,8 @@ def training_of(
     for name, counts in (("instance_counts", instances), ("image_counts", images)):
         if counts is not None and len(counts) != len(categories):
             raise UserError(f"{name}: {len(counts)} numbers for {len(categories)} categories of the ground truth")
-    own = _known(categories, "frequency") if image_counts is None else None
-    letters = None if own is None else np.asarray(own)
+    letters_given = _known(categories, "frequency") if image_counts is None else None
+    letters = None if letters_given is None else np.asarray(letters_given)
     if letters is None and images is not None:
         letters = frequency(images)
     bins = None if instances is None else instance_bin(instances, boundaries)

@@ -103,10 +103,10 @@ def _resume(share: Path, header: bytes, plan: list[list[int]]) -> tuple[int, lis
     with contextlib.suppress(FileNotFoundError), open_regular(share) as file:
         if file.readline() == header:
             for line, image_id in zip(file, itertools.chain.from_iterable(plan), strict=False):
-                found = _parse(line)
-                if found is None or found[0] != image_id:
+                parsed = _parse(line)
+                if parsed is None or parsed[0] != image_id:
                     break
-                observed.append(found[1])
+                observed.append(parsed[1])
                 ends.append(file.tell())
     whole = [n for n, images in enumerate(itertools.accumulate(map(len, plan), initial=0)) if images <= len(observed)]
     images = sum(map(len, plan[: whole[-1]]))
@@ -173,10 +173,10 @@ def _lines(share: Path, header: bytes) -> Iterator[tuple[int, list[dict]]]:
             if file.readline() != header:
                 raise _Damaged
             for line in file:
-                found = _parse(line)
-                if found is None:
+                parsed = _parse(line)
+                if parsed is None:
                     raise _Damaged
-                yield found[0], found[2]
+                yield parsed[0], parsed[2]
     except FileNotFoundError:
         raise _Damaged from None
 

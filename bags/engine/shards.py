@@ -166,15 +166,15 @@ def open_shards(folder: Path, layout: Layout, shards: list[range], title: str) -
             bar.update()
 
     with bar, ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        own = list(pool.map(compared, mine))
-    found: dict[int, Shard | str] = {}
-    for rank, results in enumerate(distributed.gather_objects(own)):
-        found |= {rank + k * distributed.world_size(): result for k, result in enumerate(results)}
-    problems = [result for result in found.values() if isinstance(result, str)]
+        of_rank = list(pool.map(compared, mine))
+    opened: dict[int, Shard | str] = {}
+    for rank, results in enumerate(distributed.gather_objects(of_rank)):
+        opened |= {rank + k * distributed.world_size(): result for k, result in enumerate(results)}
+    problems = [result for result in opened.values() if isinstance(result, str)]
     if problems:
         more = f" ({len(problems) - 1} more shards are damaged)" if len(problems) > 1 else ""
         raise UserError(problems[0] + more)
-    return [shard for number in range(len(shards)) if isinstance(shard := found[number], Shard)]
+    return [shard for number in range(len(shards)) if isinstance(shard := opened[number], Shard)]
 
 
 def _compared(folder: Path, number: int, layout: Layout, positions: range) -> Shard:

@@ -306,9 +306,9 @@ def train(
                 run.save(steps)
                 clock.leave_out()
             if run is runs[-1] and distributed.any_rank(bool(signals.received), device):
-                for own in runs:
-                    if own.done <= iteration:
-                        own.save(steps)
+                for unsaved in runs:
+                    if unsaved.done <= iteration:
+                        unsaved.save(steps)
                 distributed.barrier()  # a rank that ends makes torchrun end the others, which may still be saving
                 cause = signals.received[0] if signals.received else "another rank"
                 saved = f"after iteration {steps} of {total}, which is saved; the same command goes on"

@@ -90,15 +90,15 @@ class Results:
             self.masks or itertools.repeat(None),
             strict=False,
         )
-        found = []
+        detections = []
         for image, category, box, score, mask in columns:
             entry = {"image_id": image, "category_id": category, "score": score}
             if box[0] == box[0]:
                 entry["bbox"] = box
             if mask is not None and (masks or box[0] != box[0]):
                 entry["segmentation"] = mask
-            found.append(entry)
-        return found
+            detections.append(entry)
+        return detections
 
 
 def read_results(path: str | Path, truth: Truth) -> Results:
@@ -176,14 +176,14 @@ def _columns(path: Path, entries: list, first: int, images: dict[int, int], cate
     first: position of its first detection in the file.
     """
     try:
-        found = _converted(entries, images, categories)
+        columns = _converted(entries, images, categories)
     except (KeyError, TypeError, AttributeError, OverflowError):
-        found = None
-    if found is None:
+        columns = None
+    if columns is None:
         for k, entry in enumerate(entries, start=first):
             _check_detection(f"{path}: detection {k}", entry, images, categories)
         raise UserError(f"{path}: detections {first} to {first + len(entries) - 1} cannot be read")
-    return found
+    return columns
 
 
 def _converted(entries: list, images: dict[int, int], categories: dict[int, int]) -> Columns | None:

@@ -107,18 +107,18 @@ def compare_results(arguments: argparse.Namespace) -> None:
     files = [read_results(path, truth) for path in arguments.compare]
     counts: dict[str, Any] = training_counts(arguments.train, truth)
     masks = not truth.lacks_masks() and not any(file.masks is None or file.lacks_masks() for file in files)
-    found = {
+    comparisons = {
         kind: compare(truth, files[0], files[1], kind, arguments.draws, boundaries=bins, **counts)
         for kind in (["bbox", "segm"] if masks else ["bbox"])
     }
     say([note for file in files for note in notes_of(truth, file, own_counts=not counts)], truth, counts)
     if arguments.output:
         with locks.alone(arguments.output, "choose another --output"):
-            write_comparison(arguments.output, found)
+            write_comparison(arguments.output, comparisons)
     if arguments.json:
-        print(json.dumps({kind: as_table(result) for kind, result in found.items()}))
+        print(json.dumps({kind: as_table(result) for kind, result in comparisons.items()}))
         return
-    for kind, result in found.items():
+    for kind, result in comparisons.items():
         print_comparison(kind, result, [str(path) for path in arguments.compare])
 
 

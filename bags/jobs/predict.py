@@ -85,8 +85,8 @@ def detect(
         raise UserError(f"{output}: nothing predicted: none of the {unreadable} images could be read")
     left_out = f" ({unreadable} more left out)" if unreadable else ""
     not_drawn = f" ({undrawn} of them without a drawing)" if undrawn else ""
-    seen = f"{len(files) - unreadable} images{left_out}{not_drawn}"
-    print(f"{seen}, {objects} objects with a score of {least_score} or more: {output}")
+    summary = f"{len(files) - unreadable} images{left_out}{not_drawn}"
+    print(f"{summary}, {objects} objects with a score of {least_score} or more: {output}")
 
 
 def _results(path: Path) -> JsonList:

@@ -63,13 +63,13 @@ def gather(runs: list["RunResults"], draws: int) -> "Findings":
         else:
             findings.notes.append(f"{run.folder / 'last.pth'}: no such file: no weight norms of {run.label}")
     entries = [shown.read_detections(run.folder, name_of) for run in runs]
-    findings.detected = [{entry["category_id"] for entry in own} for own in entries]
+    findings.detected = [{entry["category_id"] for entry in of_run} for of_run in entries]
     dataset = open_validation(first, stats, findings)
     if findings.objects is not None and len(runs) > 1:
         findings.comparison = compare_runs(runs, stats, draws)
     if dataset is not None:
         rows = [row for part in findings.tail for row in part[:EXAMPLES]]
-        detections = {run.label: shown.by_image(own) for run, own in zip(runs, entries, strict=True)}
+        detections = {run.label: shown.by_image(of_run) for run, of_run in zip(runs, entries, strict=True)}
         try:
             findings.examples = {e.category["id"]: e for e in shown.examples(dataset, rows, detections, name_of)}
         except UserError as error:

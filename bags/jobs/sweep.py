@@ -58,11 +58,11 @@ def show(folders: dict[str, list[Path]], best: str, title: str, save: Path | Non
     from bags.analysis.run_files import read_metrics
     from bags.analysis.tables import render_table
 
-    rows = {name: [read_metrics(folder) for folder in own] for name, own in folders.items()}
+    rows = {name: [read_metrics(folder) for folder in of_row] for name, of_row in folders.items()}
     print(f"\n{render_table(rows)}")
     if save:
         save_results(save, title, this_command(), folders, rows)
-    means = {name: sum(run.get(best, math.nan) for run in own) / len(own) for name, own in rows.items()}
+    means = {name: sum(run.get(best, math.nan) for run in of_row) / len(of_row) for name, of_row in rows.items()}
     known = {name: value for name, value in means.items() if not math.isnan(value)}
     if not known:
         raise UserError(

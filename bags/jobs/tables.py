@@ -48,10 +48,10 @@ def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None
     table = render_table(numbers)
     norms, correlations, stats, config = weight_norms(rows)
     print(f"\n{table}\n\nrank correlation of classifier weight norm and training instances:")
-    print("\n".join(f"  {printable(name)}: {spread(own, '.2f')}" for name, own in correlations.items()))
+    print("\n".join(f"  {printable(name)}: {spread(of_row, '.2f')}" for name, of_row in correlations.items()))
     if save:
-        for name, own in correlations.items():
-            for folder, run, value in zip(rows[name], numbers[name], own, strict=True):
+        for name, of_row in correlations.items():
+            for folder, run, value in zip(rows[name], numbers[name], of_row, strict=True):
                 run |= {"correlation": value, "seconds": read_seconds(folder)}
         save_results(save, config.data.name, this_command(), rows, numbers)
     if figures:
@@ -113,8 +113,8 @@ def _draw_predictions(
     name_of = dict(zip(stats.category_ids, stats.names, strict=True))
     check_categories(stats, index, next(iter(runs.values())))
     for run, folder in runs.items():
-        found = by_image(read_detections(folder, name_of))
-        columns[run] = [judged(found.get(i, []), t, name_of) for i, t in zip(image_ids, truths, strict=True)]
+        detections = by_image(read_detections(folder, name_of))
+        columns[run] = [judged(detections.get(i, []), t, name_of) for i, t in zip(image_ids, truths, strict=True)]
     caption = f"scores of {LEAST_SCORE:.0%} or more; green: object and category are right, red: one of them is wrong"
     tail_names = {name for name, is_tail in zip(stats.names, tail[1:], strict=True) if is_tail}
     if any(len(drawing["names"]) > CROWDED for column in columns.values() for drawing in column):

@@ -187,8 +187,8 @@ class Pass:
 def note_data(index: AnnotationIndex, stats: CategoryStats) -> None:
     """Say on stderr what of the training data is left out, or is probably not meant."""
     odd = [
-        f"{index.path}: {kind}: {seen}; prepare_data.py check says more"
-        for kind, seen in implausible_boxes(index).items()
+        f"{index.path}: {kind}: {which}; prepare_data.py check says more"
+        for kind, which in implausible_boxes(index).items()
     ]
     for line in (what_does_not_train(index), disagreement(index, stats), *odd):
         if line:

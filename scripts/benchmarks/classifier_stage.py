@@ -153,7 +153,7 @@ def train_once(
     index = open_index(config, "train")
     stats = CategoryStats.from_index(index)
     named = [dataclasses.replace(config, name=f"{name} {k}", seed=k) for k in range(classifiers)]
-    runs = [begin(own, index, stats, device) for own in named]
+    runs = [begin(of_run, index, stats, device) for of_run in named]
     loader = build_train_loader(config, index, stats)
     start = time.perf_counter()
     if not live:

@@ -20,7 +20,7 @@ def evaluation(arguments: argparse.Namespace) -> list[dict]:
 
     repeats, results = min(arguments.repeats, 3), []
     with tempfile.TemporaryDirectory() as folder:
-        truth, found = write_results(Path(folder))
+        truth, results_file = write_results(Path(folder))
         arrays = {}
 
         def ours() -> None:
@@ -31,12 +31,12 @@ def evaluation(arguments: argparse.Namespace) -> list[dict]:
                 return arrays["ours"]
 
             detection_ap._match = kept  # type: ignore[assignment]
-            detection_ap.evaluate(truth, found)
+            detection_ap.evaluate(truth, results_file)
             detection_ap._match = plain
 
         def peer() -> None:
             with contextlib.redirect_stdout(io.StringIO()):
-                arrays["lvis"] = official._lvis(str(truth), json.loads(found.read_text()), "bbox", 300)
+                arrays["lvis"] = official._lvis(str(truth), json.loads(results_file.read_text()), "bbox", 300)
 
         try:
             peer()
@@ -90,7 +90,7 @@ def write_results(folder: Path) -> tuple[Path, Path]:
         scores = rng.random(300, np.float32).astype(float).tolist()
         for label, box, score in zip(guesses, shifted.round(3).tolist(), scores, strict=True):
             detections.append({"image_id": i, "category_id": label, "bbox": box, "score": score})
-    truth, found = folder / "truth.json", folder / "results.json"
+    truth, results = folder / "truth.json", folder / "results.json"
     truth.write_text(json.dumps({"images": images, "annotations": objects, "categories": categories}))
-    found.write_text(json.dumps(detections))
-    return truth, found
+    results.write_text(json.dumps(detections))
+    return truth, results
