@@ -3,9 +3,9 @@
 import importlib
 from typing import Any
 
-from bags.classifiers import METHODS
+from bags.classifiers import CLASSIFIERS
 
-_PUBLIC = {name: f"bags.classifiers.{file}" for name, file in METHODS.items()} | {
+_PUBLIC = {name: f"bags.classifiers.{file}" for name, file in CLASSIFIERS.items()} | {
     "AnnotationIndex": "bags.data.index",
     "BoxFeatures": "bags.classifiers.base",
     "CategoryGroups": "bags.classifiers.groups",

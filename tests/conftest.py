@@ -88,7 +88,7 @@ def write_configs(folder: Path, data: Path) -> Path:
                 "milestones": [1.5],
                 "log_every": 2,
                 "checkpoint_every": 4,
-            },  # fmt: skip
+            },
             "test": {"batch_size": 4, "max_detections": 30},
             "device": "cpu",
         },

@@ -137,7 +137,7 @@ def look() -> dict:
     import torchvision
 
     import bags
-    from bags.classifiers import method_settings
+    from bags.classifiers import classifier_settings
     from bags.detectors.backbones import build_backbone
 
     assert Path(bags.__file__).is_relative_to(Path.cwd())
@@ -155,7 +155,7 @@ def look() -> dict:
     facts["rows"] = {name: bags.load_config(f"configs/birds/{name}").data.name for name in rows}
     smoothed = bags.load_config("configs/glyphs-100/label_smoothing")
     softmax = bags.load_config("configs/birds/softmax")
-    facts["for_balance"] = not method_settings()["label_smoothing"].fitted
+    facts["for_balance"] = not classifier_settings()["label_smoothing"].fitted
     facts["row"] = smoothed.classifier.name
     stats = bags.CategoryStats((1, 2), ("a", "b"), (5, 6), (5, 6))
     facts["same_columns"] = smoothed.classifier.columns(stats) == softmax.classifier.columns(stats)

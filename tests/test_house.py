@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [path for folder in ("bags", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 # A package may import from the packages and modules listed for it, and from itself.
 ALLOWED = {
@@ -17,7 +18,7 @@ ALLOWED = {
     "assembly": {"engine", "detectors", "evaluation", "data", "config", "classifiers", "core"},
     "analysis": {"evaluation", "config", "data.statistics", "core"},
     "evaluation": {"data.json_files", "data.packing", "data.statistics", "core"},
-    "engine": {"config", "data", "classifiers.base", "detectors.torchvision_private", "core"},
+    "engine": {"config", "data", "classifiers.base", "core"},
     "detectors": {"classifiers.base", "core"},
     "data": {"core"},
     "config": {"classifiers", "core"},
@@ -27,16 +28,16 @@ ALLOWED = {
 }
 
 
-def module_imports(path: Path) -> set[str]:
-    """What a file imports from this project, as dotted names below `bags`."""
+def module_imports(path: Path, package: str = "bags") -> set[str]:
+    """Dotted names below `bags`, or another package of this project, that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {node.module} if node.module != "bags" else {f"bags.{alias.name}" for alias in node.names}
-    return {name.removeprefix("bags.") for name in found if name.startswith("bags.")}
+            found |= {f"{package}.{a.name}" for a in node.names} if node.module == package else {node.module}
+    return {name.removeprefix(f"{package}.") for name in found if name.startswith(f"{package}.")}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bags").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
@@ -75,19 +76,19 @@ def test_the_architecture_page_has_a_line_for_each_file():
     assert sorted(listed) == sorted(path.relative_to(ROOT).as_posix() for path in files)
 
 
-def test_no_import_circle_between_files():
+@pytest.mark.parametrize("package", ["bags", "scripts"])
+def test_no_import_circle_between_files(package):
     """Files import each other in one direction."""
-    files = {
-        str(p.relative_to(ROOT / "bags").with_suffix("")).replace("/", "."): p for p in (ROOT / "bags").rglob("*.py")
-    }
-    graph = {name: module_imports(path) & files.keys() for name, path in files.items()}
+    folder = ROOT / package
+    files = {".".join(p.relative_to(folder).with_suffix("").parts): p for p in folder.rglob("*.py")}
+    graph = {name: module_imports(path, package) & files.keys() for name, path in files.items()}
     while graph:
         free = [name for name, targets in graph.items() if not targets & graph.keys()]
         assert free, f"import circle among {sorted(graph)}"
         graph = {name: targets for name, targets in graph.items() if name not in free}
 
 
-def test_only_the_list_of_methods_names_a_classifier():
+def test_only_the_list_of_classifiers_names_one():
     """The one interface: no file outside `classifiers` refers to a particular classifier's module."""
     for path in (ROOT / "bags").rglob("*.py"):
         particular = [n for n in module_imports(path) if n.startswith("classifiers.") and n != "classifiers.base"]
@@ -95,18 +96,35 @@ def test_only_the_list_of_methods_names_a_classifier():
 
 
 def test_files_stay_short():
-    """No file of the package has 400 lines."""
-    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "bags").rglob("*.py")}
+    """No file of the package or of the scripts has 400 lines."""
+    lengths = {path: len(path.read_text().splitlines()) for path in SOURCES}
     longest = max(lengths, key=lengths.get)
     assert lengths[longest] < 400, f"{longest}: {lengths[longest]} lines"
 
 
 def test_functions_stay_short():
-    """No function of the package has 60 lines."""
-    for path in (ROOT / "bags").rglob("*.py"):
+    """No function of the package or of the scripts has 60 lines."""
+    for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno - node.lineno + 1 < 60, f"{path}: {node.name}"
+
+
+def test_the_formatter_is_never_switched_off():
+    """A statement that it would spread out too far is split instead."""
+    marks = [f"# fmt: {word}" for word in ("skip", "off")]
+    for folder in ("bags", "scripts", "tests", "notebooks"):
+        for path in (p for kind in ("*.py", "*.ipynb") for p in (ROOT / folder).rglob(kind)):
+            assert not any(mark in path.read_text(encoding="utf-8") for mark in marks), path
+
+
+def test_only_the_benchmarks_import_from_scripts():
+    """A script can be moved or removed without a look at the others; a job that others need lives in `bags.jobs`."""
+    for path in SOURCES:
+        names = {name for name in module_imports(path, "scripts") if not name.startswith("benchmarks.")}
+        assert not names, f"{path}: {names}"
+        benchmark = path.parent.name == "benchmarks" or path == ROOT / "scripts/benchmark.py"
+        assert benchmark or not module_imports(path, "scripts"), path
 
 
 def test_scoring_needs_no_torch():

@@ -15,14 +15,14 @@ from PIL import Image
 import bags
 from bags.analysis.weight_norms import classifier_norms, rank_correlation
 
-SETTINGS = [
-    "data.train_images=.", "data.val_images=.", "data.workers=0", "data.flip=0", "device=cpu",
-    "detector.backbone=small", "detector.backbone_weights=null", "detector.frozen_stages=0", "detector.fpn_channels=16",
-    "detector.frozen_batch_norm=false", "detector.min_size=64", "detector.max_size=64",
-    "detector.rpn.anchor_sizes=[[16],[32]]", "detector.rpn.train_proposals=40", "detector.rpn.test_proposals=30",
-    "detector.roi.fc=32", "detector.roi.batch_size=16", "detector.roi.sampling_ratio=1",
-    "train.epochs=1", "train.batch_size=4", "train.milestones=[]", "train.warmup_iterations=2", "test.batch_size=4",
-]  # fmt: skip
+SETTINGS = ["data.train_images=.", "data.val_images=.", "data.workers=0", "data.flip=0", "device=cpu"]
+SETTINGS += ["detector.backbone=small", "detector.backbone_weights=null", "detector.frozen_stages=0"]
+SETTINGS += ["detector.fpn_channels=16", "detector.frozen_batch_norm=false", "detector.min_size=64"]
+SETTINGS += ["detector.max_size=64", "detector.rpn.anchor_sizes=[[16],[32]]", "detector.rpn.train_proposals=40"]
+SETTINGS += ["detector.rpn.test_proposals=30", "detector.roi.fc=32", "detector.roi.batch_size=16"]
+SETTINGS += ["detector.roi.sampling_ratio=1"]
+SETTINGS += ["train.epochs=1", "train.batch_size=4", "train.milestones=[]", "train.warmup_iterations=2"]
+SETTINGS += ["test.batch_size=4"]
 BORDER = "=== next cell ==="
 
 
@@ -118,8 +118,8 @@ def test_outside_a_checkout_a_notebook_ends_in_one_line(tmp_path, name):
     (tmp_path / "notebooks").mkdir()
     plain = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     for environment in (plain, plain | {"PYTHONPATH": str(ROOT)})[: 2 if name == "custom_dataset.ipynb" else 1]:
-        done = subprocess.run([sys.executable, tmp_path / "cells.py"], capture_output=True, text=True, timeout=60,
-                              cwd=tmp_path / "notebooks", env=environment)  # fmt: skip
+        command, where = [sys.executable, tmp_path / "cells.py"], tmp_path / "notebooks"
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=where, env=environment)
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
         assert ("set CHECKOUT to one" if name == "custom_dataset.ipynb" else "pip install") in done.stderr
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from bags.analysis.results import TABLE, load_results
 from bags.analysis.tables import spread
-from bags.classifiers import method_settings
+from bags.classifiers import classifier_settings
 from bags.config import sections
 from bags.config.load import config_to_dict
 from bags.config.rows import CONFIGS, summary
@@ -61,7 +61,7 @@ def test_cells_of_tables_are_short(page):
 
 def default_of(key: str) -> object:
     """The default of `section.key`, or of a key of Balanced Group Softmax."""
-    tree = config_to_dict(sections.Config(classifier=method_settings()["group_softmax"]()))
+    tree = config_to_dict(sections.Config(classifier=classifier_settings()["group_softmax"]()))
     for part in (key if "." in key else f"classifier.{key}").split("."):
         tree = tree[part]
     return tree
@@ -84,7 +84,7 @@ def test_defaults_in_the_tables_of_methods():
     seen = 0
     for name, settings in re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", (ROOT / "docs/methods.md").read_text(), re.M):
         for key, default in re.findall(r"`(\w+)` \[([^]]+)\]", settings):
-            assert getattr((method_settings() | samplers)[name](), key) == yaml.safe_load(default), (name, key)
+            assert getattr((classifier_settings() | samplers)[name](), key) == yaml.safe_load(default), (name, key)
             seen += 1
     assert seen > 25
 

@@ -8,6 +8,9 @@ from typing import Any, BinaryIO
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from bags.analysis.weight_norms import rank_correlation
@@ -33,7 +36,7 @@ def plot_weight_norms(
 
 
 def draw_weight_norms(
-    axes: Any, norms: dict[str, np.ndarray], instance_counts: Sequence[int], boundaries: Sequence[int]
+    axes: Axes, norms: dict[str, np.ndarray], instance_counts: Sequence[int], boundaries: Sequence[int]
 ) -> None:
     """Draw classifier norms of categories by falling count, and group borders, on matplotlib axes.
 
@@ -185,7 +188,14 @@ def plot_predictions(
     _save(figure, path)
 
 
-def draw_boxes(axes: Any, image: Image.Image, boxes: Any, names: Any, colours: Any, scores: Any = None) -> None:
+def draw_boxes(
+    axes: Axes,
+    image: Image.Image,
+    boxes: ArrayLike,
+    names: Sequence[str],
+    colours: Sequence[str],
+    scores: Sequence[float] | None = None,
+) -> None:
     """Draw an image with labelled boxes [K, 4] in pixels on matplotlib axes; see `plot_predictions`."""
     axes.imshow(image)
     axes.axis("off")
@@ -203,10 +213,10 @@ def draw_boxes(axes: Any, image: Image.Image, boxes: Any, names: Any, colours: A
 def save_drawing(
     path: Path | BinaryIO,
     image: Image.Image,
-    boxes: Any,
-    names: Any,
-    colours: Any,
-    scores: Any = None,
+    boxes: ArrayLike,
+    names: Sequence[str],
+    colours: Sequence[str],
+    scores: Sequence[float] | None = None,
     width: int = 640,
     **settings: Any,
 ) -> None:
@@ -227,7 +237,7 @@ def save_drawing(
     _save(figure, path, **settings)
 
 
-def _save(figure: Any, path: Path | BinaryIO, **settings: Any) -> None:
+def _save(figure: Figure, path: Path | BinaryIO, **settings: Any) -> None:
     """Write a figure and close it; a file is replaced as a whole or not at all."""
     try:
         with warnings.catch_warnings():

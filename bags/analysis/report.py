@@ -41,26 +41,28 @@ def best_and_worst(rows: list[dict], boundaries: Sequence[int]) -> tuple[list[di
     return tail[: min(MOST, half)], worst[: min(MOST, len(tail) - half)]
 
 
-def render(runs: list[RunResults], found: Findings) -> str:
+def render(runs: list[RunResults], findings: Findings) -> str:
     """The page; runs: one, or two on the same validation set; changes are those from the second to the first."""
     title = f"{runs[0].label} on {runs[0].config.data.name}"
     sections = {
         "Results": _results(runs),
-        f"Change from {runs[-1].label} to {runs[0].label}": _changes(runs, found) if len(runs) > 1 else "",
+        f"Change from {runs[-1].label} to {runs[0].label}": _changes(runs, findings) if len(runs) > 1 else "",
         "AP and training instances": _by_instances(runs),
         "Precision and recall": _precision_recall(runs),
         "Weight norms": _weight_norms(runs),
         "Training": _training(runs),
-        "The tail": _tail(runs, found),
-        "Categories without detections": _undetected(runs, found),
-        "What was run": _what(runs, found),
+        "The tail": _tail(runs, findings),
+        "Categories without detections": _undetected(runs, findings),
+        "What was run": _what(runs, findings),
     }
     lead = ""
     for run in runs:
-        own = about(run)
-        kept = "; ".join(f"{key} {own[key]}" for key in ("detector", "classifier", "trained part"))
-        lead += f"<p><b>{text(run.label)}</b>: {text(kept)}; {text(own['schedule'])}</p>"
-    return document(title + (f", compared with {runs[1].label}" if len(runs) > 1 else ""), lead, found.notes, sections)
+        description = about(run)
+        kept = "; ".join(f"{key} {description[key]}" for key in ("detector", "classifier", "trained part"))
+        lead += f"<p><b>{text(run.label)}</b>: {text(kept)}; {text(description['schedule'])}</p>"
+    return document(
+        title + (f", compared with {runs[1].label}" if len(runs) > 1 else ""), lead, findings.notes, sections
+    )
 
 
 def by_label(runs: list[RunResults], values: Sequence) -> dict:
@@ -106,8 +108,8 @@ def _metrics(runs: list[RunResults], columns: Sequence[str], caption: str) -> st
     return table(["", *titles], rows, caption)
 
 
-def _changes(runs: list[RunResults], found: Findings) -> str:
-    if not found.comparison:
+def _changes(runs: list[RunResults], findings: Findings) -> str:
+    if not findings.comparison:
         return "<p>Not compared: see the note at the top.</p>"
     new, old = (run.label for run in runs)
     parts = [
@@ -115,7 +117,7 @@ def _changes(runs: list[RunResults], found: Findings) -> str:
         "images are drawn anew, the same ones for both. It covers only the choice of validation images, not "
         "another seed in training.</p>"
     ]
-    for kind, result in found.comparison.items():
+    for kind, result in findings.comparison.items():
         rows = []
         for name, first in result.first.items():
             low, high = result.intervals.get(name, (math.nan, math.nan))
@@ -192,13 +194,13 @@ def _training(runs: list[RunResults]) -> str:
     return "".join(shown + still)
 
 
-def _tail(runs: list[RunResults], found: Findings) -> str:
-    best, worst = found.tail
+def _tail(runs: list[RunResults], findings: Findings) -> str:
+    best, worst = findings.tail
     if not best:
         return "<p>No category of the tail has objects in validation.</p>"
     ap = [{row["id"]: row["AP"] for row in run.rows} for run in runs]
     ids = [row["id"] for row in runs[0].rows]
-    objects = {} if found.objects is None else dict(zip(ids, found.objects.tolist(), strict=True))
+    objects = {} if findings.objects is None else dict(zip(ids, findings.objects.tolist(), strict=True))
     parts = [
         f"<p>Categories with fewer than {tail_below(runs[0].config.test.bins)} training instances and with objects in "
         f"validation, by AP of {text(runs[0].label)}; numbers of objects in training and in validation.</p>"
@@ -212,7 +214,7 @@ def _tail(runs: list[RunResults], found: Findings) -> str:
                     row["name"],
                     row["training_instances"],
                     objects.get(row["id"], "-"),
-                    *(percent(own[row["id"]]) for own in reversed(ap)),
+                    *(percent(of_run[row["id"]]) for of_run in reversed(ap)),
                 ]
                 for row in rows
             ],
@@ -222,7 +224,7 @@ def _tail(runs: list[RunResults], found: Findings) -> str:
         if rows
     ]
     parts.append(f'<div class="pair">{"".join(tables)}</div>')
-    if found.examples:
+    if findings.examples:
         parts.append(
             f"<h3>Examples</h3><p>Of each category the validation object of median size, whatever was found there. "
             f"Left: what is annotated (blue: objects of the category). Then detections with a score of "
@@ -230,7 +232,7 @@ def _tail(runs: list[RunResults], found: Findings) -> str:
             f"annotated there, red where not. Below: what the object was taken for, with scores in percent.</p>"
         )
     for title, rows in (("best", best), ("worst", worst)):
-        chosen = [found.examples[row["id"]] for row in rows if row["id"] in found.examples]
+        chosen = [findings.examples[row["id"]] for row in rows if row["id"] in findings.examples]
         parts += [f"<h3>Among the {title}</h3>"] if chosen else []
         parts += [_example(example, [run.label for run in reversed(runs)]) for example in chosen]
     return "".join(parts)
@@ -251,27 +253,27 @@ def _example(example: Example, labels: list[str]) -> str:
     return f'<div class="side example">{"".join(figures)}</div>'
 
 
-def _undetected(runs: list[RunResults], found: Findings) -> str:
+def _undetected(runs: list[RunResults], findings: Findings) -> str:
     parts = []
-    for run, detected in zip(runs, found.detected, strict=False):
-        own = [row for row in run.rows if not math.isnan(row["AP"])]
+    for run, detected in zip(runs, findings.detected, strict=False):
+        scored = [row for row in run.rows if not math.isnan(row["AP"])]
         lists = {
-            "never detected": [row for row in own if row["id"] not in detected],
-            "detected, but with AP 0": [row for row in own if row["id"] in detected and row["AP"] == 0],
+            "never detected": [row for row in scored if row["id"] not in detected],
+            "detected, but with AP 0": [row for row in scored if row["id"] in detected and row["AP"] == 0],
         }
         for what, rows in lists.items():
             pairs = [(text(row["name"]), row["training_instances"]) for row in rows]
             names = "".join(f"<span><bdi>{name}</bdi> ({count})</span>" for name, count in pairs)
-            parts.append(f"<h3>{text(run.label)}: {len(rows)} of {len(own)} {what}</h3>")
+            parts.append(f"<h3>{text(run.label)}: {len(rows)} of {len(scored)} {what}</h3>")
             parts.append(f'<p class="names">{names}</p>' if rows else "")
     return "<p>Of the categories with objects in validation; in brackets: training instances.</p>" + "".join(parts)
 
 
-def _what(runs: list[RunResults], found: Findings) -> str:
+def _what(runs: list[RunResults], findings: Findings) -> str:
     columns = [about(run) for run in runs]
     head = ["", *(run.label for run in runs)]
     parts = [table(head, [[key, *(column[key] for column in columns)] for key in columns[0]], words=True)]
-    parts.append(_data(runs[0], found))
+    parts.append(_data(runs[0], findings))
     if len(runs) > 1:
         rows = differences(*(run.config for run in runs))
         parts.append(table(head, rows, "Settings that differ", words=True))
@@ -283,7 +285,7 @@ def _what(runs: list[RunResults], found: Findings) -> str:
     return "".join(parts)
 
 
-def _data(run: RunResults, found: Findings) -> str:
+def _data(run: RunResults, findings: Findings) -> str:
     """Counts of categories, training and validation, by bin."""
     bins = run.config.test.bins
     number = np.array([row["bin"] for row in run.rows])
@@ -294,11 +296,11 @@ def _data(run: RunResults, found: Findings) -> str:
         f"{bins[-1]} or more",
     ]
     rows = []
-    for name, own in [*((name, number == n) for n, name in enumerate(names, 1)), ("all", number > 0)]:
-        rows.append([name, int(own.sum()), int(instances[own].sum())])
-        if found.objects is not None:
-            rows[-1] += [int((found.objects[own] > 0).sum()), int(found.objects[own].sum())]
-    validation = [] if found.objects is None else ["categories in validation", "validation objects"]
-    images = ", ".join(f"{number} {split} images" for split, number in found.images.items())
+    for name, chosen in [*((name, number == n) for n, name in enumerate(names, 1)), ("all", number > 0)]:
+        rows.append([name, int(chosen.sum()), int(instances[chosen].sum())])
+        if findings.objects is not None:
+            rows[-1] += [int((findings.objects[chosen] > 0).sum()), int(findings.objects[chosen].sum())]
+    validation = [] if findings.objects is None else ["categories in validation", "validation objects"]
+    images = ", ".join(f"{number} {split} images" for split, number in findings.images.items())
     caption = f"Data: {run.config.data.name}" + (f", {images}" if images else "")
     return table(["training instances", "categories", "in training", *validation], rows, caption)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bags.analysis.results import read_environment
-from bags.analysis.tables import read_categories, read_log, read_metrics, read_seconds
+from bags.analysis.run_files import read_categories, read_log, read_metrics, read_seconds
 from bags.config.load import config_to_dict, load_config, override_config
 from bags.config.sections import Config
 from bags.core.errors import UserError

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import roi_heads as torchvision_roi_heads
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from bags.classifiers import method_settings
+from bags.classifiers import classifier_settings
 from bags.classifiers.base import ProposalClassifier, checked_counts
 from bags.data.statistics import CategoryStats
 from bags.detectors.conventions import CONVENTIONS, Transform
@@ -48,7 +48,7 @@ def balance(
                      two linear layers cls_score [C+1 rows] and bbox_pred); trained on anything
     instance_counts  [C] training boxes per label 1..C
     boundaries       of the groups, only for "group_softmax" (Eq. 3); default: 10, 100, 1000
-    classifier       name of a method, as in a configuration, with its published settings; or a classifier of
+    classifier       name of a classifier, as in a configuration, with its published settings; or a classifier of
                      C categories for features as wide as the box head's
     image_counts     [C] training images per label, which some methods count; default: instance_counts
     keep_weights     the classifier starts from the detector's own layer instead of a new one; for methods whose layer
@@ -57,8 +57,8 @@ def balance(
     Returns the detector. Raises ValueError for what is no such detector, and for settings that do not fit it.
     """
     roi_heads, predictor = _parts(detector)
-    method = method_settings().get(classifier) if isinstance(classifier, str) else None
-    if boundaries is not None and not hasattr(method, "boundaries"):
+    kind = classifier_settings().get(classifier) if isinstance(classifier, str) else None
+    if boundaries is not None and not hasattr(kind, "boundaries"):
         name = classifier if isinstance(classifier, str) else type(classifier).__name__
         raise ValueError(f"boundaries: expected None, as {name} takes none, got {tuple(boundaries)}")
     in_features, labels = predictor.cls_score.in_features, predictor.cls_score.out_features
@@ -204,24 +204,24 @@ def _new_classifier(
     images: tuple[int, ...],
     keep_weights: bool,
 ) -> ProposalClassifier:
-    methods = {key: method for key, method in method_settings().items() if not method.fitted}
-    if name not in methods:
-        raise ValueError(f"classifier: expected a classifier or one of {', '.join(sorted(methods))}, got {name!r}")
-    if methods[name].on_softmax and not keep_weights:
+    kinds = {key: kind for key, kind in classifier_settings().items() if not kind.fitted}
+    if name not in kinds:
+        raise ValueError(f"classifier: expected a classifier or one of {', '.join(sorted(kinds))}, got {name!r}")
+    if kinds[name].on_softmax and not keep_weights:
         raise ValueError(f"classifier {name}: works with the detector's own layer, so it needs keep_weights=True")
     given: dict[str, Any] = {} if boundaries is None else {"boundaries": tuple(boundaries)}
-    settings = methods[name](**given)
+    settings = kinds[name](**given)
     ids = tuple(range(1, len(counts) + 1))
     stats = CategoryStats(ids, tuple(map(str, ids)), counts, images)
-    if keep_weights and settings.columns(stats) != methods["softmax"]().columns(stats):
+    if keep_weights and settings.columns(stats) != kinds["softmax"]().columns(stats):
         raise ValueError(f"keep_weights: the layer of {name} is not a softmax's")
     return settings.build(in_features, 0, stats)
 
 
 def _copy_layer(layer: nn.Linear, classifier: ProposalClassifier) -> None:
-    own = getattr(classifier, "linear", None)
-    if type(own) is not nn.Linear or own.weight.shape != layer.weight.shape:
+    linear = getattr(classifier, "linear", None)
+    if type(linear) is not nn.Linear or linear.weight.shape != layer.weight.shape:
         raise ValueError(f"keep_weights: the layer of {type(classifier).__name__} is not a softmax's")
     with torch.no_grad():
-        own.weight.copy_(layer.weight)
-        own.bias.copy_(layer.bias)
+        linear.weight.copy_(layer.weight)
+        linear.bias.copy_(layer.bias)

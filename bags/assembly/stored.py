@@ -7,10 +7,10 @@ on is in its header: weights, annotations, settings.
 import contextlib
 import gc
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,22 +18,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bags.assembly.loaders import make_loader
+from bags.assembly.stored_samples import SeenFeatures, TrainingFeatures, collate_samples
 from bags.config.sections import Config, DetectorConfig, TailOnlyConfig
 from bags.data.dataset import DetectionDataset
 from bags.data.images import image_path
 from bags.data.index import AnnotationIndex
-from bags.data.samplers import ShardSampler
+from bags.data.samplers import ShardSampler, TrainSampler
 from bags.detectors.faster_rcnn import FasterRCNN
-from bags.detectors.from_features import FromFeatures, StoredProposals, proposals_to_store, training_pool
+from bags.detectors.from_features import FromFeatures, Pool, StoredProposals, proposals_to_store, training_pool
 from bags.engine.checkpoint import weights_digest
 from bags.engine.features import (
     FeatureStore,
-    SeenFeatures,
     SeenRow,
     SeenView,
-    TrainingFeatures,
     View,
-    collate_samples,
     open_store,
     pool_row,
 )
@@ -57,16 +55,16 @@ def training_store(
 
     def records(images: list[Tensor], targets: list[dict], positions: list[int]) -> list[Record]:
         """All views of some images."""
-        found = []
+        stored = []
         for mirrored in views:
-            own = mirrored and hasattr(detector.transform, "flip")  # the transform mirrors what it has resized
-            shown = [_view(*pair, mirrored and not own, device) for pair in zip(images, targets, strict=True)]
+            by_transform = mirrored and hasattr(detector.transform, "flip")  # the transform mirrors what it has resized
+            shown = [_view(*pair, mirrored and not by_transform, device) for pair in zip(images, targets, strict=True)]
             seeds = [2 * position + mirrored for position in positions]
-            with _mirroring(detector.transform) if own else contextlib.nullcontext():
+            with _mirroring(detector.transform) if by_transform else contextlib.nullcontext():
                 moved = [image for image, _ in shown], [target for _, target in shown]
                 pools = training_pool(detector, *moved, config.store.negatives, seeds)
-            found += [_pool_record(*pair, mirrored) for pair in zip(pools, positions, strict=True)]
-        return sorted(found, key=lambda record: record.view)
+            stored += [_pool_record(*pair, mirrored) for pair in zip(pools, positions, strict=True)]
+        return sorted(stored, key=lambda record: record.view)
 
     settings = {"negatives": config.store.negatives, "mirrored": len(views) > 1}
     layout = Layout("float16", pool_row(stages), View, stages, width)
@@ -79,7 +77,7 @@ def validation_store(
     """The store of what the classifiers need of each validation image, in float32, made where it is not complete."""
     stages, width = _shape(detector)
 
-    def records(images: list[Tensor], _: object, positions: list[int]) -> list[Record]:
+    def records(images: list[Tensor], _: list[dict], positions: list[int]) -> list[Record]:
         """Some images."""
         proposals = proposals_to_store(detector, [image.to(device) for image in images])
         return [_seen_record(*pair) for pair in zip(proposals, positions, strict=True)]
@@ -94,14 +92,14 @@ def training_loader(config: Config, runs: list[Run], live: DataLoader, device: t
     The runs, whose detectors differ only in their classifiers, are made to take them. On a GPU with twice
     as much free memory, the whole store is copied to it first.
     """
-    batches: Any = live.batch_sampler
+    batches = cast(TrainSampler, live.batch_sampler)
     assert isinstance(runs[0].model, FasterRCNN) and isinstance(live.dataset, DetectionDataset)
     store = training_store(config, runs[0].model, live.dataset, device)
     resident = device.type == "cuda" and 2 * store.nbytes() < _free_memory(device)
     whole = store.whole(device) if resident else None
     for run in runs:
         assert isinstance(run.model, FasterRCNN)
-        run.losses = FromFeatures(run.model, whole)
+        run.loss_module = FromFeatures(run.model, whole)
     flip = config.data.flip if config.store.mirrored else 0.0
     roi = config.detector.roi
     features = TrainingFeatures(store, flip, roi.batch_size, roi.positive_fraction, resident)
@@ -187,8 +185,14 @@ def share_frozen(detector: nn.Module, other: nn.Module) -> None:
 
 
 def _open(
-    config: Config, split: str, detector: nn.Module, dataset: DetectionDataset, settings: Any, layout: Any, records: Any
-) -> Any:
+    config: Config,
+    split: str,
+    detector: nn.Module,
+    dataset: DetectionDataset,
+    settings: Mapping[str, object],
+    layout: Layout,
+    records: Callable[[list[Tensor], list[dict], list[int]], list[Record]],
+) -> FeatureStore:
     """`open_store` with the header of a configuration; the detector is in evaluation mode meanwhile."""
     frozen = {name: value for name, value in detector.state_dict().items() if "classifier." not in name}
     about = {
@@ -258,7 +262,7 @@ def _view(image: Tensor, target: dict, mirrored: bool, device: torch.device) -> 
     return image.to(device), {"boxes": boxes.to(device), "labels": target["labels"].to(device)}
 
 
-def _pool_record(pool: Any, position: int, mirrored: bool) -> Record:
+def _pool_record(pool: Pool, position: int, mirrored: bool) -> Record:
     rows = np.empty(len(pool.fc), pool_row(pool.fc.shape[1]))
     columns = {"label": pool.labels, "overlap": pool.overlaps, "score": pool.scores, "is_object": pool.is_object}
     for name, values in columns.items():

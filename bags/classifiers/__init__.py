@@ -1,4 +1,4 @@
-"""The methods. Each is one file: its settings with their ranges, its class, and how one is made of the other."""
+"""The classifiers. Each is one file: its settings with their ranges, its class, and how one is made of the other."""
 
 import functools
 import importlib
@@ -7,7 +7,7 @@ import typing
 if typing.TYPE_CHECKING:
     from bags.classifiers.base import ClassifierSettings
 
-METHODS = {  # name of the class, as in `bags.ACSL`: its file in this folder
+CLASSIFIERS = {  # name of the class, as in `bags.ACSL`: its file in this folder
     "ACSL": "acsl",
     "BalancedSigmoid": "balanced_sigmoid",
     "ClassBalancedSigmoid": "class_balanced",
@@ -30,12 +30,12 @@ METHODS = {  # name of the class, as in `bags.ACSL`: its file in this folder
 
 
 @functools.cache
-def method_settings() -> dict[str, type["ClassifierSettings"]]:
-    """Name in a configuration -> the method's settings. Imports every method, and so torch."""
+def classifier_settings() -> dict[str, type["ClassifierSettings"]]:
+    """Return the settings by their name in a configuration. Imports every classifier, and so torch."""
     from bags.classifiers.base import ClassifierSettings
 
     settings: dict[str, type[ClassifierSettings]] = {}
-    for file in METHODS.values():
+    for file in CLASSIFIERS.values():
         module = importlib.import_module(f"bags.classifiers.{file}")
         for value in vars(module).values():
             defined_here = isinstance(value, type) and value.__module__ == module.__name__

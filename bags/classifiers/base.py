@@ -26,9 +26,9 @@ class BoxFeatures(NamedTuple):
 
 
 class ProposalClassifier(nn.Module, ABC):
-    """A layer with its loss and its scores. Subclasses set `num_categories` (C)."""
+    """A layer with its loss and its scores. Subclasses set `num_categories`."""
 
-    num_categories: int
+    num_categories: int  # C, without the background
 
     @abstractmethod
     def forward(self, features: BoxFeatures) -> Tensor:
@@ -49,14 +49,19 @@ class ProposalClassifier(nn.Module, ABC):
     def fit(self, batches: Iterable[tuple[BoxFeatures, Tensor]]) -> None:
         """Learn without gradients, in one pass over (features, labels [R]) of training proposals.
 
-        The pass is made only for methods that override this.
+        The pass is made only for classifiers that override this.
         """
 
 
 class TrainingCounts(Protocol):
-    """The training counts that a method may use: C categories in label order (entry c is label c + 1).
+    """The training counts that a classifier may use: C categories in label order, without the background.
 
-    instance_counts: boxes of each category. image_counts: images with at least one box of it.
+    Entry c of each tuple belongs to label c + 1.
+
+    category_ids     [C] ids of the annotation file
+    instance_counts  [C] boxes of each category, 0 or more
+    image_counts     [C] images with at least one box of the category, 0 or more
+    num_categories   C
     """
 
     @property
@@ -74,9 +79,9 @@ class TrainingCounts(Protocol):
 
 @dataclass(frozen=True)
 class ClassifierSettings(Settings, ABC):
-    """The section `classifier` of a configuration: the settings of one method, every key with its default and range."""
+    """The section `classifier` of a configuration: every key of one classifier with its default and range."""
 
-    name: str = ""
+    name: str = ""  # in a configuration; empty for a base class, which cannot be chosen
 
     trained = True  # False: no gradients; a configuration then needs train.part=none
     on_softmax = False  # works on, or beside, the layer of a softmax that is trained already

@@ -113,13 +113,14 @@ class GroupSoftmax(ProposalClassifier):
     Raises ValueError for an impossible choice.
     """
 
-    targets: Tensor
-    columns: Tensor
-    constants: Tensor
-    learned: Tensor
-    factors: Tensor
-    class_weights: Tensor
-    sharpness: Tensor | None
+    # Not in the state dict. L columns of the full layout; label 0 is the background, target 0 is `others`.
+    targets: Tensor  # [1 + N, C + 1] int64, each label's target within every group
+    label_columns: Tensor  # [C + 1] int64, each label's column of the full layout
+    learned_columns: Tensor  # [D] int64, the column of each logit of the layer
+    constants: Tensor  # [L], logits of the columns that the layer lacks
+    group_weights: Tensor  # [1 + N]
+    class_weights: Tensor  # [C + 1]
+    inverse_temperatures: Tensor | None  # [1 + N] float64
 
     def __init__(
         self,
@@ -150,18 +151,19 @@ class GroupSoftmax(ProposalClassifier):
         self.variant = not (others and background_group)  # a variant has fewer logits than the full layout has columns
         self.uniform = class_weights is None
         number = len(groups.sizes) + 1
-        factors, weights = torch.ones(number), torch.ones(self.num_categories + 1)
+        group_factors, weights = torch.ones(number), torch.ones(self.num_categories + 1)
         if group_weights is not None:
-            factors = torch.as_tensor(group_weights)
+            group_factors = torch.as_tensor(group_weights)
         if class_weights is not None:
             weights = checked_weights("class_weights", class_weights, self.num_categories + 1)
+        # [1 + N], the logarithm of each group's inverse temperature; the name is a key of checkpoints.
         self.log_factors = nn.Parameter(torch.zeros(number)) if temperatures == "learned" else None
-        sharpness = None if fixed is None else 1 / torch.tensor(fixed, dtype=torch.float64)
-        self.register_buffer("sharpness", sharpness, persistent=False)
+        inverse = None if fixed is None else 1 / torch.tensor(fixed, dtype=torch.float64)
+        self.register_buffer("inverse_temperatures", inverse, persistent=False)
         layout = _layout(groups, background_group, others)
         learned = layout.is_learned.nonzero().squeeze(1)
-        buffers = {"targets": layout.targets, "columns": layout.columns, "constants": layout.constants}
-        buffers |= {"learned": learned, "factors": factors, "class_weights": weights}
+        buffers = {"targets": layout.targets, "label_columns": layout.label_columns, "constants": layout.constants}
+        buffers |= {"learned_columns": learned, "group_weights": group_factors, "class_weights": weights}
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
         self.linear = CosineLinear(in_features, len(learned), scale) if scale else new_linear(in_features, len(learned))
@@ -174,7 +176,7 @@ class GroupSoftmax(ProposalClassifier):
         """Spread logits [R, D] over the columns of the full layout, [R, L], at least float32."""
         logits = at_least_float32(logits)
         if self.variant:
-            logits = self.constants.to(logits.dtype).repeat(len(logits), 1).index_copy(1, self.learned, logits)
+            logits = self.constants.to(logits.dtype).repeat(len(logits), 1).index_copy(1, self.learned_columns, logits)
         return logits if self.log_factors is None else logits * self._by_column(self.log_factors.exp(), logits)
 
     def _by_column(self, of_group: Tensor, logits: Tensor) -> Tensor:
@@ -196,7 +198,7 @@ class GroupSoftmax(ProposalClassifier):
             weights[1:] *= torch.where(targets[1:] > 0, self.class_weights.to(weights.dtype)[labels], 1)
         selective = logits.device.type == "cpu" and not torch.compiler.is_compiling()
         cross_entropy = SelectedCrossEntropy.apply if selective else dense_cross_entropy
-        losses = cross_entropy(self.full_layout(logits), targets, weights, self.widths) * self.factors
+        losses = cross_entropy(self.full_layout(logits), targets, weights, self.widths) * self.group_weights
         first = 0 if self.background_group else 1
         return {f"loss_group{n}": losses[n] for n in range(first, len(self.widths))}
 
@@ -227,11 +229,11 @@ class GroupSoftmax(ProposalClassifier):
         [R, C+1]; column 0 is P(background). Rows do not sum to 1.
         """
         logits = self.full_layout(logits)
-        if self.sharpness is not None:
-            logits = logits * self._by_column(self.sharpness, logits)
+        if self.inverse_temperatures is not None:
+            logits = logits * self._by_column(self.inverse_temperatures, logits)
         parts = [torch.softmax(part, -1) for part in logits.split(self.widths, dim=1)]
         foreground = parts[0][:, 1:]
-        scores = torch.cat([parts[0], *(part * foreground for part in parts[1:])], dim=1)[:, self.columns]
+        scores = torch.cat([parts[0], *(part * foreground for part in parts[1:])], dim=1)[:, self.label_columns]
         if self.others and not self.background_group:
             scores[:, 0] = torch.stack([part[:, 0] for part in parts[1:]]).prod(0)
         return scores
@@ -239,7 +241,7 @@ class GroupSoftmax(ProposalClassifier):
     def weight_norms(self) -> Tensor:
         """Norms [C+1] of the layer's rows, for a category that in its group. NaN for a background without a row."""
         rows = self.linear.weight.detach().norm(dim=1)
-        norms = rows.new_zeros(len(self.constants)).index_copy(0, self.learned, rows)[self.columns]
+        norms = rows.new_zeros(len(self.constants)).index_copy(0, self.learned_columns, rows)[self.label_columns]
         if not self.background_group:
             norms[0] = float("nan")
         return norms
@@ -247,7 +249,7 @@ class GroupSoftmax(ProposalClassifier):
 
 class _Layout(NamedTuple):
     targets: Tensor  # [1 + N, C + 1] int64, each label's target within every group, 0 = others
-    columns: Tensor  # [C + 1] int64, each label's column
+    label_columns: Tensor  # [C + 1] int64, each label's column
     is_learned: Tensor  # [L] bool, columns whose logits the layer computes
     constants: Tensor  # [L], logits of the other columns
 
@@ -258,13 +260,13 @@ def _layout(groups: CategoryGroups, background_group: bool, others: bool) -> _La
     Without `others` or `background_group` a column that the variant lacks holds a constant instead of a logit.
     """
     targets = torch.zeros(len(groups.sizes) + 1, groups.num_categories + 1, dtype=torch.long)
-    columns = torch.zeros(groups.num_categories + 1, dtype=torch.long)
+    label_columns = torch.zeros(groups.num_categories + 1, dtype=torch.long)
     targets[0, 1:] = 1
     columns_of_others, start = [], 2
     for group, size in enumerate(groups.sizes):
         labels = torch.tensor(groups.members(group), dtype=torch.long)
         targets[group + 1, labels] = torch.arange(1, size + 1)
-        columns[labels] = start + torch.arange(1, size + 1)
+        label_columns[labels] = start + torch.arange(1, size + 1)
         columns_of_others.append(start)
         start += size + 1
     is_learned = torch.ones(start, dtype=torch.bool)
@@ -275,7 +277,7 @@ def _layout(groups: CategoryGroups, background_group: bool, others: bool) -> _La
     if not background_group:
         is_learned[:2] = False
         constants[0] = NEVER  # P(foreground) is 1
-    return _Layout(targets, columns, is_learned, constants)
+    return _Layout(targets, label_columns, is_learned, constants)
 
 
 def dense_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, widths: list[int]) -> Tensor:

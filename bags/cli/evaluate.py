@@ -62,7 +62,8 @@ def main() -> None:
         metrics, name = evaluate_checkpoint(arguments.source, arguments.overrides, arguments.output)
     if metrics is None:  # not the main process
         return
-    from bags.analysis.tables import render_table, without_nan
+    from bags.analysis.run_files import without_nan
+    from bags.analysis.tables import render_table
 
     if arguments.json:
         print(json.dumps(without_nan(metrics)))

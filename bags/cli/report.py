@@ -42,10 +42,10 @@ def main() -> None:
     runs = read_runs(folders, overrides)
     if output.is_dir():
         raise UserError(f"{output}: is a folder; --output names a file")
-    found = gather(runs, arguments.draws)
+    findings = gather(runs, arguments.draws)
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output, errors="replace") as file:
-        file.write(render(runs, found))
-    for note in found.notes:
+        file.write(render(runs, findings))
+    for note in findings.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"written: {output} ({output.stat().st_size / 1e6:.1f} MB)")

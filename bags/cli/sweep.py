@@ -15,11 +15,11 @@ import argparse
 from pathlib import Path
 
 from bags.cli.arguments import seeds_of, split_arguments
-from bags.config.load import load_config
+from bags.config.load import load_config, load_rows
 from bags.config.rows import rows_of
 from bags.core.errors import UserError
 from bags.jobs.sweep import BEFORE, NUMBER, TAKEN, combinations, refuse_equal, row_name, show
-from bags.jobs.train import in_order, run_jobs
+from bags.jobs.train import run_jobs
 
 
 def main() -> None:
@@ -41,10 +41,10 @@ def main() -> None:
             f"--best {arguments.best}: expected a column of the table, as AP, AP50, AP1, AP_tail, mask_AP, ACC"
         )
     seeds = seeds_of(arguments.seeds)
-    own_rows = combinations(arguments.over, TAKEN if seeds[0] is None else TAKEN | {"seed": "--seeds gives it"})
+    combined = combinations(arguments.over, TAKEN if seeds[0] is None else TAKEN | {"seed": "--seeds gives it"})
     name = load_config(paths[0], overrides).name
-    rows = [[*overrides, *own, f"name={row_name(name, own)}"] for own in own_rows]
-    jobs = [[in_order(paths, row, seed)[0] for row in rows] for seed in seeds]
+    rows = [[*overrides, *values, f"name={row_name(name, values)}"] for values in combined]
+    jobs = [[load_rows(paths, row, seed)[0] for row in rows] for seed in seeds]
     refuse_equal(jobs[0])
     title = f"{name}: {', '.join(key for key, *_ in arguments.over)}"
     run_jobs(jobs, lambda folders: show(folders, arguments.best, title, arguments.save))

@@ -20,9 +20,11 @@ from pathlib import Path
 
 from bags.analysis.paper import METHODS, PAPER
 from bags.cli.arguments import seeds_of, split_arguments
+from bags.config.load import load_rows
 from bags.config.rows import compose, find_dataset, methods_of, rows_of, summary
+from bags.core.distributed import make_deterministic
 from bags.core.errors import STOPPED, UserError
-from bags.jobs import train
+from bags.jobs.train import run_jobs
 
 
 def main() -> None:
@@ -42,14 +44,12 @@ def main() -> None:
         return None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # outside training, which saves first
     if arguments.deterministic:
-        train.make_deterministic()
+        make_deterministic()
     if os.environ.get("RANK", "0") == "0":
         show_files(paths, methods)
     from bags.jobs.tables import compare
 
-    return train.run_jobs(
-        [train.in_order(paths, overrides, seed, methods) for seed in seeds_of(arguments.seeds)], compare
-    )
+    return run_jobs([load_rows(paths, overrides, seed, methods) for seed in seeds_of(arguments.seeds)], compare)
 
 
 def show_files(paths: list[Path], methods: list[str]) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 
-from bags.config.rows import compose
+from bags.config.rows import compose, row_beside, rows_of
 from bags.config.sections import ClassBalancedConfig, Config
 from bags.config.typed_yaml import convert, merge, option_types, read_override
 from bags.core.errors import UserError
@@ -40,6 +40,38 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     Raises UserError, naming the file and the key, for anything that cannot be used.
     """
     return _resolve(compose(Path(path)).tree, overrides, str(path))
+
+
+def load_rows(
+    paths: typing.Sequence[Path],
+    overrides: typing.Sequence[str],
+    seed: int | None = None,
+    methods: typing.Sequence[str] = (),
+) -> list[Config]:
+    """Load the configurations of datasets, rows, files and folders; each follows the row that it starts from.
+
+    methods: rows of the datasets instead of their default ones; the rows that they start from are added.
+    """
+    rows = [row for path in paths for row in rows_of(path, methods)]
+    if not rows:
+        raise UserError("no configuration: expected a dataset, DATASET/METHOD, a YAML file or a folder of them")
+    waiting = [load_config(row, overrides) for row in rows]
+    for row, config in zip(rows, waiting, strict=False) if methods else ():  # grows with the rows that are added
+        if config.init_row and config.init_row not in {other.name for other in waiting}:
+            rows.append(row_beside(row, config.init_row))
+            waiting.append(load_config(rows[-1], overrides))
+    if seed is not None:
+        seeded = [f"seed={seed}", f"output={waiting[0].output}/seed{seed}"]
+        waiting = [load_config(row, [*overrides, *seeded]) for row in rows]
+    ordered: list[Config] = []
+    while waiting:
+        names = {config.name for config in waiting}
+        ready = [config for config in waiting if config.init_row not in names]
+        if not ready:
+            raise UserError(f"rows start from each other in a circle: {', '.join(sorted(names))}")
+        ordered.append(ready[0])
+        waiting.remove(ready[0])
+    return ordered
 
 
 def check_config(config: Config, source: str) -> Config:
@@ -103,7 +135,7 @@ def _check(config: Config, source: str) -> None:
     """Check what no section can know by itself. Raises UserError, naming the source and a key."""
     try:
         _check_sources(config)
-        _check_method(config)
+        _check_classifier(config)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
 
@@ -129,7 +161,7 @@ def _check_sources(config: Config) -> None:
     need(row is None or (bool(row) and not set(row) & set("/\\")), "detector.init_from", f"row:NAME, got row:{row}")
 
 
-def _check_method(config: Config) -> None:
+def _check_classifier(config: Config) -> None:
     """The classifier and the sampler fit the trained part."""
     classifier, part = config.classifier, config.train.part
     if not classifier.trained:

@@ -29,22 +29,22 @@ CONFIGS = next((folder for folder in _PLACES if folder.is_dir()), _PLACES[0])
 
 
 class Dataset(NamedTuple):
-    """A dataset file. `name` is its path as written, without the ending; rows are `name`/METHOD."""
+    """A dataset file; its other keys are explained at the head of this file."""
 
-    name: Path
+    name: Path  # its path as written, without the ending; rows are `name`/METHOD
     file: Path
     rows: list[str]
     classifier_stage: dict
     methods: dict[str, dict]
     left_out: list[str]
-    settings: dict  # of a configuration
+    settings: dict  # of a configuration, without the keys above
 
 
 class Composed(NamedTuple):
     """The nested values of one row, and the files that they come from."""
 
-    tree: dict
-    files: tuple[Path, ...]
+    tree: dict  # section -> key -> value, with the row's `name`
+    files: tuple[Path, ...]  # the dataset and the method, or the one file of the row
 
 
 def compose(path: Path) -> Composed:

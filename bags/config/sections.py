@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from bags.classifiers import method_settings
+from bags.classifiers import classifier_settings
 from bags.classifiers.base import ClassifierSettings
 from bags.core.settings import NO_RESULT, Range, Settings, need
 
@@ -250,7 +250,7 @@ SamplerConfig = UniformConfig | RepeatFactorConfig | TailOnlyConfig | ClassBalan
 if typing.TYPE_CHECKING:
     ClassifierConfig = ClassifierSettings
 else:
-    ClassifierConfig = functools.reduce(operator.or_, method_settings().values())
+    ClassifierConfig = functools.reduce(operator.or_, classifier_settings().values())
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ class Config(Settings):
     name: str = "config"  # the run's folder below the dataset's; the file's stem
     data: DataConfig = field(default_factory=DataConfig)
     detector: DetectorConfig = field(default_factory=DetectorConfig)
-    classifier: ClassifierConfig = field(default_factory=method_settings()["softmax"])
+    classifier: ClassifierConfig = field(default_factory=classifier_settings()["softmax"])
     sampler: SamplerConfig = field(default_factory=UniformConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     store: StoreConfig = field(default_factory=StoreConfig)

@@ -1,4 +1,4 @@
-"""One process or many: rank, process group and device. Everything else asks here.
+"""One process or many: rank, process group, device and random numbers. Everything else asks here.
 
 Started by torchrun, `distributed()` joins the group that the environment describes (nccl on GPUs,
 gloo on CPU); started plainly it is one process and every helper below is a no-op.
@@ -140,6 +140,13 @@ def seed_rank(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would format a traceback each time
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
+
+
+def make_deterministic() -> None:
+    """Choose implementations that give the same bits every time; torch raises where an operation has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:

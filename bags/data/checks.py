@@ -8,9 +8,9 @@ occurs, examples by id, and what training will do about it.
 import itertools
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -77,52 +77,54 @@ def check_annotations(
     boundaries: group borders. training: also what matters only where one trains on it: counts, groups,
     images without objects. masks: whether masks are learnt.
     """
-    found = Findings(path)
+    findings = Findings(path)
     try:
         content = read_annotations(path)
     except UserError as error:
-        found.add("file", error)
-        return found.list()
-    categories = _ids(content["categories"], "category", found)
-    images = _ids(content["images"], "image", found)
-    _ids(content["annotations"], "annotation", found)
+        findings.add("file", error)
+        return findings.list()
+    categories = _ids(content["categories"], "category", findings)
+    images = _ids(content["images"], "image", findings)
+    _ids(content["annotations"], "annotation", findings)
     if categories and sorted(categories) != list(range(1, len(categories) + 1)):
-        found.add("ids with gaps", f"{len(categories)} category ids from {min(categories)} to {max(categories)}")
-    _check_images(path, images, found)
-    seen: Counter[tuple] = Counter()
+        findings.add("ids with gaps", f"{len(categories)} category ids from {min(categories)} to {max(categories)}")
+    _check_images(path, images, findings)
+    copies: Counter[tuple] = Counter()
     instances: Counter[object] = Counter()
     in_images: set[tuple] = set()
     for annotation in content["annotations"]:
-        trains = _check_annotation(annotation, images, categories, masks, found)
+        trains = _check_annotation(annotation, images, categories, masks, findings)
         if trains:
             instances[_hashable(annotation.get("category_id"))] += 1
             in_images.add((_hashable(annotation.get("image_id")), _hashable(annotation.get("category_id"))))
         key = tuple(_hashable(annotation.get(k)) for k in ("image_id", "category_id", "bbox"))
-        seen[key] += 1
-        if seen[key] == 2:
-            found.add("duplicated annotation", f"annotation {annotation.get('id')}, image {annotation.get('image_id')}")
+        copies[key] += 1
+        if copies[key] == 2:
+            findings.add(
+                "duplicated annotation", f"annotation {annotation.get('id')}, image {annotation.get('image_id')}"
+            )
     with_objects = {image for image, _ in in_images}
     for image in images if training else ():
         if image not in with_objects:
-            found.add("image without objects", f"image {image}")
+            findings.add("image without objects", f"image {image}")
     if training:
-        _check_counts(categories, instances, Counter(category for _, category in in_images), boundaries, found)
-    stops = any(finding.level == STOP for finding in found.list())
+        _check_counts(categories, instances, Counter(category for _, category in in_images), boundaries, findings)
+    stops = any(finding.level == STOP for finding in findings.list())
     if not stops:
-        _check_plausibility(_index(path, masks), training, found)
+        _check_plausibility(_index(path, masks), training, findings)
     if not stops and not training and (reason := why_nothing_scores(content["annotations"])):
-        found.add("nothing to evaluate on", reason)
-    return found.list()
+        findings.add("nothing to evaluate on", reason)
+    return findings.list()
 
 
-def _check_plausibility(index: AnnotationIndex, training: bool, found: Findings) -> None:
+def _check_plausibility(index: AnnotationIndex, training: bool, findings: Findings) -> None:
     """Add findings that only the index as a whole shows."""
     if training and (reason := why_nothing_trains(index)):
-        found.add("nothing to train on", reason)
+        findings.add("nothing to train on", reason)
     for kind, seen in implausible_boxes(index).items():
-        found.add(kind, seen)
+        findings.add(kind, seen)
     for name in split_images(index) if training else ():
-        found.add("annotations split over entries", name)
+        findings.add("annotations split over entries", name)
 
 
 def _index(path: Path, masks: bool) -> AnnotationIndex:
@@ -142,39 +144,39 @@ def _hashable(value: object) -> object:
     return repr(value) if isinstance(value, (list, dict)) else value
 
 
-def _ids(entries: list[dict], kind: str, found: Findings) -> dict[int, dict]:
+def _ids(entries: list[dict], kind: str, findings: Findings) -> dict[int, dict]:
     """Entries by id, the usable ones."""
     known: dict[int, dict] = {}
     for entry in entries:
         value = entry.get("id")
         if type(value) is not int or abs(value) >= 2**63:
-            found.add("bad id", f"{kind} id {value!r}")
+            findings.add("bad id", f"{kind} id {value!r}")
         elif value in known:
-            found.add("duplicate id", f"{kind} {value}")
+            findings.add("duplicate id", f"{kind} {value}")
         else:
             known[value] = entry
     return known
 
 
-def _check_images(path: Path, images: dict[int, dict], found: Findings) -> None:
+def _check_images(path: Path, images: dict[int, dict], findings: Findings) -> None:
     names: Counter[str] = Counter()
     for key, image in images.items():
         size = image.get("width"), image.get("height")
         if not all(type(side) is int and 0 < side < 2**20 for side in size):
-            found.add("image size", f"image {key}: {size[0]!r} x {size[1]!r}")
+            findings.add("image size", f"image {key}: {size[0]!r} x {size[1]!r}")
         try:
             name = file_name_of(path, image)
         except UserError as error:
-            found.add("file name", error)
+            findings.add("file name", error)
             continue
         if leads_out(name):
-            found.add("file name", f"image {key}: {name} leads out of the image folder")
+            findings.add("file name", f"image {key}: {name} leads out of the image folder")
         names[name] += 1
         if names[name] == 2:
-            found.add("duplicated file name", f"image {key}: {name}")
+            findings.add("duplicated file name", f"image {key}: {name}")
 
 
-def _check_annotation(annotation: dict, images: dict, categories: dict, masks: bool, found: Findings) -> bool:
+def _check_annotation(annotation: dict, images: dict, categories: dict, masks: bool, findings: Findings) -> bool:
     """Add an annotation's defects; return whether the object trains."""
     where = f"annotation {annotation.get('id')!s:.30}"
     image = annotation.get("image_id")
@@ -182,24 +184,24 @@ def _check_annotation(annotation: dict, images: dict, categories: dict, masks: b
     for name, known in (("image_id", images), ("category_id", categories)):
         value = annotation.get(name)
         if type(value) is not int:
-            found.add("bad field", f"{where}: {name}: expected a whole number, got {shown(value)}")
+            findings.add("bad field", f"{where}: {name}: expected a whole number, got {shown(value)}")
         elif value not in known:
-            found.add(f"dangling {name}", f"{where}: {name} {value}")
+            findings.add(f"dangling {name}", f"{where}: {name} {value}")
     crowd, area = annotation.get("iscrowd", 0), annotation.get("area")
     if crowd not in (0, 1):
-        found.add("bad field", f"{where}: iscrowd: expected 0 or 1, got {shown(crowd)}")
+        findings.add("bad field", f"{where}: iscrowd: expected 0 or 1, got {shown(crowd)}")
     if area is not None and not (is_number(area) and 0 < area < 1e10):
-        found.add("impossible area", f"{where}: area {shown(area)}")
+        findings.add("impossible area", f"{where}: area {shown(area)}")
     width, height = (image.get("width"), image.get("height")) if image else (None, None)
     size = (width, height) if type(width) is int and type(height) is int else None
-    inside = _check_box(annotation.get("bbox"), size, where, found)
+    inside = _check_box(annotation.get("bbox"), size, where, findings)
     segmentation = annotation.get("segmentation")
-    _check_segmentation(segmentation, size, where, found)
+    _check_segmentation(segmentation, size, where, findings)
     if crowd == 1:
-        found.add("crowd region", where)
+        findings.add("crowd region", where)
     bare = masks and crowd == 0 and not _draws(segmentation)
     if bare:
-        found.add("no segmentation", where)
+        findings.add("no segmentation", where)
     return crowd == 0 and inside and not bare
 
 
@@ -210,68 +212,75 @@ def _draws(segmentation: object) -> bool:
     return isinstance(segmentation, dict)
 
 
-def _check_box(box: object, size: tuple[int, int] | None, where: str, found: Findings) -> bool:
+def _check_box(box: object, size: tuple[int, int] | None, where: str, findings: Findings) -> bool:
     """Add a box's defects; return whether something of it lies in the image."""
     if not is_box(box) or not all(abs(value) < 1e9 for value in box):
-        found.add("bad box", f"{where}: {box!r}")
+        findings.add("bad box", f"{where}: {box!r}")
         return False
     x, y, width, height = box
     if width <= 0 or height <= 0:
-        found.add("empty box", f"{where}: {box}")
+        findings.add("empty box", f"{where}: {box}")
         return False
     if size:
         corners = np.array([[x, y, x + width, y + height]]).astype(np.float32)
         if not inside_image(corners, np.array(size[::-1]))[1][0]:
-            found.add("box outside image", f"{where}: {box} in {size[0]} x {size[1]}")
+            findings.add("box outside image", f"{where}: {box} in {size[0]} x {size[1]}")
             return False
         if x < -1 or y < -1 or x + width > size[0] + 1 or y + height > size[1] + 1:
-            found.add("box across border", f"{where}: {box} in {size[0]} x {size[1]}")
+            findings.add("box across border", f"{where}: {box} in {size[0]} x {size[1]}")
     return True
 
 
-def _check_segmentation(value: object, size: tuple[int, int] | None, where: str, found: Findings) -> None:
+def _check_segmentation(value: object, size: tuple[int, int] | None, where: str, findings: Findings) -> None:
     if isinstance(value, list):
         for ring in value:
             valid = isinstance(ring, list) and len(ring) % 2 == 0 and all(map(is_number, ring))
             if not valid or (len(ring) >= 6 and not all(abs(v) < POLYGON_LIMIT for v in ring)):
-                found.add("bad segmentation", f"{where}: polygon {ring!r}")
+                findings.add("bad segmentation", f"{where}: polygon {ring!r}")
             elif len(ring) < 6:
-                found.add("short polygon", f"{where}: {ring}")
+                findings.add("short polygon", f"{where}: {ring}")
             elif size and not (_meets(ring[::2], size[0]) and _meets(ring[1::2], size[1])):
-                found.add("polygon off the image", f"{where}: {ring}")
+                findings.add("polygon off the image", f"{where}: {ring}")
     elif isinstance(value, dict):
         counts = value.get("counts")
-        own = value.get("size")
-        if not (isinstance(own, list) and all(type(side) is int for side in own)) or (size and own != [*size[::-1]]):
+        sides = value.get("size")
+        whole = isinstance(sides, list) and all(type(side) is int for side in sides)
+        if not whole or (size and sides != [*size[::-1]]):
             image = f" in {size[0]} x {size[1]}" if size else ""
-            found.add("bad segmentation", f"{where}: RLE of size {value.get('size')!r}{image}")
+            findings.add("bad segmentation", f"{where}: RLE of size {sides!r}{image}")
         elif isinstance(counts, list):
             if not all(type(c) is int and c >= 0 for c in counts) or (size and sum(counts) != math.prod(size)):
-                found.add("bad segmentation", f"{where}: RLE counts do not add up to the image's pixels")
+                findings.add("bad segmentation", f"{where}: RLE counts do not add up to the image's pixels")
         elif not (isinstance(counts, str) and counts.isascii()):
-            found.add("bad segmentation", f"{where}: RLE counts {counts!r:.60}")
+            findings.add("bad segmentation", f"{where}: RLE counts {counts!r:.60}")
         elif size and not rle_fits(counts.encode(), math.prod(size)):
-            found.add("bad segmentation", f"{where}: RLE counts do not add up to the image's pixels")
+            findings.add("bad segmentation", f"{where}: RLE counts do not add up to the image's pixels")
     elif value is not None:
-        found.add("bad segmentation", f"{where}: {value!r}")
+        findings.add("bad segmentation", f"{where}: {value!r}")
 
 
 def _meets(values: list[float], side: int) -> bool:
     return max(values) > 0 and min(values) < side
 
 
-def _check_counts(categories: Any, instances: Any, in_images: Any, boundaries: Any, found: Findings) -> None:
+def _check_counts(
+    categories: Mapping[int, dict],
+    instances: Mapping[object, int],
+    in_images: Mapping[object, int],
+    boundaries: Sequence[int] | None,
+    findings: Findings,
+) -> None:
     for key, category in categories.items():
         if not instances[key]:
-            found.add("category without instances", f"category {key} '{category.get('name')}'")
+            findings.add("category without instances", f"category {key} '{category.get('name')}'")
         for name, counted in (("instance_count", instances[key]), ("image_count", in_images[key])):
             if name in category and category[name] != counted:
-                found.add("counts disagree", f"category {key}: {name} {category[name]}, counted {counted}")
+                findings.add("counts disagree", f"category {key}: {name} {category[name]}, counted {counted}")
     if boundaries and categories:
         sizes = np.bincount(instance_bin([instances[c] for c in categories], boundaries), minlength=len(boundaries) + 1)
         for (low, high), size in zip(itertools.pairwise((0, *boundaries, math.inf)), sizes, strict=True):
             if not size:
-                found.add("empty group", f"no category has {low} to {high} training instances")
+                findings.add("empty group", f"no category has {low} to {high} training instances")
 
 
 def check_images(
@@ -281,7 +290,7 @@ def check_images(
 
     decode: also all of its pixels. exif: as training does, turn it first. max_pixels: the limit of `data.max_pixels`.
     """
-    found = Findings(folder)
+    findings = Findings(folder)
     for position in tqdm(range(len(index)), desc=f"images of {index.path.name}", unit="image"):
         name, key = index.file_name(position), index.image_ids[position]
         try:
@@ -292,30 +301,32 @@ def check_images(
             if decode:
                 read_image(path, exif, max_pixels)
         except MissingImage:
-            found.add("missing image", f"image {key}: {name}{name_hint(folder, name)}")
+            findings.add("missing image", f"image {key}: {name}{name_hint(folder, name)}")
         except UserError as error:
             kinds: dict[type, str] = {TooManyPixels: "too many pixels", UndefinedRange: "pixels without a range"}
             leaves = "file name" if "leads out" in str(error) else "unreadable image"
-            found.add(kinds.get(type(error), leaves), f"image {key}: {error}")
+            findings.add(kinds.get(type(error), leaves), f"image {key}: {error}")
         else:
             height, width = index.image_sizes[position].tolist()
             if exif and orientation in (5, 6, 7, 8):
                 size = size[::-1]
             if size != (width, height):
-                found.add("size differs", f"image {key}: {name} has {size[0]} x {size[1]}, the JSON {width} x {height}")
+                findings.add(
+                    "size differs", f"image {key}: {name} has {size[0]} x {size[1]}, the JSON {width} x {height}"
+                )
             if orientation != 1 and not exif:
-                found.add("EXIF rotation", f"image {key}: {name}, orientation {orientation}")
-    return found.list()
+                findings.add("EXIF rotation", f"image {key}: {name}, orientation {orientation}")
+    return findings.list()
 
 
 def check_splits(train: AnnotationIndex, val: AnnotationIndex, train_folder: Path, val_folder: Path) -> list[Finding]:
     """Compare train and val: categories must be equal, images (by their content) must differ."""
-    found = Findings(f"{train.path} and {val.path}")
+    findings = Findings(f"{train.path} and {val.path}")
     ours, theirs = (list(zip(i.category_ids.tolist(), i.category_names, strict=True)) for i in (train, val))
     for a, b in itertools.zip_longest(ours, theirs):
         if a != b:
-            found.add("category lists differ", f"{a} in train, {b} in val")
+            findings.add("category lists differ", f"{a} in train, {b} in val")
     for ours_name, theirs_name in shared_images(train, train_folder, val, val_folder):
         same = ours_name == theirs_name
-        found.add("train and val share images", ours_name if same else f"{ours_name} is {theirs_name} in val")
-    return found.list()
+        findings.add("train and val share images", ours_name if same else f"{ours_name} is {theirs_name} in val")
+    return findings.list()

@@ -160,7 +160,7 @@ class DetectionDataset(Dataset):
     def _label_map(self, folder: Path, position: int, size: tuple[int, int]) -> Tensor:
         """Labels of an image's pixels, uint8 [1, H, W]; size is (height, width)."""
         name = self.index.file_name(position)
-        paths = [image_path(folder, own).with_suffix(".png") for own in (name, Path(name).name)]
+        paths = [image_path(folder, candidate).with_suffix(".png") for candidate in (name, Path(name).name)]
         path = next((path for path in paths if path.exists()), paths[0])
         try:
             with open_image(path, self.max_pixels) as image:

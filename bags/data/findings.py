@@ -57,12 +57,12 @@ DEFECTS = {  # kind -> (level, what training does)
 class Finding:
     """One kind of defect. level: "stops" training, makes it "dropped" the object, or is a "note"."""
 
-    where: str
-    kind: str
+    where: str  # the file
+    kind: str  # heading of the defect
     level: str
-    effect: str
-    count: int = 0
-    examples: list[str] = field(default_factory=list)
+    effect: str  # what follows from it
+    count: int = 0  # places with the defect
+    examples: list[str] = field(default_factory=list)  # the first of these places
 
 
 class Findings:

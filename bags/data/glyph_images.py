@@ -144,7 +144,12 @@ def _draw_clutter(canvas: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
 
 
 def _place(
-    outline: Any, size_range: Any, owner: np.ndarray, areas: Any, visible: Any, rng: np.random.RandomState
+    outline: list[np.ndarray],
+    size_range: tuple[float, float],
+    owner: np.ndarray,
+    areas: np.ndarray,
+    visible: np.ndarray,
+    rng: np.random.RandomState,
 ) -> tuple[int, int, np.ndarray]:
     """Find a random pose that leaves every earlier object 85 % of its area: (top, left, coverage).
 
@@ -174,7 +179,9 @@ def _place(
     raise RuntimeError("no room for an object: the preset asks for too many objects per image")
 
 
-def draw_image(size: int, object_size: tuple[float, float], outlines: list, rng: np.random.RandomState) -> Any:
+def draw_image(
+    size: int, object_size: tuple[float, float], outlines: list[list[np.ndarray]], rng: np.random.RandomState
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """Draw an image of `size` (S) pixels with one object per outline, whose longer side is in `object_size`.
 
     Returns (pixels uint8 [S, S, 3], semantic map uint8 [S, S] of 1 + index in TEXTURES, visible masks bool [S, S], one

@@ -3,9 +3,9 @@
 import array
 import unicodedata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from pycocotools import mask as coco_mask
 
 from bags.core.errors import UserError
@@ -70,7 +70,7 @@ def unique_ids(path: Path, kind: str, entries: list[dict]) -> np.ndarray:
     return _unique(path, kind, [_id(path, kind, entry) for entry in entries])
 
 
-def _unique(path: Path, kind: str, ids: Any) -> np.ndarray:
+def _unique(path: Path, kind: str, ids: ArrayLike) -> np.ndarray:
     ids = np.asarray(ids, np.int64)
     values, counts = np.unique(ids, return_counts=True)
     if (counts > 1).any():
@@ -81,8 +81,8 @@ def _unique(path: Path, kind: str, ids: Any) -> np.ndarray:
 def _size(path: Path, image: dict) -> tuple[int, int]:
     height, width = image.get("height"), image.get("width")
     if not (type(height) is type(width) is int and 0 < height < 2**20 and 0 < width < 2**20):
-        found = f"{width!r:.40} x {height!r:.40}"
-        raise UserError(f"{path}: image {image['id']}: expected width and height in pixels, found {found}")
+        given = f"{width!r:.40} x {height!r:.40}"
+        raise UserError(f"{path}: image {image['id']}: expected width and height in pixels, found {given}")
     return height, width
 
 
@@ -239,7 +239,7 @@ class _Annotations:
 # --------------------------------------------------------------------------- ragged arrays
 
 
-def offsets(lengths: Any) -> np.ndarray:
+def offsets(lengths: ArrayLike) -> np.ndarray:
     """Where each of consecutive runs starts, and the end: int64 [runs + 1]."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 

@@ -20,10 +20,10 @@ class CategoryStats:
     `AnnotationIndex.trained`.
     """
 
-    category_ids: tuple[int, ...]
-    names: tuple[str, ...]
-    instance_counts: tuple[int, ...]
-    image_counts: tuple[int, ...]
+    category_ids: tuple[int, ...]  # [C]
+    names: tuple[str, ...]  # [C]
+    instance_counts: tuple[int, ...]  # [C]
+    image_counts: tuple[int, ...]  # [C]
 
     @classmethod
     def from_index(cls, index: AnnotationIndex) -> "CategoryStats":
@@ -105,22 +105,22 @@ def instance_bin(instance_counts: Sequence[int], boundaries: Sequence[int]) -> n
 class Training(NamedTuple):
     """Training counts of the categories by ascending id; None where they are unknown."""
 
-    instances: Sequence[int] | None
-    images: Sequence[int] | None
-    letters: np.ndarray | None  # r, c, f
-    bins: np.ndarray | None  # 0 for the rarest
+    instances: Sequence[int] | None  # [C]
+    images: Sequence[int] | None  # [C]
+    letters: np.ndarray | None  # [C] of r, c, f
+    bins: np.ndarray | None  # [C] in 0..num_bins - 1; 0 for the rarest
     num_bins: int
 
     def sets(self) -> dict[str, np.ndarray]:
         """Which categories [C] enter which mean."""
-        found: dict[str, np.ndarray] = {}
+        members: dict[str, np.ndarray] = {}
         if self.letters is not None:
-            found |= {f"AP{letter}": self.letters == letter for letter in "rcf"}
+            members |= {f"AP{letter}": self.letters == letter for letter in "rcf"}
         if self.bins is not None:
-            found |= {f"AP{n + 1}": self.bins == n for n in range(self.num_bins)}
-            found["AP_tail"] = self.bins < self.num_bins // 2
-            found["AP_head"] = self.bins >= self.num_bins // 2
-        return found
+            members |= {f"AP{n + 1}": self.bins == n for n in range(self.num_bins)}
+            members["AP_tail"] = self.bins < self.num_bins // 2
+            members["AP_head"] = self.bins >= self.num_bins // 2
+        return members
 
 
 def training_of(
@@ -136,8 +136,8 @@ def training_of(
     for name, counts in (("instance_counts", instances), ("image_counts", images)):
         if counts is not None and len(counts) != len(categories):
             raise UserError(f"{name}: {len(counts)} numbers for {len(categories)} categories of the ground truth")
-    own = _known(categories, "frequency") if image_counts is None else None
-    letters = None if own is None else np.asarray(own)
+    letters_given = _known(categories, "frequency") if image_counts is None else None
+    letters = None if letters_given is None else np.asarray(letters_given)
     if letters is None and images is not None:
         letters = frequency(images)
     bins = None if instances is None else instance_bin(instances, boundaries)

@@ -6,7 +6,7 @@ Scores come from the mean of the stages' logits, boxes from the last stage.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,7 @@ class CascadeRoIHeads(nn.Module):
         The names of the losses of stage 1, 2, 3 end in _1, _2, _3. They are already weighted.
         """
         if self.training:
+            assert targets is not None
             return [], self._losses(features, proposals, image_shapes, targets)
         return self._detect(features, proposals, image_shapes), {}
 
@@ -135,7 +136,7 @@ class CascadeRoIHeads(nn.Module):
         features: dict[str, Tensor],
         proposals: list[Tensor],
         image_shapes: list[tuple[int, int]],
-        targets: Any,
+        targets: list[dict],
     ) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
         for number, (stage, weight) in enumerate(zip(self.box_stages, self.loss_weights, strict=True)):

@@ -6,7 +6,6 @@ pasted. A preset names one choice of all of them, and the code that builds a det
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +127,9 @@ class Conventions:
     semantic_padding: int = 255
 
 
-def _torchvision_anchors(sizes: Any, aspect_ratios: Any, strides: Any) -> AnchorGenerator:
+def _torchvision_anchors(
+    sizes: tuple[tuple[int, ...], ...], aspect_ratios: tuple[tuple[float, ...], ...], strides: tuple[int, ...]
+) -> AnchorGenerator:
     """Anchors whose strides torchvision derives from the sizes of image and feature maps, rounded down."""
     return PreciseAnchors(sizes, aspect_ratios)
 

@@ -1,7 +1,6 @@
 """Faster, Mask and Cascade R-CNN and HTC: torchvision's parts put together around any `ProposalClassifier`."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +8,7 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from bags.classifiers.base import BoxFeatures, ProposalClassifier, at_least_float32
 from bags.detectors.backbones import Backbone
@@ -28,7 +28,13 @@ class FasterRCNN(GeneralizedRCNN):
     Parameters of the backbone that are frozen at construction stay frozen, whatever part is trained.
     """
 
-    def __init__(self, backbone: Any, rpn: Any, roi_heads: Any, transform: Any) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        rpn: RegionProposalNetwork,
+        roi_heads: RoIHeads | CascadeRoIHeads,
+        transform: GeneralizedRCNNTransform,
+    ) -> None:
         super().__init__(backbone, rpn, roi_heads, transform)
         self._frozen = [p for p in backbone.parameters() if not p.requires_grad]
 
@@ -203,7 +209,7 @@ def _box_head(channels: int, fc: int) -> TwoMLPHead:
     return head
 
 
-def _mask_branch(parts: Conventions, backbone: Backbone, labels: int, strides: Any) -> dict[str, Any]:
+def _mask_branch(parts: Conventions, backbone: Backbone, labels: int, strides: Sequence[int]) -> dict[str, nn.Module]:
     """Four convolutions and a deconvolution, as in Mask R-CNN; their width is the pyramid's."""
     width = backbone.out_channels
     return {

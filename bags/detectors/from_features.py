@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 from torchvision.ops import box_iou
 
@@ -91,7 +92,7 @@ def _chosen(labels: Tensor, is_object: Tensor, negatives: int, seed: int) -> Ten
 
 
 def _training_proposals(
-    rpn: RegionProposalNetwork, images: Any, features: dict[str, Tensor]
+    rpn: RegionProposalNetwork, images: ImageList, features: dict[str, Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Boxes [R, 4] and objectness [R] in 0..1 of each image, as many as in training; the RPN is in evaluation mode.
 

@@ -8,7 +8,6 @@ It differs from Cascade R-CNN with masks in three ways:
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,12 +116,13 @@ class HTCRoIHeads(CascadeRoIHeads):
         features: dict[str, Tensor],
         proposals: list[Tensor],
         image_shapes: list[tuple[int, int]],
-        targets: Any = None,
+        targets: list[dict] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """See `CascadeRoIHeads.forward`; there is one more loss, loss_semantic."""
         context, logits = self.semantic(features)
         detections, losses = super().forward({**features, "semantic": context}, proposals, image_shapes, targets)
         if self.training:
+            assert targets is not None
             losses["loss_semantic"] = self.semantic.loss(logits, targets)
         return detections, losses
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -42,13 +43,15 @@ class ReleasedAnchors(FixedStrideAnchors):
     sizes, aspect_ratios (height / width) and strides are as in `FixedStrideAnchors`, one entry per level.
     """
 
-    def __init__(self, sizes: Any, aspect_ratios: Any, strides: tuple[int, ...]) -> None:
+    def __init__(
+        self, sizes: tuple[tuple[int, ...], ...], aspect_ratios: tuple[tuple[float, ...], ...], strides: tuple[int, ...]
+    ) -> None:
         super().__init__(sizes, aspect_ratios, strides)
         levels = zip(self.sizes, self.aspect_ratios, strides, strict=True)
         self.cell_anchors = [_cell_anchors(*level) for level in levels]
 
 
-def _cell_anchors(sizes: Any, aspect_ratios: Any, stride: int) -> Tensor:
+def _cell_anchors(sizes: tuple[int, ...], aspect_ratios: tuple[float, ...], stride: int) -> Tensor:
     """Anchors [ratios * sizes, 4] of one cell; the order of the float32 operations decides ties of the rounding."""
     scales = torch.tensor(sizes, dtype=torch.float32) / stride
     h_ratios = torch.sqrt(torch.tensor(aspect_ratios, dtype=torch.float32))
@@ -84,7 +87,7 @@ class ResizedShape(tuple):
 
     scale: float
 
-    def __new__(cls, size: tuple[int, int], scale: float) -> Any:
+    def __new__(cls, size: tuple[int, int], scale: float) -> "ResizedShape":
         shape = super().__new__(cls, size)
         shape.scale = scale
         return shape
@@ -131,7 +134,13 @@ class ReleasedRPN(RegionProposalNetwork):
     """
 
     def __init__(
-        self, anchor_generator: Any, head: Any, fg_iou_thresh: float, bg_iou_thresh: float, *args: Any, **kwargs: Any
+        self,
+        anchor_generator: AnchorGenerator,
+        head: nn.Module,
+        fg_iou_thresh: float,
+        bg_iou_thresh: float,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Take the arguments of torchvision's RPN."""
         super().__init__(anchor_generator, head, fg_iou_thresh, bg_iou_thresh, *args, **kwargs)
@@ -226,7 +235,7 @@ class ReleasedRoIAlign(MultiScaleRoIAlign):
     A region of side s belongs to level floor(log2(s / (14 * finest stride) + 1e-6)), limited to the existing levels.
     """
 
-    def __init__(self, featmap_names: Any, output_size: Any, sampling_ratio: int, strides: Sequence[int]) -> None:
+    def __init__(self, featmap_names: list[str], output_size: int, sampling_ratio: int, strides: Sequence[int]) -> None:
         """Take the arguments of MultiScaleRoIAlign, and the strides of the named maps, in pixels."""
         super().__init__(featmap_names, output_size, sampling_ratio)
         self.strides = tuple(strides)

@@ -69,6 +69,8 @@ def report_nonfinite(folder: Path, losses: dict[str, torch.Tensor], targets: lis
     file = folder / f"nonfinite.rank{distributed.rank()}.pth"
     if bad:
         write_checkpoint(file, {**content, "losses": {name: float(value) for name, value in losses.items()}})
-    own = [", ".join(bad), f"images {', '.join(map(str, ids))}" if ids else "stored features", str(file)]
-    found = [words for words in distributed.gather_objects(own) if words[0]]
-    return "; ".join(f"{names} is not finite ({shown}; {file} holds weights and batch)" for names, shown, file in found)
+    of_rank = [", ".join(bad), f"images {', '.join(map(str, ids))}" if ids else "stored features", str(file)]
+    reports = [words for words in distributed.gather_objects(of_rank) if words[0]]
+    return "; ".join(
+        f"{names} is not finite ({shown}; {file} holds weights and batch)" for names, shown, file in reports
+    )

@@ -78,7 +78,7 @@ class JsonLog:
                 file.writelines(kept)
         self.file = path.open("a", buffering=1)
 
-    def write(self, **values: Any) -> None:
+    def write(self, **values: object) -> None:
         """Appends one object; floats are rounded to 6 significant digits, those that are not finite are null."""
         plain = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}

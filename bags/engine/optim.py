@@ -23,7 +23,7 @@ def set_trained_part(model: nn.Module, part: str) -> None:
     frozen: Callable[[], list[nn.Parameter]] = getattr(model, "frozen_parameters", list)
     for parameter in frozen():
         parameter.requires_grad_(False)
-    trained: list[Any] = []
+    trained: list[nn.Module] = []
     if part == "head":
         roi_heads: Any = model.roi_heads
         trained = [m for s in roi_heads.box_stages for m in (s.box_head, s.classifier, s.box_regressor)]

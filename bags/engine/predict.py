@@ -5,7 +5,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import orjson
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from bags.core import distributed
 from bags.core.errors import UserError
 from bags.core.files import naming, open_regular, replacing
+from bags.data.samplers import ShardSampler
 
 
 @torch.inference_mode()
@@ -50,7 +51,7 @@ def predict(
         )
     header = orjson.dumps(f"{key} of {distributed.world_size()}", option=orjson.OPT_APPEND_NEWLINE)
     distributed.on_main(lambda: _remove_left_over(path, distributed.world_size()))
-    share, sampler = _share(path, distributed.rank()), _sampler(loader)
+    share, sampler = _share(path, distributed.rank()), cast(ShardSampler, loader.batch_sampler)
     plan = [[image_ids[position] for position in batch] for batch in sampler.start(0)]
     batches, observed = _resume(share, header, plan)
     sampler.start(batches)
@@ -78,11 +79,6 @@ def predict(
     return observed
 
 
-def _sampler(loader: DataLoader) -> Any:
-    """The loader's batch sampler, whose `start` torch's type does not have."""
-    return loader.batch_sampler
-
-
 def _share(path: Path, rank: int) -> Path:
     """The file of one rank's results."""
     return path.with_name(f"{path.name}.rank{rank}")
@@ -107,10 +103,10 @@ def _resume(share: Path, header: bytes, plan: list[list[int]]) -> tuple[int, lis
     with contextlib.suppress(FileNotFoundError), open_regular(share) as file:
         if file.readline() == header:
             for line, image_id in zip(file, itertools.chain.from_iterable(plan), strict=False):
-                found = _parse(line)
-                if found is None or found[0] != image_id:
+                parsed = _parse(line)
+                if parsed is None or parsed[0] != image_id:
                     break
-                observed.append(found[1])
+                observed.append(parsed[1])
                 ends.append(file.tell())
     whole = [n for n, images in enumerate(itertools.accumulate(map(len, plan), initial=0)) if images <= len(observed)]
     images = sum(map(len, plan[: whole[-1]]))
@@ -177,10 +173,10 @@ def _lines(share: Path, header: bytes) -> Iterator[tuple[int, list[dict]]]:
             if file.readline() != header:
                 raise _Damaged
             for line in file:
-                found = _parse(line)
-                if found is None:
+                parsed = _parse(line)
+                if parsed is None:
                     raise _Damaged
-                yield found[0], found[2]
+                yield parsed[0], parsed[2]
     except FileNotFoundError:
         raise _Damaged from None
 

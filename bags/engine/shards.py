@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from bags.core import distributed
 from bags.core.errors import UserError
 from bags.core.files import open_regular, read_text, write_problem, write_text
 
+Result = TypeVar("Result")
 KINDS = ("fc", "rows", "views")
 BLOCK = 2**22  # bytes that are read at a time for a checksum
 THREADS = 8  # at most, that compute checksums: fast disks need several
@@ -45,13 +46,13 @@ class Record(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The types of a store's files; `fc` is "float16" or "float32"."""
+    """The types of a store's files."""
 
-    fc: str
-    row: np.dtype
-    view: np.dtype
-    stages: int
-    width: int
+    fc: str  # "float16" or "float32"
+    row: np.dtype  # of a row, the record of a proposal
+    view: np.dtype  # of a view, the record of an image or of its mirror image
+    stages: int  # S, classifiers of the detector
+    width: int  # D, features of a row for each stage
 
     def shape(self, kind: str) -> tuple[np.dtype, tuple[int, ...]]:
         """(type, shape) of one entry of a file: of a row's features [S, D], of a row, of a view."""
@@ -72,11 +73,11 @@ class Shard:
     stamps: (bytes, time of the last change in ns) of each file then, which every later reading compares.
     """
 
-    folder: Path
-    number: int
+    folder: Path  # of the store
+    number: int  # from 0, in the names of its files
     layout: Layout
-    stamps: dict[str, tuple[int, int]]
-    views: np.ndarray
+    stamps: dict[str, tuple[int, int]]  # by the file's kind
+    views: np.ndarray  # [V] of the layout's view type
 
     @property
     def rows(self) -> int:
@@ -165,15 +166,15 @@ def open_shards(folder: Path, layout: Layout, shards: list[range], title: str) -
             bar.update()
 
     with bar, ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        own = list(pool.map(compared, mine))
-    found: dict[int, Shard | str] = {}
-    for rank, results in enumerate(distributed.gather_objects(own)):
-        found |= {rank + k * distributed.world_size(): result for k, result in enumerate(results)}
-    problems = [result for result in found.values() if isinstance(result, str)]
+        of_rank = list(pool.map(compared, mine))
+    opened: dict[int, Shard | str] = {}
+    for rank, results in enumerate(distributed.gather_objects(of_rank)):
+        opened |= {rank + k * distributed.world_size(): result for k, result in enumerate(results)}
+    problems = [result for result in opened.values() if isinstance(result, str)]
     if problems:
         more = f" ({len(problems) - 1} more shards are damaged)" if len(problems) > 1 else ""
         raise UserError(problems[0] + more)
-    return [shard for number in range(len(shards)) if isinstance(shard := found[number], Shard)]
+    return [shard for number in range(len(shards)) if isinstance(shard := opened[number], Shard)]
 
 
 def _compared(folder: Path, number: int, layout: Layout, positions: range) -> Shard:
@@ -262,7 +263,7 @@ class ShardWriter:
             self._path(kind, ".tmp").replace(self._path(kind))
         write_text(self._path("sums"), json.dumps(self.sums))
 
-    def _safely(self, action: Callable[[], Any]) -> Any:
+    def _safely(self, action: Callable[[], Result]) -> Result:
         """Does something with the files. Where the system refuses, they are removed, and UserError says why."""
         try:
             return action()

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from bags.config.sections import TrainConfig
 from bags.core import distributed
 from bags.core.errors import Stopped, UserError
 from bags.core.tensor_files import check_finite
+from bags.data.samplers import TrainSampler
 from bags.engine.checkpoint import load_latest, save_checkpoint
 from bags.engine.faults import StopSignals, report_nonfinite
 from bags.engine.metrics import Clock, Monitor, Stopwatch
@@ -46,8 +47,8 @@ MOST_SKIPPED = 20  # steps in a row that train.nonfinite=skip leaves out
 class Run:
     """One model to be trained, and where it is kept.
 
-    losses: the module to call for them, `model` itself if None. about (config and statistics) goes into every
-    checkpoint.
+    loss_module  the module that is called for the losses; None for `model` itself
+    about        configuration and statistics, which go into every checkpoint
     """
 
     model: nn.Module
@@ -56,7 +57,7 @@ class Run:
     seed: int
     title: str
     about: dict
-    losses: nn.Module | None = None
+    loss_module: nn.Module | None = None
     # Filled in by `train`.
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
@@ -90,15 +91,15 @@ def train_one_epoch(
     epochs: the first iteration of each epoch, and the total.
     """
     for run in runs:
-        assert run.losses is not None
-        train_mode(run.losses)
+        assert run.loss_module is not None
+        train_mode(run.loss_module)
     for iteration, (images, targets) in enumerate(loader, start=first_iteration):
         images, targets = to_device(images, targets, device)
         clock.lap("data")
         for run in runs:
             if iteration < run.done:  # killed while the others were saved
                 continue
-            distributed.seed_rank(run.seed * 1_000_003 + iteration, device)
+            distributed.seed_rank(_iteration_seed(run.seed, iteration), device)
             lr = learning_rate(run.config, iteration, epoch_at(epochs, iteration))
             with run.stopwatch:
                 losses = optimisation_step(run, images, targets, iteration, lr, device, clock)
@@ -119,18 +120,18 @@ def optimisation_step(
     A loss that is not finite, on any rank, stops the run with a UserError or leaves the step out.
     """
     config, parts = run.config, run.config.accumulate
-    assert run.losses is not None and run.optimizer is not None and run.scaler is not None  # as `train` made them
+    assert run.loss_module is not None and run.optimizer is not None and run.scaler is not None  # as `train` made them
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.zero_grad(set_to_none=True)
     means: dict[str, torch.Tensor] = {}
     for part in range(parts):
         once: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if part < parts - 1 and isinstance(run.losses, DistributedDataParallel):
-            once = run.losses.no_sync()  # ranks exchange gradients after the last part
+        if part < parts - 1 and isinstance(run.loss_module, DistributedDataParallel):
+            once = run.loss_module.no_sync()  # ranks exchange gradients after the last part
         with once:
             with torch.autocast(device.type, PRECISIONS[config.precision], enabled=config.precision != "fp32"):
-                losses = run.losses(images[part::parts], targets[part::parts])
+                losses = run.loss_module(images[part::parts], targets[part::parts])
             clock.lap("forward")
             run.scaler.scale(sum(losses.values()) / parts).backward()
             clock.lap("backward")
@@ -150,7 +151,13 @@ def optimisation_step(
 
 
 def _leave_out(
-    run: Run, losses: Any, images: Any, targets: Any, iteration: int, lr: float, device: torch.device
+    run: Run,
+    losses: dict[str, torch.Tensor],
+    images: list[torch.Tensor],
+    targets: list[dict],
+    iteration: int,
+    lr: float,
+    device: torch.device,
 ) -> None:
     """Says what was not finite. Raises UserError where the run is to stop, or where it cannot recover."""
     content = {
@@ -158,7 +165,7 @@ def _leave_out(
         "iteration": iteration,
         "images": images,
         "targets": targets,
-        "seed": run.seed * 1_000_003 + iteration,
+        "seed": _iteration_seed(run.seed, iteration),
     }
     text = report_nonfinite(run.folder, losses, targets, {**run.about, **content})
     text = f"{run.title}: iteration {iteration + 1}: {text}"
@@ -173,6 +180,11 @@ def _leave_out(
         raise UserError(f"{text}: {MOST_SKIPPED} steps in a row were left out before it: {mend}")
     if distributed.is_main():
         print(f"warning: {text}: step left out", file=sys.stderr)
+
+
+def _iteration_seed(seed: int, iteration: int) -> int:
+    """Derive the seed of one iteration from the seed of its run."""
+    return seed * 1_000_003 + iteration
 
 
 def to_device(images: list[torch.Tensor], targets: list[dict], device: torch.device) -> tuple[list, list]:
@@ -203,7 +215,7 @@ def fit_classifiers(detector: Any, loader: DataLoader, device: torch.device, see
         """Yield the features and labels that one classifier is fitted to."""
         bar = tqdm(loader, desc=f"{title}: fit", unit="batch", disable=not distributed.is_main())
         for iteration, (images, targets) in enumerate(bar):
-            distributed.seed_rank(seed * 1_000_003 + iteration, device)
+            distributed.seed_rank(_iteration_seed(seed, iteration), device)
             for owner, features, labels in detector.training_proposals(*to_device(images, targets, device)):
                 if owner is classifier:
                     yield BoxFeatures(*map(distributed.gather_rows, features)), distributed.gather_rows(labels)
@@ -242,7 +254,7 @@ def _resume(run: Run) -> bool:
 
 def _first_iterations(config: TrainConfig, loader: DataLoader) -> list[int]:
     """The first iteration of each epoch, and the total."""
-    sampler: Any = loader.batch_sampler
+    sampler = cast(TrainSampler, loader.batch_sampler)
     sampler.start(0)
     return [0, *itertools.accumulate(sampler.batches_in(epoch) for epoch in range(config.epochs))]
 
@@ -270,7 +282,7 @@ def train(
     `last.pth`, `previous.pth` and `log.jsonl`. Raises UserError for a loss that is not finite, and Stopped, with
     everything saved, after a step in which SIGTERM or SIGINT came.
     """
-    sampler: Any = loader.batch_sampler
+    sampler = cast(TrainSampler, loader.batch_sampler)
     epochs = _first_iterations(runs[0].config, loader)
     for run in runs:
         _start(run, loader, device)
@@ -294,9 +306,9 @@ def train(
                 run.save(steps)
                 clock.leave_out()
             if run is runs[-1] and distributed.any_rank(bool(signals.received), device):
-                for own in runs:
-                    if own.done <= iteration:
-                        own.save(steps)
+                for unsaved in runs:
+                    if unsaved.done <= iteration:
+                        unsaved.save(steps)
                 distributed.barrier()  # a rank that ends makes torchrun end the others, which may still be saving
                 cause = signals.received[0] if signals.received else "another rank"
                 saved = f"after iteration {steps} of {total}, which is saved; the same command goes on"
@@ -341,14 +353,14 @@ def _finish(runs: Sequence[Run], total: int) -> None:
 
 
 def _start(run: Run, loader: DataLoader, device: torch.device) -> None:
-    """Set the trained part, the optimiser and the starting point of a run; wrap `losses` for several ranks."""
+    """Set the trained part, the optimiser and the starting point of a run; wrap its loss module for several ranks."""
     config, ranks = run.config, distributed.world_size()
     if config.batch_size % (ranks * config.accumulate):
         raise UserError(
             f"train.batch_size={config.batch_size} does not divide by {ranks} ranks times "
             f"train.accumulate={config.accumulate}"
         )
-    run.save_every = config.checkpoint_every or SAVED_EVERY[run.losses is not None]
+    run.save_every = config.checkpoint_every or SAVED_EVERY[run.loss_module is not None]
     set_trained_part(run.model, config.part)
     trainable = any(p.requires_grad for p in run.model.parameters())
     if trainable:
@@ -362,9 +374,9 @@ def _start(run: Run, loader: DataLoader, device: torch.device) -> None:
             )
     if not _resume(run) and not trainable:
         fit_classifiers(run.model, loader, device, run.seed, run.title)
-    if config.compile and run.losses is None:
+    if config.compile and run.loss_module is None:
         torch._dynamo.config.optimize_ddp = False  # it cuts the graph at buckets, anew for every shape of images
         run.model.get_submodule("backbone").compile()
-    run.losses, run.stopwatch.device = run.losses or run.model, device
+    run.loss_module, run.stopwatch.device = run.loss_module or run.model, device
     if trainable and ranks > 1:
-        run.losses = DistributedDataParallel(run.losses, [device] if device.type == "cuda" else None)
+        run.loss_module = DistributedDataParallel(run.loss_module, [device] if device.type == "cuda" else None)

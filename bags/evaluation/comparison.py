@@ -103,12 +103,12 @@ def changed_most(rows: list[dict], most: int) -> tuple[list[dict], list[dict]]:
 
 def objects_of(entries: list[dict], labels: dict[int, int], images: dict[int, int]) -> list[np.ndarray]:
     """Of each category int64 [K, 2]: the images that hold objects of it that count, and how many."""
-    found: list[list] = [[] for _ in labels]
+    of_label: list[list] = [[] for _ in labels]
     for entry in entries:
         number = len(entry["gtIgnore"]) - sum(entry["gtIgnore"])
         if number:
-            found[labels[entry["category_id"]]].append((images[entry["image_id"]], number))
-    return [np.array(own, np.int64).reshape(-1, 2) for own in found]
+            of_label[labels[entry["category_id"]]].append((images[entry["image_id"]], number))
+    return [np.array(pairs, np.int64).reshape(-1, 2) for pairs in of_label]
 
 
 def detections_of(entries: list[dict], labels: dict[int, int], images: dict[int, int]) -> list[Detections | None]:
@@ -118,20 +118,20 @@ def detections_of(entries: list[dict], labels: dict[int, int], images: dict[int,
     for entry in sorted(entries, key=lambda entry: order[entry["image_id"]]):
         if len(entry["dtScores"]):
             parts[labels[entry["category_id"]]].append(entry)
-    found: list[Detections | None] = []
-    for own in parts:
-        if not own:
-            found.append(None)
+    detections: list[Detections | None] = []
+    for part in parts:
+        if not part:
+            detections.append(None)
             continue
-        scores = np.concatenate([entry["dtScores"] for entry in own])
+        scores = np.concatenate([entry["dtScores"] for entry in part])
         best_first = np.argsort(-scores, kind="stable")
-        image = np.concatenate([np.full(len(entry["dtScores"]), images[entry["image_id"]]) for entry in own])
+        image = np.concatenate([np.full(len(entry["dtScores"]), images[entry["image_id"]]) for entry in part])
         matched, ignored = (
-            np.concatenate([np.array(entry[key], bool) for entry in own], 1)[:, best_first]
+            np.concatenate([np.array(entry[key], bool) for entry in part], 1)[:, best_first]
             for key in ("dtMatched", "dtIgnore")
         )
-        found.append(Detections(image[best_first], matched & ~ignored, ~ignored))
-    return found
+        detections.append(Detections(image[best_first], matched & ~ignored, ~ignored))
+    return detections
 
 
 def ap_of(
@@ -142,18 +142,20 @@ def ap_of(
     objects: see `objects_of`. title: of the progress bar; None shows none.
     """
     result = np.full((len(weights), IOUS, len(file)), np.nan)
-    for label, own in enumerate(tqdm(file, desc=title, unit="category", disable=title is None)):
+    for label, detections in enumerate(tqdm(file, desc=title, unit="category", disable=title is None)):
         where, numbers = objects[label].T
         totals = weights[:, where] @ numbers  # [draws]
         present = np.flatnonzero(totals > 0)
-        if own is None or not own.hit.any():
+        if detections is None or not detections.hit.any():
             result[present, :, label] = 0
             continue
-        step = max(1, AT_ONCE // len(own.image))
+        step = max(1, AT_ONCE // len(detections.image))
         for part in np.array_split(present, -(-len(present) // step)) if len(present) else ():
-            of_detections = weights[np.ix_(part, own.image)].astype(np.float64)
+            of_detections = weights[np.ix_(part, detections.image)].astype(np.float64)
             for t in range(IOUS):
-                result[part, t, label] = _weighted_ap(of_detections, own.hit[t], own.counted[t], totals[part])
+                result[part, t, label] = _weighted_ap(
+                    of_detections, detections.hit[t], detections.counted[t], totals[part]
+                )
     return result
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
@@ -24,6 +23,7 @@ from bags.evaluation.truth import Notes, Truth, check_mask, mask_sizes, ranks_of
 AT_ONCE = 2**20  # bytes parsed at once: Python objects of a whole file would take ten times its size
 BETWEEN = re.compile(rb"\}\s*,\s*(?=\{)")
 IDS = ("image_id", "category_id")
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray, list | None]  # see `_columns`
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,15 +90,15 @@ class Results:
             self.masks or itertools.repeat(None),
             strict=False,
         )
-        found = []
+        detections = []
         for image, category, box, score, mask in columns:
             entry = {"image_id": image, "category_id": category, "score": score}
             if box[0] == box[0]:
                 entry["bbox"] = box
             if mask is not None and (masks or box[0] != box[0]):
                 entry["segmentation"] = mask
-            found.append(entry)
-        return found
+            detections.append(entry)
+        return detections
 
 
 def read_results(path: str | Path, truth: Truth) -> Results:
@@ -170,25 +170,23 @@ def _parts(path: Path) -> Iterator[list]:
     yield entries[done:]
 
 
-def _columns(
-    path: Path, entries: list, first: int, images: dict[int, int], categories: dict[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list | None]:
+def _columns(path: Path, entries: list, first: int, images: dict[int, int], categories: dict[int, int]) -> Columns:
     """(ranks [D, 2], boxes [D, 4], scores [D], masks or None where there are none) of a part of a file.
 
     first: position of its first detection in the file.
     """
     try:
-        found = _converted(entries, images, categories)
+        columns = _converted(entries, images, categories)
     except (KeyError, TypeError, AttributeError, OverflowError):
-        found = None
-    if found is None:
+        columns = None
+    if columns is None:
         for k, entry in enumerate(entries, start=first):
             _check_detection(f"{path}: detection {k}", entry, images, categories)
         raise UserError(f"{path}: detections {first} to {first + len(entries) - 1} cannot be read")
-    return found
+    return columns
 
 
-def _converted(entries: list, images: dict[int, int], categories: dict[int, int]) -> Any:
+def _converted(entries: list, images: dict[int, int], categories: dict[int, int]) -> Columns | None:
     """The columns; None, or one of the errors of `_columns`, where a detection is at fault."""
     if not set(map(type, entries)) <= {dict}:
         return None

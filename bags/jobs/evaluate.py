@@ -5,11 +5,15 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bags.core import locks
 from bags.core.errors import UserError
 from bags.core.terminal import printable
+
+if TYPE_CHECKING:
+    from bags.evaluation.comparison import Comparison
+    from bags.evaluation.truth import Truth
 
 MOST = 8  # categories that --compare names on each side
 OF_RESULTS = ("annotations", "bins", "engine", "train")
@@ -27,7 +31,7 @@ def boundaries(text: str | None) -> tuple[int, ...]:
     return bins
 
 
-def training_counts(source: Path | None, truth: Any) -> dict[str, list[int]]:
+def training_counts(source: Path | None, truth: "Truth") -> dict[str, list[int]]:
     """`instance_counts` and `image_counts` of the ground truth's categories, from --train; nothing without it."""
     from bags.data.index import AnnotationIndex
     from bags.data.statistics import CategoryStats
@@ -35,7 +39,7 @@ def training_counts(source: Path | None, truth: Any) -> dict[str, list[int]]:
     if source is None:
         return {}
     if source.is_dir() or source.suffix.lower() == ".csv":
-        from bags.analysis.tables import read_categories
+        from bags.analysis.run_files import read_categories
 
         rows = read_categories(source)
         columns = ("id", "name", "training_instances", "training_images")
@@ -49,7 +53,7 @@ def training_counts(source: Path | None, truth: Any) -> dict[str, list[int]]:
     return truth.training_counts(stats, f"--train {source}")
 
 
-def say(notes: list[str], truth: Any, counts: dict) -> None:
+def say(notes: list[str], truth: "Truth", counts: dict) -> None:
     """Print notes, each once, and where the bins come from."""
     if not counts and all("instance_count" in category for category in truth.counts):
         notes = [*notes, f"{truth.path}: its own instance_count makes the bins; {TRAIN}"]
@@ -61,7 +65,7 @@ def say(notes: list[str], truth: Any, counts: dict) -> None:
 
 def evaluate_results(arguments: argparse.Namespace) -> dict[str, float]:
     """The numbers of boxes and, if both files have them, of masks (`mask_AP`, ...); also written."""
-    from bags.analysis.tables import write_metrics, write_scores
+    from bags.analysis.run_files import write_metrics, write_scores
     from bags.evaluation.detection_ap import ENGINES, score
     from bags.evaluation.results_file import read_results
     from bags.evaluation.truth import read_truth
@@ -89,7 +93,7 @@ def evaluate_results(arguments: argparse.Namespace) -> dict[str, float]:
 
 def compare_results(arguments: argparse.Namespace) -> None:
     """Prints what changed from A to B: means with their intervals, and the categories that changed most."""
-    from bags.analysis.tables import as_table, write_comparison
+    from bags.analysis.run_files import as_table, write_comparison
     from bags.evaluation.comparison import compare
     from bags.evaluation.detection_ap import notes_of
     from bags.evaluation.results_file import read_results
@@ -103,22 +107,22 @@ def compare_results(arguments: argparse.Namespace) -> None:
     files = [read_results(path, truth) for path in arguments.compare]
     counts: dict[str, Any] = training_counts(arguments.train, truth)
     masks = not truth.lacks_masks() and not any(file.masks is None or file.lacks_masks() for file in files)
-    found = {
+    comparisons = {
         kind: compare(truth, files[0], files[1], kind, arguments.draws, boundaries=bins, **counts)
         for kind in (["bbox", "segm"] if masks else ["bbox"])
     }
     say([note for file in files for note in notes_of(truth, file, own_counts=not counts)], truth, counts)
     if arguments.output:
         with locks.alone(arguments.output, "choose another --output"):
-            write_comparison(arguments.output, found)
+            write_comparison(arguments.output, comparisons)
     if arguments.json:
-        print(json.dumps({kind: as_table(result) for kind, result in found.items()}))
+        print(json.dumps({kind: as_table(result) for kind, result in comparisons.items()}))
         return
-    for kind, result in found.items():
+    for kind, result in comparisons.items():
         print_comparison(kind, result, [str(path) for path in arguments.compare])
 
 
-def print_comparison(kind: str, result: Any, names: list[str]) -> None:
+def print_comparison(kind: str, result: "Comparison", names: list[str]) -> None:
     """One table of means, one of categories."""
     from bags.evaluation.comparison import changed_most
 
@@ -146,7 +150,7 @@ def evaluate_checkpoint(path: Path, overrides: list[str], output: Path | None) -
     """(metrics, name of the configuration); metrics are None except in the main process."""
     import torch
 
-    from bags.analysis.tables import write_metrics, write_scores
+    from bags.analysis.run_files import write_metrics, write_scores
     from bags.assembly.initialise import check_categories
     from bags.assembly.loaders import build_val_dataset
     from bags.assembly.models import load_detector

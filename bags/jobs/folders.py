@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bags.analysis.results import environment
-from bags.analysis.tables import read_metrics
+from bags.analysis.run_files import read_metrics
 from bags.assembly.loaders import open_index
 from bags.config.load import load_config, result_settings, save_config
 from bags.config.sections import Config

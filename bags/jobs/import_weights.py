@@ -52,20 +52,20 @@ def import_weights(source: str, config: Config, annotations: Path | None, eps: f
         eps = 0.0 if eps is None and config.detector.backbone.startswith("resnet") else eps
     stats = read_stats(config, annotations, names)
     translated = translate(state, source)
-    found, lines, wanted = translated.state, [], config.detector
-    for key, value in describe(found).items():
+    tensors, lines, wanted = translated.state, [], config.detector
+    for key, value in describe(tensors).items():
         if key != "logits" and getattr(wanted, key) != value:
             raise UserError(f"{source}: its detector has {key} {value}, the configuration {getattr(wanted, key)}")
     if translated.origin == "torchvision" and config.classifier.name == "softmax":
-        logits, ids = describe(found)["logits"], stats.category_ids
+        logits, ids = describe(tensors)["logits"], stats.category_ids
         if logits == 91 and len(ids) == 80 and min(ids) >= 1 and max(ids) == 90:  # COCO's ids are its labels
-            found = select_labels(found, [0, *ids])
+            tensors = select_labels(tensors, [0, *ids])
             lines.append(f"left out: {logits - 1 - len(ids)} labels without a category ({logits - 1} in the file)")
     foreign = [f"{i} '{name}'" for i, name in zip(stats.category_ids, stats.names, strict=True) if name not in names]
     if names and foreign:
         raise UserError(f"{source}: does not know category {foreign[0]}: it is a model of COCO's categories")
     if eps is not None:
-        found = fold_batch_norm_eps(found, eps)
+        tensors = fold_batch_norm_eps(tensors, eps)
         lines.append(f"variances shifted: its batch normalisation has eps {eps:g}, ours 1e-5")
     keys = [f"detector.conventions={translated.origin}", "detector.init_from=null", "detector.backbone_weights=null"]
     config = override_config(config, [*keys, "detector.other_categories=false", "train.part=all"])
@@ -73,13 +73,13 @@ def import_weights(source: str, config: Config, annotations: Path | None, eps: f
     state = detector.state_dict()
     _need_exact(
         source,
-        {k: tuple(v.shape) for k, v in found.items()},
+        {k: tuple(v.shape) for k, v in tensors.items()},
         {k: tuple(v.shape) for k, v in state.items() if not k.endswith("num_batches_tracked")},
     )
-    detector.load_state_dict({**state, **found})
+    detector.load_state_dict({**state, **tensors})
     reasons = collections.Counter(translated.skipped.values())
     lines += [f"left out: {number} tensors: {reason}" for reason, number in reasons.items()]
-    lines.insert(0, f"taken: {len(found)} tensors, {sum(v.numel() for v in found.values()):,} numbers")
+    lines.insert(0, f"taken: {len(tensors)} tensors, {sum(v.numel() for v in tensors.values()):,} numbers")
     content = {"config": config_to_dict(config), "stats": stats.to_dict(), "model": detector.state_dict()}
     return content, lines
 
@@ -120,13 +120,13 @@ def read_stats(config: Config, annotations: Path | None, names: Sequence[str]) -
     return stats
 
 
-def _need_exact(source: str, found: dict[str, tuple], wanted: dict[str, tuple]) -> None:
+def _need_exact(source: str, given: dict[str, tuple], wanted: dict[str, tuple]) -> None:
     """Raises UserError unless names and shapes are the same."""
-    shapes = [k for k in found if k in wanted and found[k] != wanted[k]]
-    problems = [f"{k} has shape {list(found[k])}, expected {list(wanted[k])}" for k in shapes[:1]]
+    shapes = [k for k in given if k in wanted and given[k] != wanted[k]]
+    problems = [f"{k} has shape {list(given[k])}, expected {list(wanted[k])}" for k in shapes[:1]]
     for words, keys in (
-        ("is missing", wanted.keys() - found.keys()),
-        ("is not expected", found.keys() - wanted.keys()),
+        ("is missing", wanted.keys() - given.keys()),
+        ("is not expected", given.keys() - wanted.keys()),
     ):
         problems += [f"{min(keys)} {words} ({len(keys)} such)"] if keys else []
     if problems:

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bags.core.errors import UnreadableImage, UserError
 from bags.core.files import JsonList
@@ -11,6 +11,9 @@ from bags.data.images import SUFFIXES, read_image
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
+
+    from bags.detectors.faster_rcnn import FasterRCNN
 
 MOST_NAMED = 10  # skipped files of a folder that are named
 LONGEST_STEM = 230  # bytes of an image's name in that of its drawing, which has 255 at most
@@ -39,7 +42,7 @@ def image_files(paths: list[Path]) -> list[Path]:
 
 
 def detect(
-    detector: Any,
+    detector: "FasterRCNN",
     meta: dict,
     files: list[Path],
     output: Path,
@@ -82,8 +85,8 @@ def detect(
         raise UserError(f"{output}: nothing predicted: none of the {unreadable} images could be read")
     left_out = f" ({unreadable} more left out)" if unreadable else ""
     not_drawn = f" ({undrawn} of them without a drawing)" if undrawn else ""
-    seen = f"{len(files) - unreadable} images{left_out}{not_drawn}"
-    print(f"{seen}, {objects} objects with a score of {least_score} or more: {output}")
+    summary = f"{len(files) - unreadable} images{left_out}{not_drawn}"
+    print(f"{summary}, {objects} objects with a score of {least_score} or more: {output}")
 
 
 def _results(path: Path) -> JsonList:
@@ -94,7 +97,7 @@ def _results(path: Path) -> JsonList:
         raise UserError(f"{path}: another process writes it: choose another --output, or wait for that one") from None
 
 
-def _detections(detector: Any, image: Any, least_score: float, device: "torch.device") -> dict:
+def _detections(detector: "FasterRCNN", image: "Image.Image", least_score: float, device: "torch.device") -> dict:
     """The detections of one image with a score of `least_score` or more: boxes, labels, scores, and rles of masks."""
     import torch
 
@@ -114,7 +117,7 @@ def _drawing_name(number: int, file: Path) -> str:
     return f"{number:06d}_{os.fsencode(file.stem)[:LONGEST_STEM].decode(errors='ignore')}.png"
 
 
-def _draw(path: Path, image: Any, detection: dict, names: tuple[str, ...]) -> None:
+def _draw(path: Path, image: "Image.Image", detection: dict, names: tuple[str, ...]) -> None:
     """Writes the image with its detections."""
     import matplotlib
 

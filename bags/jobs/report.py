@@ -3,15 +3,24 @@
 import contextlib
 import filecmp
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bags.core.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from bags.analysis.report import Findings
+    from bags.analysis.run_results import RunResults
+    from bags.data.dataset import DetectionDataset
+    from bags.data.statistics import CategoryStats
+    from bags.evaluation.comparison import Comparison
 
 EXAMPLES = 4  # categories with images, of the best and of the worst
 MEND = "data.root=... says where the dataset is now"
 
 
-def read_runs(folders: list[Path], overrides: list[str]) -> list:
+def read_runs(folders: list[Path], overrides: list[str]) -> list["RunResults"]:
     """The runs, with names that differ. Raises UserError unless they are finished and can be compared."""
     from bags.analysis.run_results import read_run
 
@@ -37,7 +46,7 @@ def read_runs(folders: list[Path], overrides: list[str]) -> list:
     return runs
 
 
-def gather(runs: list, draws: int) -> Any:
+def gather(runs: list["RunResults"], draws: int) -> "Findings":
     """Gather what the page shows beside the numbers of the runs. Missing parts become notes."""
     from bags.analysis import examples as shown
     from bags.analysis.report import Findings, best_and_worst
@@ -47,28 +56,28 @@ def gather(runs: list, draws: int) -> Any:
     columns = ("id", "name", "training_instances", "training_images")
     stats = CategoryStats(*(tuple(row[column] for row in first.rows) for column in columns))
     name_of = dict(zip(stats.category_ids, stats.names, strict=True))
-    found = Findings(tail=best_and_worst(first.rows, first.config.test.bins))
+    findings = Findings(tail=best_and_worst(first.rows, first.config.test.bins))
     for run in runs:
         if (run.folder / "last.pth").exists():
             run.norms = norms_of(run)
         else:
-            found.notes.append(f"{run.folder / 'last.pth'}: no such file: no weight norms of {run.label}")
+            findings.notes.append(f"{run.folder / 'last.pth'}: no such file: no weight norms of {run.label}")
     entries = [shown.read_detections(run.folder, name_of) for run in runs]
-    found.detected = [{entry["category_id"] for entry in own} for own in entries]
-    dataset = open_validation(first, stats, found)
-    if found.objects is not None and len(runs) > 1:
-        found.comparison = compare_runs(runs, stats, draws)
+    findings.detected = [{entry["category_id"] for entry in of_run} for of_run in entries]
+    dataset = open_validation(first, stats, findings)
+    if findings.objects is not None and len(runs) > 1:
+        findings.comparison = compare_runs(runs, stats, draws)
     if dataset is not None:
-        rows = [row for part in found.tail for row in part[:EXAMPLES]]
-        detections = {run.label: shown.by_image(own) for run, own in zip(runs, entries, strict=True)}
+        rows = [row for part in findings.tail for row in part[:EXAMPLES]]
+        detections = {run.label: shown.by_image(of_run) for run, of_run in zip(runs, entries, strict=True)}
         try:
-            found.examples = {e.category["id"]: e for e in shown.examples(dataset, rows, detections, name_of)}
+            findings.examples = {e.category["id"]: e for e in shown.examples(dataset, rows, detections, name_of)}
         except UserError as error:
-            found.notes.append(f"{error}: no example images; {MEND}")
-    return found
+            findings.notes.append(f"{error}: no example images; {MEND}")
+    return findings
 
 
-def norms_of(run: Any) -> Any:
+def norms_of(run: "RunResults") -> "np.ndarray":
     """The weight norms of a run's classifier, [C+1]."""
     from bags.jobs.tables import weight_norms
 
@@ -78,8 +87,8 @@ def norms_of(run: Any) -> Any:
     return norms[run.label][0]
 
 
-def open_validation(run: Any, stats: Any, found: Any) -> Any:
-    """The validation set, or None; its counts and what is missing go to `found`."""
+def open_validation(run: "RunResults", stats: "CategoryStats", findings: "Findings") -> "DetectionDataset | None":
+    """The validation set, or None; its counts and what is missing go to `findings`."""
     import numpy as np
 
     from bags.assembly.initialise import check_categories
@@ -89,32 +98,39 @@ def open_validation(run: Any, stats: Any, found: Any) -> Any:
     try:
         index = open_index(config, "val")
     except UserError as error:
-        found.notes.append(f"{error}: no comparison by images, no example images; {MEND}")
+        findings.notes.append(f"{error}: no comparison by images, no example images; {MEND}")
         return None
     check_categories(stats, index, run.folder / "categories.csv")
-    found.objects = np.bincount(index.labels[~index.crowd], minlength=stats.num_categories + 1)[1:]
-    found.images["validation"] = len(index)
+    findings.objects = np.bincount(index.labels[~index.crowd], minlength=stats.num_categories + 1)[1:]
+    findings.images["validation"] = len(index)
     with contextlib.suppress(UserError):  # its counts are in categories.csv
-        found.images = {"training": len(open_index(config, "train"))} | found.images
+        findings.images = {"training": len(open_index(config, "train"))} | findings.images
     try:
         return build_val_dataset(config)
     except UserError as error:
-        found.notes.append(f"{error}: no example images; {MEND}")
+        findings.notes.append(f"{error}: no example images; {MEND}")
     return None
 
 
-def compare_runs(runs: list, stats: Any, draws: int) -> dict:
+def compare_runs(runs: list["RunResults"], stats: "CategoryStats", draws: int) -> dict[str, "Comparison"]:
     """From the other run to the first one: boxes, and masks where both have them."""
     from bags.evaluation.comparison import compare
 
     config = runs[0].config
     kinds = ["bbox", "segm"] if all("mask_AP" in run.metrics for run in runs) else ["bbox"]
     before, after = (run.folder / "predictions.json" for run in reversed(runs))
-    settings = {
-        "instance_counts": stats.instance_counts,
-        "image_counts": stats.image_counts,
-        "boundaries": config.test.bins,
-        "max_detections": max(run.config.test.max_detections for run in runs),
+    truth, limit = Path(config.data.root) / config.data.val, max(run.config.test.max_detections for run in runs)
+    return {
+        kind: compare(
+            truth,
+            before,
+            after,
+            kind,
+            draws,
+            instance_counts=stats.instance_counts,
+            image_counts=stats.image_counts,
+            boundaries=config.test.bins,
+            max_detections=limit,
+        )
+        for kind in kinds
     }
-    truth = Path(config.data.root) / config.data.val
-    return {kind: compare(truth, before, after, kind, draws, **settings) for kind in kinds}

@@ -55,13 +55,14 @@ def row_name(name: str, overrides: tuple[str, ...]) -> str:
 def show(folders: dict[str, list[Path]], best: str, title: str, save: Path | None) -> None:
     """Prints the table, and the row whose mean of `best` is highest; keeps the numbers in `save`."""
     from bags.analysis.results import save_results, this_command
-    from bags.analysis.tables import read_metrics, render_table
+    from bags.analysis.run_files import read_metrics
+    from bags.analysis.tables import render_table
 
-    rows = {name: [read_metrics(folder) for folder in own] for name, own in folders.items()}
+    rows = {name: [read_metrics(folder) for folder in of_row] for name, of_row in folders.items()}
     print(f"\n{render_table(rows)}")
     if save:
         save_results(save, title, this_command(), folders, rows)
-    means = {name: sum(run.get(best, math.nan) for run in own) / len(own) for name, own in rows.items()}
+    means = {name: sum(run.get(best, math.nan) for run in of_row) / len(of_row) for name, of_row in rows.items()}
     known = {name: value for name, value in means.items() if not math.isnan(value)}
     if not known:
         raise UserError(

@@ -2,16 +2,25 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bags.analysis.paper import METHODS, PAPER, PaperTable
 from bags.analysis.results import save_results, this_command
-from bags.analysis.tables import read_metrics, read_seconds, render_paper_table, render_table, spread
-from bags.config.load import load_config
+from bags.analysis.run_files import read_metrics, read_seconds
+from bags.analysis.tables import render_paper_table, render_table, spread
+from bags.config.load import load_config, load_rows
 from bags.config.rows import find_dataset, row_beside
 from bags.core.errors import UserError
 from bags.core.terminal import printable
-from bags.jobs.train import in_order, run_jobs
+from bags.jobs.train import run_jobs
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from bags.config.sections import Config
+    from bags.data.statistics import CategoryStats
+
+    Norms = dict[str, list[np.ndarray]]  # row -> [C+1] of each run
 
 CROWDED = 25  # in an image with more boxes only tail categories are named
 
@@ -39,10 +48,10 @@ def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None
     table = render_table(numbers)
     norms, correlations, stats, config = weight_norms(rows)
     print(f"\n{table}\n\nrank correlation of classifier weight norm and training instances:")
-    print("\n".join(f"  {printable(name)}: {spread(own, '.2f')}" for name, own in correlations.items()))
+    print("\n".join(f"  {printable(name)}: {spread(of_row, '.2f')}" for name, of_row in correlations.items()))
     if save:
-        for name, own in correlations.items():
-            for folder, run, value in zip(rows[name], numbers[name], own, strict=True):
+        for name, of_row in correlations.items():
+            for folder, run, value in zip(rows[name], numbers[name], of_row, strict=True):
                 run |= {"correlation": value, "seconds": read_seconds(folder)}
         save_results(save, config.data.name, this_command(), rows, numbers)
     if figures:
@@ -55,14 +64,14 @@ def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None
         print(f"figures: {folder / 'weight_norms.png'} {folder / 'predictions.png'}")
 
 
-def weight_norms(rows: dict[str, list[Path]]) -> Any:
-    """Norms of every run's classifier, and their correlation with the counts, by row."""
+def weight_norms(rows: dict[str, list[Path]]) -> tuple["Norms", dict[str, list[float]], "CategoryStats", "Config"]:
+    """Norms of every run's classifier, their correlation with the counts, by row; counts and the last configuration."""
     from bags.analysis.weight_norms import classifier_norms, rank_correlation
     from bags.assembly.models import load_detector
 
-    norms: dict[str, list] = {}
+    norms: Norms = {}
     correlations: dict[str, list[float]] = {}
-    stats = None
+    stats: CategoryStats | None = None
     for name, folders in rows.items():
         norms[name], correlations[name] = [], []
         for folder in folders:
@@ -72,10 +81,13 @@ def weight_norms(rows: dict[str, list[Path]]) -> Any:
                 raise UserError(f"{folder}: trained on another dataset than {next(iter(rows.values()))[0]}")
             norms[name].append(classifier_norms(detector))
             correlations[name].append(rank_correlation(norms[name][-1][1:], meta["stats"].instance_counts))
+    assert stats is not None  # there are rows
     return norms, correlations, stats, meta["config"]
 
 
-def _draw_predictions(path: Path, runs: dict[str, Path], config: Any, stats: Any, num_images: int = 4) -> None:
+def _draw_predictions(
+    path: Path, runs: dict[str, Path], config: "Config", stats: "CategoryStats", num_images: int = 4
+) -> None:
     """The validation images with most instances of tail categories, as each run sees them."""
     import numpy as np
 
@@ -101,8 +113,8 @@ def _draw_predictions(path: Path, runs: dict[str, Path], config: Any, stats: Any
     name_of = dict(zip(stats.category_ids, stats.names, strict=True))
     check_categories(stats, index, next(iter(runs.values())))
     for run, folder in runs.items():
-        found = by_image(read_detections(folder, name_of))
-        columns[run] = [judged(found.get(i, []), t, name_of) for i, t in zip(image_ids, truths, strict=True)]
+        detections = by_image(read_detections(folder, name_of))
+        columns[run] = [judged(detections.get(i, []), t, name_of) for i, t in zip(image_ids, truths, strict=True)]
     caption = f"scores of {LEAST_SCORE:.0%} or more; green: object and category are right, red: one of them is wrong"
     tail_names = {name for name, is_tail in zip(stats.names, tail[1:], strict=True) if is_tail}
     if any(len(drawing["names"]) > CROWDED for column in columns.values() for drawing in column):
@@ -138,7 +150,7 @@ def paper_table(
             rows[source] = row_beside(next(iter(rows.values())), source)
             waiting.append(load_config(rows[source], overrides))
     published = table.foreign or configs[0].data.name.startswith("lvis")
-    jobs = [in_order(list(rows.values()), overrides, seed) for seed in seeds]
+    jobs = [load_rows(list(rows.values()), overrides, seed) for seed in seeds]
     run_jobs(jobs, lambda folders: _show_table(table, folders, published, save))
 
 

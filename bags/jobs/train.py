@@ -5,20 +5,18 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from bags.analysis.tables import without_nan, write_metrics, write_scores
+from bags.analysis.run_files import without_nan, write_metrics, write_scores
 from bags.assembly import stored
 from bags.assembly.initialise import initialise
 from bags.assembly.loaders import build_train_loader, build_val_dataset, open_index
 from bags.assembly.models import build_detector
-from bags.config.load import config_to_dict, load_config
-from bags.config.rows import row_beside, rows_of
+from bags.config.load import config_to_dict, load_rows
 from bags.config.sections import Config
 from bags.core import distributed
 from bags.core.errors import UserError
@@ -50,15 +48,8 @@ def train(
     Raises UserError for what cannot be trained.
     """
     folders: dict[str, list[Path]] = {}
-    run_jobs([in_order([Path(config)], overrides, seed, methods) for seed in seeds], folders.update)
+    run_jobs([load_rows([Path(config)], overrides, seed, methods) for seed in seeds], folders.update)
     return folders
-
-
-def make_deterministic() -> None:
-    """Of each operation the implementation that gives the same bits every time; torch raises where there is none."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)
 
 
 def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], None]) -> None:
@@ -126,35 +117,6 @@ def run(configs: list[Config], device: torch.device) -> None:
     configs = [config for config, done in zip(configs, complete, strict=True) if not done]
     if configs:
         Pass(configs, device).run()
-
-
-def in_order(
-    paths: Sequence[Path], overrides: Sequence[str], seed: int | None = None, methods: Sequence[str] = ()
-) -> list[Config]:
-    """The configurations of datasets, rows, files and folders; a row comes after the row that it starts from.
-
-    methods: rows of the datasets instead of their default ones; the rows that they start from are added.
-    """
-    rows = [row for path in paths for row in rows_of(path, methods)]
-    if not rows:
-        raise UserError("no configuration: expected a dataset, DATASET/METHOD, a YAML file or a folder of them")
-    waiting = [load_config(row, overrides) for row in rows]
-    for row, config in zip(rows, waiting, strict=False) if methods else ():  # grows with the rows that are added
-        if config.init_row and config.init_row not in {other.name for other in waiting}:
-            rows.append(row_beside(row, config.init_row))
-            waiting.append(load_config(rows[-1], overrides))
-    if seed is not None:
-        seeded = [f"seed={seed}", f"output={waiting[0].output}/seed{seed}"]
-        waiting = [load_config(row, [*overrides, *seeded]) for row in rows]
-    ordered: list[Config] = []
-    while waiting:
-        names = {config.name for config in waiting}
-        ready = [config for config in waiting if config.init_row not in names]
-        if not ready:
-            raise UserError(f"rows start from each other in a circle: {', '.join(sorted(names))}")
-        ordered.append(ready[0])
-        waiting.remove(ready[0])
-    return ordered
 
 
 class Pass:
@@ -225,8 +187,8 @@ class Pass:
 def note_data(index: AnnotationIndex, stats: CategoryStats) -> None:
     """Say on stderr what of the training data is left out, or is probably not meant."""
     odd = [
-        f"{index.path}: {kind}: {seen}; prepare_data.py check says more"
-        for kind, seen in implausible_boxes(index).items()
+        f"{index.path}: {kind}: {which}; prepare_data.py check says more"
+        for kind, which in implausible_boxes(index).items()
     ]
     for line in (what_does_not_train(index), disagreement(index, stats), *odd):
         if line:

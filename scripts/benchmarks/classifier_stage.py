@@ -9,10 +9,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from scripts.benchmarks.measuring import coco_object
 
 if TYPE_CHECKING:
     import torch
+
+    from bags.config.sections import Config
+    from bags.engine.train import Run
 
 EPOCHS, CATEGORIES, OBJECTS, SWEEP = 12, 1230, 12, 12
 SIZES = {"cpu": ((480, 800), 20), "cuda": ((800, 1333), 200)}  # of the images, and how many
@@ -73,22 +78,13 @@ def write_dataset(folder: Path, size: tuple[int, int], number: int) -> None:
             x, y = generator.uniform(0, size[1] * 0.7), generator.uniform(0, size[0] * 0.7)
             box = [x, y, *generator.uniform(16, 0.3 * min(size), 2)]
             category = int(generator.integers(1, CATEGORIES + 1))
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": k,
-                    "category_id": category,
-                    "bbox": box,
-                    "area": box[2] * box[3],
-                    "iscrowd": 0,
-                }
-            )
+            annotations.append(coco_object(len(annotations) + 1, k, category, box))
     categories = [{"id": c, "name": str(c)} for c in range(1, CATEGORIES + 1)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "train.json").write_text(json.dumps(content))
 
 
-def stage_config(folder: Path, size: tuple[int, int], device: "torch.device") -> Any:
+def stage_config(folder: Path, size: tuple[int, int], device: "torch.device") -> "Config":
     """BAGS on a detector whose weights are random: they cost as much as trained ones."""
     import torch
 
@@ -130,14 +126,14 @@ def stage_config(folder: Path, size: tuple[int, int], device: "torch.device") ->
 
 
 def train_once(
-    config: Any,
+    config: "Config",
     name: str,
     live: bool,
     epochs: int,
     device: "torch.device",
     mirrored: bool = False,
     classifiers: int = 1,
-) -> Any:
+) -> dict[str, Any]:
     """Trains runs of a name as scripts/train.py does, without prediction: seconds, bytes of the store."""
     import torch
 
@@ -147,7 +143,7 @@ def train_once(
     from bags.engine.train import train
     from bags.jobs.train import begin
 
-    features = "live" if live else "cached"
+    features: Literal["live", "cached"] = "live" if live else "cached"
     folder = str(Path(config.output) / f"{name}.features")
     config = dataclasses.replace(
         config,
@@ -157,7 +153,7 @@ def train_once(
     index = open_index(config, "train")
     stats = CategoryStats.from_index(index)
     named = [dataclasses.replace(config, name=f"{name} {k}", seed=k) for k in range(classifiers)]
-    runs = [begin(own, index, stats, device) for own in named]
+    runs = [begin(of_run, index, stats, device) for of_run in named]
     loader = build_train_loader(config, index, stats)
     start = time.perf_counter()
     if not live:
@@ -183,7 +179,7 @@ def train_once(
 def reading(stage: dict, device: "torch.device") -> dict:
     """An epoch from a store that is only on disk, against the slower of reading the store and computing in memory."""
     from bags.assembly.loaders import make_loader
-    from bags.engine.features import TrainingFeatures, collate_samples
+    from bags.assembly.stored_samples import TrainingFeatures, collate_samples
     from bags.engine.metrics import Clock
     from bags.engine.train import train_one_epoch
 
@@ -192,7 +188,7 @@ def reading(stage: dict, device: "torch.device") -> dict:
     data = TrainingFeatures(data.store, data.flip, roi.batch_size, roi.positive_fraction, resident=False)
     loader = make_loader(config, data, batches, collate_samples)  # on a GPU the other one reads nothing
 
-    def after_step(run: Any, iteration: int, losses: dict, lr: float) -> None:
+    def after_step(run: "Run", iteration: int, losses: dict, lr: float) -> None:
         """Waits for the step."""
         float(sum(losses.values()))
 

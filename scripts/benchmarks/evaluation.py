@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bags.core.errors import UserError
-from scripts.benchmarks.measuring import measure
+from scripts.benchmarks.measuring import coco_object, measure
 
 
 def evaluation(arguments: argparse.Namespace) -> list[dict]:
@@ -20,7 +20,7 @@ def evaluation(arguments: argparse.Namespace) -> list[dict]:
 
     repeats, results = min(arguments.repeats, 3), []
     with tempfile.TemporaryDirectory() as folder:
-        truth, found = write_results(Path(folder))
+        truth, results_file = write_results(Path(folder))
         arrays = {}
 
         def ours() -> None:
@@ -31,12 +31,12 @@ def evaluation(arguments: argparse.Namespace) -> list[dict]:
                 return arrays["ours"]
 
             detection_ap._match = kept  # type: ignore[assignment]
-            detection_ap.evaluate(truth, found)
+            detection_ap.evaluate(truth, results_file)
             detection_ap._match = plain
 
         def peer() -> None:
             with contextlib.redirect_stdout(io.StringIO()):
-                arrays["lvis"] = official._lvis(str(truth), json.loads(found.read_text()), "bbox", 300)
+                arrays["lvis"] = official._lvis(str(truth), json.loads(results_file.read_text()), "bbox", 300)
 
         try:
             peer()
@@ -82,16 +82,7 @@ def write_results(folder: Path) -> tuple[Path, Path]:
         )
         boxes = np.column_stack([rng.random((12, 2)) * (500, 350), rng.random((12, 2)) * 120 + 8]).round(2)
         for label, box in zip(labels.tolist(), boxes.tolist(), strict=True):
-            objects.append(
-                {
-                    "id": len(objects) + 1,
-                    "image_id": i,
-                    "category_id": label,
-                    "bbox": box,
-                    "area": box[2] * box[3],
-                    "iscrowd": 0,
-                }
-            )
+            objects.append(coco_object(len(objects) + 1, i, label, box))
         which = np.arange(300) % 12
         guesses = np.where(rng.random(300) < 0.5, labels[which], rng.choice(1203, 300, p=share) + 1).tolist()
         shifted = boxes[which] + np.column_stack([rng.normal(0, 8, (300, 2)), np.zeros((300, 2))])
@@ -99,7 +90,7 @@ def write_results(folder: Path) -> tuple[Path, Path]:
         scores = rng.random(300, np.float32).astype(float).tolist()
         for label, box, score in zip(guesses, shifted.round(3).tolist(), scores, strict=True):
             detections.append({"image_id": i, "category_id": label, "bbox": box, "score": score})
-    truth, found = folder / "truth.json", folder / "results.json"
+    truth, results = folder / "truth.json", folder / "results.json"
     truth.write_text(json.dumps({"images": images, "annotations": objects, "categories": categories}))
-    found.write_text(json.dumps(detections))
-    return truth, found
+    results.write_text(json.dumps(detections))
+    return truth, results

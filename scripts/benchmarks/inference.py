@@ -1,9 +1,13 @@
 """Postprocessing of an image at LVIS's settings, against torchvision's."""
 
 import argparse
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from scripts.benchmarks.measuring import in_mb, in_process, measure, peak
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIZE, CATEGORIES, PROPOSALS, DETECTIONS = (800, 1333), 1230, 1000, 300
 
@@ -47,7 +51,7 @@ def inference(arguments: argparse.Namespace) -> list[dict]:
     return [*results, in_mb(f"{DETECTIONS} masks, peak memory", memory[0], "torchvision + pycocotools", memory[1])]
 
 
-def detections_case(sharpness: float) -> Any:
+def detections_case(sharpness: float) -> tuple["Tensor", "Tensor", "Tensor"]:
     """(logits, deltas, proposals) of one image; most proposals are background."""
     import torch
 
@@ -59,7 +63,7 @@ def detections_case(sharpness: float) -> Any:
     return logits, torch.randn(PROPOSALS, 4 * (CATEGORIES + 1)) * 0.5, proposals
 
 
-def run_detections(name: str, case: Any) -> Any:
+def run_detections(name: str, case: tuple["Tensor", "Tensor", "Tensor"]) -> Sequence["Tensor"]:
     """(boxes, scores, labels) by our selection, or by torchvision's `postprocess_detections`."""
     from torchvision.models.detection import _utils, roi_heads
 
@@ -76,11 +80,12 @@ def run_detections(name: str, case: Any) -> Any:
 def detections_peak(name: str, sharpness: float) -> float:
     """MB above what the inputs take."""
     case = detections_case(sharpness)
-    run_detections("ours", tuple(values[:10] for values in case))  # libraries are loaded
+    logits, deltas, proposals = (values[:10] for values in case)
+    run_detections("ours", (logits, deltas, proposals))  # libraries are loaded
     return peak(lambda: run_detections(name, case))["mb"]
 
 
-def masks_case() -> Any:
+def masks_case() -> tuple["Tensor", "Tensor"]:
     """Smooth masks [300, 1, 28, 28] and boxes of 16 to 400 pixels."""
     import torch
 
@@ -92,7 +97,7 @@ def masks_case() -> Any:
     return torch.nn.functional.interpolate(torch.rand(DETECTIONS, 1, 4, 4), size=28, mode="bilinear"), boxes
 
 
-def run_masks(name: str, masks: Any, boxes: Any) -> list:
+def run_masks(name: str, masks: "Tensor", boxes: "Tensor") -> list:
     """RLE strings by our crops, or of torchvision's pasted masks by pycocotools."""
     import numpy as np
     from pycocotools import mask as coco_mask

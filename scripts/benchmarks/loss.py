@@ -1,9 +1,12 @@
 """The loss of BAGS against plain cross entropy."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
 from scripts.benchmarks.measuring import measure
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def loss(arguments: argparse.Namespace) -> list[dict]:
@@ -23,10 +26,10 @@ def loss(arguments: argparse.Namespace) -> list[dict]:
         grouped = torch.randn(proposals, 1236, requires_grad=True)
         plain = torch.randn(proposals, 1231, requires_grad=True)
 
-        def ours(logits: Any = grouped, labels: Any = labels) -> Any:
+        def ours(logits: "Tensor" = grouped, labels: "Tensor" = labels) -> tuple["Tensor", ...]:
             return torch.autograd.grad(sum(classifier.loss(logits, labels).values()), logits)
 
-        def peer(logits: Any = plain, labels: Any = labels) -> Any:
+        def peer(logits: "Tensor" = plain, labels: "Tensor" = labels) -> tuple["Tensor", ...]:
             return torch.autograd.grad(F.cross_entropy(logits, labels), logits)
 
         case = f"GroupSoftmax loss [{proposals}, 1236]"

@@ -91,7 +91,7 @@ def our_epoch(folder: Path, device: "torch.device", precision: str) -> Callable[
     model, loader, config = model_and_loader(folder, device)
     model.to(device, memory_format=torch.channels_last)
     config = dataclasses.replace(config.train, precision=precision)
-    run = Run(model, config, folder, 0, "ours", {}, losses=model)
+    run = Run(model, config, folder, 0, "ours", {}, loss_module=model)
     run.optimizer = build_optimizer(model, config)
     run.scaler = torch.amp.GradScaler(device.type, enabled=False)
 

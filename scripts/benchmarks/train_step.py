@@ -29,11 +29,11 @@ def train_step(arguments: argparse.Namespace) -> list[dict]:
     ours, bags_detector = build_detector(config, stats), build_detector(grouped, stats)
     state = translate(peer.state_dict(), "torchvision").state
     for detector in (ours, bags_detector):
-        own = detector.state_dict()
-        detector.load_state_dict({**own, **{k: v for k, v in state.items() if v.shape == own[k].shape}})
+        new = detector.state_dict()
+        detector.load_state_dict({**new, **{k: v for k, v in state.items() if v.shape == new[k].shape}})
     corners = torch.rand(2, 8, 2) * 200
     boxes = torch.cat([corners, corners + 20 + torch.rand(2, 8, 2) * 100], 2).to(device)
-    targets = [{"boxes": own, "labels": torch.randint(1, number + 1, (8,), device=device)} for own in boxes]
+    targets = [{"boxes": of_image, "labels": torch.randint(1, number + 1, (8,), device=device)} for of_image in boxes]
     images = list(torch.rand(2, 3, 320, 480).to(device))
 
     def step_of(detector: torch.nn.Module) -> Callable:

@@ -14,8 +14,9 @@ from conftest import metrics, run_script
 from PIL import Image
 
 from bags.analysis.examples import crop_window, judged, overlap
+from bags.analysis.run_files import read_categories
 from bags.analysis.run_results import read_run
-from bags.analysis.tables import column_title, read_categories, tail_below
+from bags.analysis.tables import column_title, tail_below
 from bags.cli import evaluate
 from bags.core.errors import UserError
 from bags.evaluation.comparison import compare

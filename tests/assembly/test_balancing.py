@@ -17,8 +17,13 @@ from bags.detectors.from_features import FromFeatures, proposals_to_store, train
 from bags.engine.train import Run, train
 
 COUNTS = (5, 500, 50, 2000)  # of labels 1..4
-SIZES = {"min_size": 64, "max_size": 96, "box_batch_size_per_image": 16, "rpn_post_nms_top_n_train": 40,
-         "rpn_post_nms_top_n_test": 30}  # fmt: skip
+SIZES = {
+    "min_size": 64,
+    "max_size": 96,
+    "box_batch_size_per_image": 16,
+    "rpn_post_nms_top_n_train": 40,
+    "rpn_post_nms_top_n_test": 30,
+}
 TORCHVISION = (
     "fasterrcnn_resnet50_fpn",
     "fasterrcnn_resnet50_fpn_v2",
@@ -238,8 +243,17 @@ class Batches:
 
 def test_with_our_engine(small, tmp_path):
     """Part `cls` with AdamW, killed in between: resumed to the same weights; all but the classifier bit-equal."""
-    config = TrainConfig(part="cls", epochs=1, batch_size=2, optimizer="adamw", lr=0.01, milestones=(), log_every=1,
-                         checkpoint_every=2, warmup_iterations=0)  # fmt: skip
+    config = TrainConfig(
+        part="cls",
+        epochs=1,
+        batch_size=2,
+        optimizer="adamw",
+        lr=0.01,
+        milestones=(),
+        log_every=1,
+        checkpoint_every=2,
+        warmup_iterations=0,
+    )
     other = copy.deepcopy(small)
     about = {"config": {}, "stats": {}}
     torch.manual_seed(0)

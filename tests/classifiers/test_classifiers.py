@@ -173,8 +173,11 @@ def test_bad_ratio(ratio):
 )
 def test_impossible_settings_are_refused(name, settings, message):
     needed = {
-        "groups": bags.assign_groups([5, 50], (10,)), "num_categories": 2, "counts": (5, 50), "image_counts": (5, 50)
-    }  # fmt: skip
+        "groups": bags.assign_groups([5, 50], (10,)),
+        "num_categories": 2,
+        "counts": (5, 50),
+        "image_counts": (5, 50),
+    }
     taken = inspect.signature(getattr(bags, name)).parameters
     with pytest.raises(ValueError, match=f"^{message}"):
         getattr(bags, name)(4, **({key: value for key, value in needed.items() if key in taken} | settings))

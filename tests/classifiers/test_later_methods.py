@@ -13,9 +13,9 @@ from later_methods import COUNTS, IMAGES, everyone
 from test_methods import features, tensor
 
 import bags
+from bags.assembly.stored_samples import TrainingFeatures
 from bags.classifiers.base import CosineLinear
 from bags.data.samplers import ClassBalancedSampler
-from bags.engine.features import TrainingFeatures
 
 RARE = {1, 3, 4, 6, 7}  # labels in at most 100 images
 LABELS = (0, 0, 0, 0, 0, 0, 1, 1, 4, 2, 8, 3, 3, 0, 5, 6)
@@ -481,9 +481,8 @@ def test_simcal_by_hand():
     classifier.requires_grad_(False)
     assert not any(p.requires_grad for p in classifier.parameters())
     classifier.requires_grad_(True)
-    assert {name for name, p in classifier.named_parameters() if p.requires_grad} == {
-        "calibrated.weight", "calibrated.bias",
-    }  # fmt: skip
+    trained = {name for name, p in classifier.named_parameters() if p.requires_grad}
+    assert trained == {"calibrated.weight", "calibrated.bias"}
     classifier.loss(classifier(features(torch.randn(3, 4))), torch.tensor([0, 1, 2]))["loss_classifier"].backward()
     assert classifier.linear.weight.grad is None and classifier.calibrated.weight.grad.abs().sum() > 0
     norms = classifier.weight_norms().tolist()

@@ -86,8 +86,8 @@ def test_both_ways_to_the_loss_agree(background_group, others, ratio):
     logits = torch.randn(19, classifier.linear.out_features, dtype=torch.float64, requires_grad=True)
     targets = classifier.targets[:, labels]
     weights, full = classifier.sample_weights(targets).double(), classifier.full_layout(logits)
-    fast = SelectedCrossEntropy.apply(full, targets, weights, classifier.widths) * classifier.factors
-    slow = dense_cross_entropy(full, targets, weights, classifier.widths) * classifier.factors
+    fast = SelectedCrossEntropy.apply(full, targets, weights, classifier.widths) * classifier.group_weights
+    slow = dense_cross_entropy(full, targets, weights, classifier.widths) * classifier.group_weights
     assert torch.allclose(fast, slow, rtol=1e-12) and fast.isfinite().all() and (ratio == "all" or fast[3] == 0)
     gradients = [torch.autograd.grad(x.sum(), logits, retain_graph=True)[0] for x in (fast, slow)]
     assert torch.allclose(*gradients, rtol=1e-10, atol=1e-15) and gradients[0].isfinite().all()
@@ -132,7 +132,7 @@ def test_renumbering_the_categories_renumbers_the_scores(background_group, other
     order = torch.randperm(8)  # new category c is the old category order[c]
     old = bags.GroupSoftmax(6, assign_groups(counts), 8.0, background_group, others)
     new = bags.GroupSoftmax(6, assign_groups(counts[order]), 8.0, background_group, others)
-    column_of = lambda c: torch.searchsorted(c.learned, c.columns[1:])  # noqa: E731
+    column_of = lambda c: torch.searchsorted(c.learned_columns, c.label_columns[1:])  # noqa: E731
     with torch.no_grad():
         new.linear.weight.copy_(old.linear.weight)
         new.linear.weight[column_of(new)] = old.linear.weight[column_of(old)[order]]

@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT
 
 import bags
-from bags.classifiers import METHODS, method_settings
+from bags.classifiers import CLASSIFIERS, classifier_settings
 from bags.config import sections
 from bags.config.load import config_from_dict, config_to_dict, result_settings
 from bags.core.settings import NO_RESULT, Range, Settings, marks
@@ -20,7 +20,7 @@ from bags.core.settings import NO_RESULT, Range, Settings, marks
 SAMPLERS = typing.get_args(sections.SamplerConfig)
 SECTIONS = [
     *(kind for kind in vars(sections).values() if isinstance(kind, type) and issubclass(kind, Settings)),
-    *method_settings().values(),
+    *classifier_settings().values(),
 ]
 TRAINING = bags.CategoryStats((1, 2), ("a", "b"), (5, 50), (5, 40))
 
@@ -92,11 +92,11 @@ def test_what_a_range_allows():
     assert Example(half_open=0, share=1, closed=4, natural=2**62, positive=1e300, kept=True).closed == 4
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_defaults_and_ranges_stand_in_the_settings_only(name):
     """The arguments of a constructor have the defaults of the settings, and meet the check of a YAML file."""
     classifier = getattr(bags, name)
-    [settings] = [kind for kind in method_settings().values() if kind.__name__ == f"{name}Settings"]
+    [settings] = [kind for kind in classifier_settings().values() if kind.__name__ == f"{name}Settings"]
     assert type(settings().build(4, 4, TRAINING)) is classifier
     parameters = inspect.signature(classifier).parameters
     needed = {"num_categories": 2, "counts": (5, 50), "image_counts": (5, 50), "width": 4}
@@ -117,9 +117,9 @@ def test_defaults_and_ranges_stand_in_the_settings_only(name):
             assert str(file.value).startswith(f"row.yaml: classifier.{field.name}: expected ")
 
 
-def test_every_method_is_listed():
-    """A file with settings that the list forgets would be a method that nobody can choose."""
-    listed = [f"{name}Settings" for name in METHODS]
+def test_every_classifier_is_listed():
+    """A file with settings that the list forgets would be a classifier that nobody can choose."""
+    listed = [f"{name}Settings" for name in CLASSIFIERS]
     defined = {
         node.name
         for path in (ROOT / "bags/classifiers").glob("*.py")
@@ -127,7 +127,7 @@ def test_every_method_is_listed():
         if isinstance(node, ast.ClassDef) and any("Settings" in ast.unparse(base) for base in node.bases)
     }
     assert defined - {"ClassifierSettings", "SigmoidLayerSettings"} == set(listed)
-    assert [kind.__name__ for kind in method_settings().values()] == listed
+    assert [kind.__name__ for kind in classifier_settings().values()] == listed
 
 
 def test_keys_that_change_no_result():

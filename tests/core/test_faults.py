@@ -467,8 +467,16 @@ def odd_data(folder, size=(64, 48), objects=3, categories=3, images=2):
         entries.append({"id": number, "file_name": f"{number}.jpg", "width": size[0], "height": size[1]})
         for _ in range(objects if number == 1 else 0):
             x, y = random.uniform(0, size[0] - 12), random.uniform(0, size[1] - 12)
-            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": 1,
-                                "bbox": [x, y, 10, 10], "area": 100, "iscrowd": 0})  # fmt: skip
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": 1,
+                    "bbox": [x, y, 10, 10],
+                    "area": 100,
+                    "iscrowd": 0,
+                }
+            )
     named = [{"id": c, "name": str(c)} for c in range(1, categories + 1)]
     text = json.dumps({"images": entries, "annotations": annotations, "categories": named})
     for split in ("train", "val"):
@@ -564,8 +572,11 @@ def test_values_that_explode_are_not_printed(tmp_path):
 def test_pickles_with_code_are_not_run(tmp_path, glyphs, capfd):
     """Wherever a file is read: checkpoints, weights, packed annotations, results, configurations, the log."""
     config = config_of(tmp_path, glyphs)
-    for save in (lambda p: torch.save(Malice(), p), lambda p: p.write_bytes(pickle.dumps(Malice())),
-                 lambda p: write_file(p, {"format": 2, **content(1), "more": Malice()})):  # fmt: skip
+    for save in (
+        lambda p: torch.save(Malice(), p),
+        lambda p: p.write_bytes(pickle.dumps(Malice())),
+        lambda p: write_file(p, {"format": 2, **content(1), "more": Malice()}),
+    ):
         path = tmp_path / "evil.pth"
         save(path)
         with pytest.raises(UserError, match="evil.pth: not a"):
@@ -609,8 +620,13 @@ def test_rle_that_overflows_in_results_is_refused(tmp_path):
     start = time.monotonic()
     over = coco_mask.encode(np.ones((48, 65), np.uint8, order="F"))["counts"].decode()
     for counts in (over, [2**31, 2**31], [2**40], [-5, 48 * 64 + 5], "o" * 100_000, ["1"], 5, "\x00\x01", "é"):
-        entry = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "score": 0.5,
-                 "segmentation": {"size": [48, 64], "counts": counts}}  # fmt: skip
+        entry = {
+            "image_id": 1,
+            "category_id": 1,
+            "bbox": [1, 1, 9, 9],
+            "score": 0.5,
+            "segmentation": {"size": [48, 64], "counts": counts},
+        }
         (tmp_path / "r.json").write_text(json.dumps([entry]))
         with pytest.raises(UserError, match=r"r.json: detection 0: segmentation: .*pixels"):
             bags.evaluate(tmp_path / "truth.json", tmp_path / "r.json", "segm")

@@ -108,7 +108,7 @@ REFUSED = {  # change -> (kind in `check`, words of the refusal)
     "RLE counts too long": (rle([30, 40], [1201]), "bad segmentation", "add up"),
     "RLE counts negative": (rle([30, 40], [-1, 1201]), "bad segmentation", "add up"),
     "RLE counts overflow": (rle([30, 40], "o" * 50), "bad segmentation", "add up"),
-}  # fmt: skip
+}
 NOTED = {  # change -> (kind in `check`, does `open` keep the annotation)
     "area is text": (annotation(area="5"), "impossible area"),
     "area is NaN": (annotation(area=float("nan")), "impossible area"),
@@ -123,14 +123,14 @@ NOTED = {  # change -> (kind in `check`, does `open` keep the annotation)
     "two points": (annotation(segmentation=[[1, 2, 3, 4]]), "short polygon"),
     "id gap": (
         {"categories": [CATEGORIES[0], {"id": 9}], "annotations": [{**ANNOTATION, "category_id": 9}, ANOTHER]},
-        "ids with gaps"),
+        "ids with gaps",
+    ),
     "empty image": ({"annotations": [ANNOTATION]}, "image without objects"),
     "unused category": ({"annotations": [ANNOTATION]}, "category without instances"),
-    "same object twice": (
-        {"annotations": [*CLEAN["annotations"], {**ANNOTATION, "id": 5}]}, "duplicated annotation"),
+    "same object twice": ({"annotations": [*CLEAN["annotations"], {**ANNOTATION, "id": 5}]}, "duplicated annotation"),
     "same file twice": (image(file_name="b.png"), "duplicated file name"),
     "wrong counts": (category(instance_count=5), "counts disagree"),
-}  # fmt: skip
+}
 
 
 def write(folder, changes=None):
@@ -187,8 +187,11 @@ def broken(tmp_path):
     Image.effect_noise((20, 10), 50).convert("RGB").save(tmp_path / "train/6.jpg")
     (tmp_path / "train/6.jpg").write_bytes((tmp_path / "train/6.jpg").read_bytes()[:-100])
     for name, categories in (("train", ["a", "b"]), ("val", ["a", "c"])):
-        content = {"images": images, "annotations": annotations,
-                   "categories": [{"id": k, "name": n} for k, n in enumerate(categories, start=1)]}  # fmt: skip
+        content = {
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": k, "name": n} for k, n in enumerate(categories, start=1)],
+        }
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "c.yaml").write_text(f"data: {{root: {tmp_path}, train_images: train, val_images: train}}")
     return tmp_path
@@ -321,15 +324,16 @@ def coco_like(tmp_path):
             {"id": k, "image_id": i, "category_id": c, "bbox": [0, 0, 5, 5]} for k, (i, c) in enumerate(owners, 1)
         ],
         "categories": [{"id": c, "name": str(c)} for c in (1, 3, 4, 9)],
-    }  # fmt: skip
+    }
     (tmp_path / "coco.json").write_text(json.dumps(content))
     return tmp_path
 
 
 def test_coco_lt_hits_every_target(coco_like):
     targets = {1: 400, 3: 37, 4: 11, 9: 1}
-    (coco_like / "targets.json").write_text(json.dumps({"categories": [
-        {"coco_category_id": c, "instance_count": n} for c, n in targets.items()]}))  # fmt: skip
+    (coco_like / "targets.json").write_text(
+        json.dumps({"categories": [{"coco_category_id": c, "instance_count": n} for c, n in targets.items()]})
+    )
     assert read_targets(coco_like / "targets.json") == targets
     command = ["coco_lt", "--source", coco_like / "coco.json", "--targets", coco_like / "targets.json"]
     done = run_script("prepare_data", *command, "--output", coco_like / "lt.json")

@@ -121,8 +121,10 @@ def test_bad_annotations_are_named(coco, changes, words):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize("text, words", [("", "the file is empty"), ("{", "not valid JSON"), ("[]", "found a list"),
-                                         ("[" * 100_000, "not valid JSON")])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, words",
+    [("", "the file is empty"), ("{", "not valid JSON"), ("[]", "found a list"), ("[" * 100_000, "not valid JSON")],
+)
 def test_files_that_are_not_annotations(tmp_path, text, words):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(bags.UserError, match=words):

@@ -43,13 +43,16 @@ VALUES = [0, 1, 128, 129, 255, 257, 32767, 32768, 65278, 65279, 65535]
 EXPECTED = [0, 0, 0, 1, 1, 1, 127, 128, 254, 254, 255]  # by hand: v / 257, rounded
 
 
-@pytest.mark.parametrize("name, kind, settings", [
-    ("x.png", "<u2", {}),
-    ("x.tif", "<u2", {}),
-    ("x.tif", ">u2", {}),
-    ("x.tif", "<u2", {"compression": "tiff_lzw"}),
-    ("x.tif", ">u2", {"compression": "tiff_lzw"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, kind, settings",
+    [
+        ("x.png", "<u2", {}),
+        ("x.tif", "<u2", {}),
+        ("x.tif", ">u2", {}),
+        ("x.tif", "<u2", {"compression": "tiff_lzw"}),
+        ("x.tif", ">u2", {"compression": "tiff_lzw"}),
+    ],
+)
 def test_16_bit_grey_is_divided_by_257(tmp_path, name, kind, settings):
     Image.fromarray(np.array([VALUES], kind)).save(tmp_path / name, **settings)
     assert grey_of(tmp_path / name) == [EXPECTED]
@@ -222,7 +225,10 @@ def test_check_says_without_decoding_what_training_refuses(dataset, tmp_path):
     for decode in (False, True):
         found = {f.kind: f for f in check_images(images.index, tmp_path, decode)}
         assert {kind: f.count for kind, f in found.items()} == {
-            "pixels without a range": 1, "unreadable image": 2, "missing image": 1}  # fmt: skip
+            "pixels without a range": 1,
+            "unreadable image": 2,
+            "missing image": 1,
+        }
         assert all(f.level == STOP for f in found.values())
     few = {f.kind: f.count for f in check_images(images.index, tmp_path, max_pixels=1)}
     assert few["too many pixels"] == 2

@@ -30,8 +30,13 @@ def random_content(seed=0, images=30, annotations=200, categories=7):
     for k in range(annotations):
         image = content["images"][int(rng.integers(images - 3))]  # the last three have none
         x, y, w, h = (round(float(v), 2) for v in rng.uniform([0, 0, 2, 2], [20, 20, 20, 20]))
-        entry = {"id": 1000 - k, "image_id": image["id"], "bbox": [x, y, w, h], "iscrowd": int(k % 17 == 0),
-                 "category_id": content["categories"][int(rng.integers(categories))]["id"]}  # fmt: skip
+        entry = {
+            "id": 1000 - k,
+            "image_id": image["id"],
+            "bbox": [x, y, w, h],
+            "iscrowd": int(k % 17 == 0),
+            "category_id": content["categories"][int(rng.integers(categories))]["id"],
+        }
         if k % 4 != 3:
             entry["area"] = round(w * h / 2, 3)
         if k % 5 < 2:
@@ -267,9 +272,14 @@ def test_rle_fits():
 # --------------------------------------------------------------------------- fuzz
 
 ODD = st.one_of(
-    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=5),
-    st.lists(st.integers(-3, 3), max_size=5), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
-)  # fmt: skip
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.integers(-3, 3), max_size=5),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
 
 
 @st.composite

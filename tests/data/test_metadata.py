@@ -24,23 +24,62 @@ FULL = {
     "info": {"year": 2024, "version": "1.0", "description": "d", "contributor": "c", "url": "u", "date_created": "x"},
     "licenses": [{"id": 1, "name": "n", "url": "u"}],
     "images": [
-        {"id": number, "file_name": f"{number}.png", "width": 40, "height": 30, "license": 1, "coco_url": "a/b.png",
-         "flickr_url": "f", "date_captured": "2024-01-01"}
+        {
+            "id": number,
+            "file_name": f"{number}.png",
+            "width": 40,
+            "height": 30,
+            "license": 1,
+            "coco_url": "a/b.png",
+            "flickr_url": "f",
+            "date_captured": "2024-01-01",
+        }
         for number in (1, 2)
     ],
     "annotations": [
-        {"id": number, "image_id": 1 + number % 2, "category_id": 3 + 4 * (number % 2), "bbox": [1, 1, 10, 8],
-         "area": 80, "iscrowd": 0, "segmentation": POLYGON, "score": 0.9, "keypoints": [1, 2, 2], "num_keypoints": 1}
+        {
+            "id": number,
+            "image_id": 1 + number % 2,
+            "category_id": 3 + 4 * (number % 2),
+            "bbox": [1, 1, 10, 8],
+            "area": 80,
+            "iscrowd": 0,
+            "segmentation": POLYGON,
+            "score": 0.9,
+            "keypoints": [1, 2, 2],
+            "num_keypoints": 1,
+        }
         for number in range(1, 7)
     ],
     "categories": [
-        {"id": key, "name": f"n{key}", "supercategory": "s", "synset": "a.n.01", "synonyms": ["a"], "def": "d",
-         "frequency": "r", "instance_count": 3, "image_count": 1, "keypoints": ["k"], "skeleton": [[1, 2]]}
+        {
+            "id": key,
+            "name": f"n{key}",
+            "supercategory": "s",
+            "synset": "a.n.01",
+            "synonyms": ["a"],
+            "def": "d",
+            "frequency": "r",
+            "instance_count": 3,
+            "image_count": 1,
+            "keypoints": ["k"],
+            "skeleton": [[1, 2]],
+        }
         for key in (3, 7)
     ],
-}  # fmt: skip
-ODD = {"null": None, "number": 5, "text": "x", "empty": "", "list": [], "object": {}, "true": True, "fraction": 0.5,
-       "surrogate": "\ud800", "nested": [[{"a": None}]]}  # fmt: skip
+}
+ODD = {
+    "null": None,
+    "number": 5,
+    "text": "x",
+    "empty": "",
+    "list": [],
+    "object": {},
+    "true": True,
+    "fraction": 0.5,
+    "surrogate": "\ud800",
+    "nested": [[{"a": None}]],
+}
 NEEDED = {  # keys whose value matters to training or scoring
     "images": {"id", "file_name", "width", "height"},
     "annotations": {"id", "image_id", "category_id", "bbox", "iscrowd", "segmentation", "area"},

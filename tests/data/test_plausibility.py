@@ -50,11 +50,17 @@ def test_boxes_in_another_form_are_a_finding(tmp_path, kind):
 def test_images_are_compared_by_content(tmp_path):
     """Frames of one name with other pixels are no leak; one picture under two names is."""
     train = write(tmp_path / "train", PLAIN)
-    images = [{"id": 1, "file_name": "1.png", "width": 200, "height": 100},
-              {"id": 2, "file_name": "other.png", "width": 200, "height": 100}]  # fmt: skip
+    images = [
+        {"id": 1, "file_name": "1.png", "width": 200, "height": 100},
+        {"id": 2, "file_name": "other.png", "width": 200, "height": 100},
+    ]
     val = write(tmp_path / "val", PLAIN, images=images)
-    for folder, name, colour in (("train", "1", "red"), ("train", "2", "blue"), ("val", "1", "lime"),
-                                 ("val", "other", "blue")):  # fmt: skip
+    for folder, name, colour in (
+        ("train", "1", "red"),
+        ("train", "2", "blue"),
+        ("val", "1", "lime"),
+        ("val", "other", "blue"),
+    ):
         Image.new("RGB", (200, 100), colour).save(tmp_path / folder / f"{name}.png")
     assert shared_images(train, tmp_path / "train", val, tmp_path / "val") == [("2.png", "other.png")]
     [finding] = check_splits(train, val, tmp_path / "train", tmp_path / "val")

@@ -108,8 +108,9 @@ def test_weights_of_torchvisions_classifier(tmp_path, name):
     load_backbone_weights(backbone, name, str(tmp_path / "w.pth"))
     images = torch.rand(1, 3, 64, 64)
     if name == "resnet18":
-        expected = classifier.layer4(classifier.layer3(classifier.layer2(classifier.layer1(
-            classifier.maxpool(classifier.relu(classifier.bn1(classifier.conv1(images))))))))  # fmt: skip
+        expected = images
+        for part in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            expected = getattr(classifier, part)(expected)
     else:
         expected = classifier.features(images)
     found = list(backbone.body(images).values())[-1]
@@ -145,9 +146,13 @@ def test_real_weights_see_more_than_random_ones(tmp_path):
     """Real features separate two photographs' crops better from each other than from their mirror images."""
     photos = sorted((OUTSIDE / "data/coco_mini_480/val2017").glob("*.jpg"))[:6]
     model = detector(
-        tmp_path, "detector.backbone=mobilenet_v2", "detector.rpn.anchor_sizes=[[32],[64],[128]]",
-        "detector.frozen_batch_norm=true", "detector.image_mean=[0.5, 0.5, 0.5]", "detector.image_std=[0.5, 0.5, 0.5]",
-    ).eval()  # fmt: skip
+        tmp_path,
+        "detector.backbone=mobilenet_v2",
+        "detector.rpn.anchor_sizes=[[32],[64],[128]]",
+        "detector.frozen_batch_norm=true",
+        "detector.image_mean=[0.5, 0.5, 0.5]",
+        "detector.image_std=[0.5, 0.5, 0.5]",
+    ).eval()
     file = WEIGHTS / "mobilenet_v2_imagenet_keras_int8dequant.pth"
     load_backbone_weights(model.backbone, "mobilenet_v2", str(file))
 

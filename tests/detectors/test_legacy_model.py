@@ -119,13 +119,16 @@ def pair(request, tmp_path_factory):
     content = {
         "data": {"flip": 0} | ({"train_semantic": "maps"} if framework == "htc" else {}),
         "detector": {
-            "framework": framework, "frozen_batch_norm": True, "min_size": MIN_SIZE, "max_size": MAX_SIZE,
+            "framework": framework,
+            "frozen_batch_norm": True,
+            "min_size": MIN_SIZE,
+            "max_size": MAX_SIZE,
             "rpn": {"batch_size": 1_000_000, **limits},
             "roi": {"batch_size": 1_000_000, "class_agnostic": cascade},
         },
         "test": {"score_threshold": 0.01, "max_detections": detections},
         "device": "cpu",
-    }  # fmt: skip
+    }
     if grouped:
         content["classifier"] = {"name": "group_softmax", "boundaries": json.loads(BOUNDARIES), "others_ratio": "n"}
     files = [folder / name for name in ("released.pth", "ours.pth", "config.yaml", "categories.json")]

@@ -468,8 +468,9 @@ def test_losses_count_an_image_without_positives_as_having_one():
     labels = [torch.tensor([1.0, 1, 0, 0, 0]), torch.tensor([0.0] * 4 + [-1]), torch.full((5,), -1.0)]
     logits, deltas = torch.randn(15, 1), torch.randn(15, 4)
     goals = list(torch.randn(3, 5, 4))
-    for ours, theirs in zip(rpn.compute_loss(logits, deltas, labels, goals),
-                            plain.compute_loss(logits, deltas, labels, goals), strict=True):  # fmt: skip
+    for ours, theirs in zip(
+        rpn.compute_loss(logits, deltas, labels, goals), plain.compute_loss(logits, deltas, labels, goals), strict=True
+    ):
         assert ours.item() == pytest.approx(theirs.item() * 9 / 12)
 
 

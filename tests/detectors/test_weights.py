@@ -21,7 +21,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import bags
 from bags.assembly.initialise import initialise
 from bags.assembly.models import build_detector, load_detector
-from bags.classifiers import method_settings
+from bags.classifiers import classifier_settings
 from bags.config.load import config_to_dict
 from bags.data.checks import what_does_not_train, why_nothing_trains
 from bags.data.statistics import CategoryStats
@@ -95,8 +95,8 @@ def test_torchvisions_detector_comes_in_and_goes_out(tmp_path, categories, build
     test = "test: {score_threshold: 0.05, max_detections: 30}"
     config = write(tmp_path, "c.yaml", f"detector: {{{settings}}}\n{test}\ndevice: cpu")
     extra = [SIZES] if backbone.startswith("mobilenet") else []
-    done = run_script("import_weights", tmp_path / "theirs.pth", config, *extra, "--annotations", categories,
-                      "--output", tmp_path / "ours.pth")  # fmt: skip
+    files = ("--annotations", categories, "--output", tmp_path / "ours.pth")
+    done = run_script("import_weights", tmp_path / "theirs.pth", config, *extra, *files)
     assert done.returncode == 0, done.stderr
     assert "taken: " in done.stdout and "a counter that frozen batch normalisation does not have" in done.stdout
     ours, meta = load_detector(tmp_path / "ours.pth")
@@ -161,13 +161,15 @@ def test_a_model_of_coco_is_not_one_of_other_categories(tmp_path, categories):
 
 
 BAD_LISTS = {
-    "[]": "expected categories", '[{"id": 1, "name": "a"}]': "KeyError('instance_count')", "[3]": "TypeError",
+    "[]": "expected categories",
+    '[{"id": 1, "name": "a"}]': "KeyError('instance_count')",
+    "[3]": "TypeError",
     '[{"id": 1, "name": "a", "instance_count": -1, "image_count": 1}]': "whole numbers",
     '[{"id": 1, "name": "a", "instance_count": true, "image_count": 1}]': "whole numbers",
     '[{"id": 1, "name": null, "instance_count": 1, "image_count": 1}]': "names as text",
     '[{"id": 1, "name": "a", "instance_count": 1, "image_count": 1}, {"id": 1, "name": "b", "instance_count": 1, '
     '"image_count": 1}]': "the same id",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("content", BAD_LISTS)
@@ -339,8 +341,8 @@ def test_every_released_layout_fits_its_row(monkeypatch, row, framework, backbon
 
         return on_cpu
 
-    for method in method_settings().values():
-        monkeypatch.setattr(method, "build", with_memory(method.build))
+    for kind in classifier_settings().values():
+        monkeypatch.setattr(kind, "build", with_memory(kind.build))
     with torch.device("meta"):
         translated = translate({key: torch.empty(shape) for key, shape in shapes.items()}, "file")
         config = bags.load_config(ROOT / "configs/lvis_v0.5" / row, ["detector.conventions=released"])
@@ -391,9 +393,8 @@ def test_a_released_file_becomes_a_checkpoint(tmp_path, categories, framework):
     state = released_file(tmp_path / "released.pth", framework, logits=8)
     group = "classifier: {name: group_softmax, boundaries: [10, 100]}"
     config = released_config(tmp_path, framework, group, "test: {score_threshold: 0.001, max_detections: 20}")
-    run = run_script if framework == "faster_rcnn" else run_script
-    done = run("import_weights", tmp_path / "released.pth", config, "--annotations", categories,
-                      "--output", tmp_path / "deep/ours.pth")  # fmt: skip
+    files = ("--annotations", categories, "--output", tmp_path / "deep/ours.pth")
+    done = run_script("import_weights", tmp_path / "released.pth", config, *files)
     assert done.returncode == 0, done.stderr
     assert "taken: " in done.stdout and ("never used" in done.stdout) == (framework == "htc")
     detector, meta = load_detector(tmp_path / "deep/ours.pth")
@@ -435,8 +436,8 @@ def test_what_a_file_is_not(tmp_path, categories, case):
     content, overrides, text = REFUSED[case]
     released_file(tmp_path / "r.pth", **{"framework": "faster_rcnn", **content})
     config = released_config(tmp_path, "faster_rcnn")
-    done = run_script("import_weights", tmp_path / "r.pth", config, *overrides, "--annotations", categories,
-                      "--output", tmp_path / "o.pth")  # fmt: skip
+    files = ("--annotations", categories, "--output", tmp_path / "o.pth")
+    done = run_script("import_weights", tmp_path / "r.pth", config, *overrides, *files)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert text in done.stderr and not (tmp_path / "o.pth").exists()
 
@@ -463,12 +464,18 @@ def test_bad_files(tmp_path, categories):
     torch.save({k: v for k, v in state.items() if k != "neck.fpn_convs.3.conv.bias"}, tmp_path / "missing.pth")
     torch.save({**state, "bbox_head.extra.weight": torch.zeros(2)}, tmp_path / "extra.pth")
     words = {
-        "cut": "damaged", "flipped": "damaged", "text": "not a file of weights", "code": "more than tensors",
-        "pickle": "more than tensors", "numbers": "no state dict", "foreign": "first tensor is weight",
+        "cut": "damaged",
+        "flipped": "damaged",
+        "text": "not a file of weights",
+        "code": "more than tensors",
+        "pickle": "more than tensors",
+        "numbers": "no state dict",
+        "foreign": "first tensor is weight",
         "nan": "rpn_head.rpn_cls.bias holds numbers that are not finite",
         "missing": "backbone.fpn.layer_blocks.3.0.bias is missing (1 such)",
-        "extra": "bbox_head.extra.weight is not expected (1 such)", "absent": "no such file",
-    }  # fmt: skip
+        "extra": "bbox_head.extra.weight is not expected (1 such)",
+        "absent": "no such file",
+    }
     for name, text in words.items():
         arguments = [tmp_path / f"{name}.pth", config, "--annotations", categories, "--output", tmp_path / "o.pth"]
         done = run_script("import_weights", *arguments)

@@ -19,9 +19,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 OTHER, CPU = torch.device("meta"), torch.device("cpu")
 aten = torch.ops.aten
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
-         aten._unique2.default, aten.unique_dim.default, aten.repeat_interleave.Tensor, aten.bincount.default,
-         }  # fmt: skip
+WAITS = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.equal.default,
+    aten._unique2.default,
+    aten.unique_dim.default,
+    aten.repeat_interleave.Tensor,
+    aten.bincount.default,
+}
 # What --deterministic refuses on a GPU, and can be done otherwise.
 UNORDERED = {aten._adaptive_avg_pool2d_backward.default, aten.nll_loss2d_forward.default, aten.histc.default}
 PROJECT = f"{Path(__file__).resolve().parents[2] / 'bags'}/"

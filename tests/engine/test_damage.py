@@ -20,6 +20,7 @@ import bags
 from bags.assembly import stored as cached
 from bags.assembly.initialise import initialise
 from bags.assembly.models import load_detector
+from bags.assembly.stored_samples import TrainingFeatures, collate_samples
 from bags.config.load import config_to_dict, override_config, save_config
 from bags.core.errors import UserError
 from bags.core.files import write_problem, write_text
@@ -28,7 +29,6 @@ from bags.data.statistics import CategoryStats
 from bags.detectors.backbones import load_backbone_weights
 from bags.detectors.weights import fetch_state, read_state
 from bags.engine.checkpoint import load_checkpoint, save_checkpoint, write_checkpoint, write_file
-from bags.engine.features import TrainingFeatures, collate_samples
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +370,7 @@ def test_few_rows_are_the_same_rows(store, monkeypatch):
     make, _ = store
     features = TrainingFeatures(make(), 0.0, 8, 0.5, resident=False)
     whole = [features[position, 5] for position in range(10)]
-    monkeypatch.setattr("bags.engine.features.FEW", 0)
+    monkeypatch.setattr("bags.assembly.stored_samples.FEW", 0)
     single = [features[position, 5] for position in range(10)]
     for (a, labels), (b, others) in zip(whole, single, strict=True):
         assert all(map(torch.equal, a, b)) and all(map(torch.equal, labels, others))
@@ -379,8 +379,12 @@ def test_few_rows_are_the_same_rows(store, monkeypatch):
 def test_stores_without_checksums_are_refused(store):
     make, folder = store
     header = json.loads((folder / "store.json").read_text())
-    for odd, words in ((header | {"format": 1}, "made by an earlier version and has no checksums: remove the folder"),
-                       ([], "other format"), ([1], "cannot be read"), ("x", "cannot be read")):  # fmt: skip
+    for odd, words in (
+        (header | {"format": 1}, "made by an earlier version and has no checksums: remove the folder"),
+        ([], "other format"),
+        ([1], "cannot be read"),
+        ("x", "cannot be read"),
+    ):
         (folder / "store.json").write_text(json.dumps(odd))
         with pytest.raises(UserError, match=words):
             make()

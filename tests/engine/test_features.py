@@ -17,10 +17,11 @@ from bags.analysis.results import load_results
 from bags.assembly import stored as cached
 from bags.assembly.loaders import build_train_loader, build_val_dataset, open_index
 from bags.assembly.models import build_detector
+from bags.assembly.stored_samples import TrainingFeatures, collate_samples
 from bags.core.errors import UserError
 from bags.data.statistics import CategoryStats
 from bags.detectors.from_features import FromFeatures, proposals_to_store
-from bags.engine.features import TrainingFeatures, collate_samples, shards_of
+from bags.engine.features import shards_of
 from bags.engine.optim import set_trained_part, train_mode
 
 CPU = torch.device("cpu")
@@ -32,6 +33,12 @@ FRAMEWORKS = {
     "cascade": ["detector.framework=cascade_rcnn"],
     "htc": ["detector.framework=htc"],
 }
+
+
+def copy_softmax(runs, target):
+    """Copy the run that others start from, without its store of features."""
+    ignore = shutil.ignore_patterns("*.features")
+    shutil.copytree(runs / "tiny" / "softmax", target / "tiny" / "softmax", ignore=ignore)
 
 
 def prepared(folder, glyphs, *overrides):
@@ -294,8 +301,7 @@ def swept(job, tmp_path_factory):
 
 def test_two_runs_at_one_store_take_turns(swept, tmp_path):
     configs, folder = swept
-    shutil.copytree(folder / "tiny" / "softmax", tmp_path / "tiny" / "softmax",
-                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+    copy_softmax(folder, tmp_path)
     rows = ("bags", "softmax_retrained")
     both = [start_script("train", configs / f"{row}.yaml", f"output={tmp_path}", *RESIZED) for row in rows]
     for row, process in zip(rows, both, strict=True):
@@ -319,8 +325,7 @@ def test_a_removed_store_is_not_made_again_only_to_evaluate(swept, tmp_path):
 def test_a_live_run_ends_where_a_stored_one_does(swept, tmp_path):
     """Where every proposal is drawn and none is mirrored, fp16 features are all that differs."""
     configs, folder = swept
-    shutil.copytree(folder / "tiny" / "softmax", tmp_path / "tiny" / "softmax",
-                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+    copy_softmax(folder, tmp_path)
     ends = {}
     for features in ("cached", "live"):
         settings = [*EVERYTHING, "store.negatives=100000", f"train.features={features}", f"name={features}"]
@@ -348,8 +353,7 @@ def test_a_job_that_needs_two_stores_in_one_place_is_not_begun(swept, tmp_path):
 def test_one_pass_for_several_rows_gives_each_its_own_result(swept, tmp_path):
     configs, folder = swept
     for row in ("bags", "softmax_retrained"):
-        shutil.copytree(folder / "tiny" / "softmax", tmp_path / row / "tiny" / "softmax",
-                        ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+        copy_softmax(folder, tmp_path / row)
         done = run_script("train", configs / f"{row}.yaml", f"output={tmp_path / row}", *RESIZED)
         assert done.returncode == 0, done.stderr
         alone, together = weights(tmp_path / row / "tiny" / row), weights(folder / "tiny" / row)
@@ -361,8 +365,7 @@ def test_one_pass_for_several_rows_gives_each_its_own_result(swept, tmp_path):
 @pytest.mark.parametrize("after", ["softmax/last.features/train/0.fc", "bags/log.jsonl", "softmax_retrained/last.pth"])
 def test_killed_anywhere_the_weights_are_the_same(swept, tmp_path, after):
     configs, folder = swept
-    shutil.copytree(folder / "tiny" / "softmax", tmp_path / "tiny" / "softmax",
-                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+    copy_softmax(folder, tmp_path)
     rows = [configs / "bags.yaml", configs / "softmax_retrained.yaml"]
     process = start_script("train", *rows, f"output={tmp_path}", *RESIZED)
     deadline = time.time() + 120
@@ -380,8 +383,7 @@ def test_killed_anywhere_the_weights_are_the_same(swept, tmp_path, after):
 
 def test_two_ranks_make_the_same_store(swept, tmp_path):
     configs, folder = swept
-    shutil.copytree(folder / "tiny" / "softmax", tmp_path / "tiny" / "softmax",
-                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
+    copy_softmax(folder, tmp_path)
     for done in run_ranks(2, "train", configs / "bags.yaml", f"output={tmp_path}", *RESIZED):
         assert done.returncode == 0, done.stderr
     one, two = (files(f / "tiny" / "softmax" / "last.features" / "train") for f in (folder, tmp_path))
@@ -398,10 +400,13 @@ def test_a_sweep_of_scores_runs_the_detector_once(job, tmp_path):
     """Calibration of a trained detector: NorCal with gamma 0 is the detector itself; its limits are test's."""
     configs, runs, _ = job
     shutil.copytree(configs, tmp_path / "configs")
-    shutil.copytree(runs / "tiny" / "softmax", tmp_path / "runs" / "tiny" / "softmax",
-                    ignore=shutil.ignore_patterns("*.features"))  # fmt: skip
-    row = {"base": "softmax.yaml", "detector": {"init_from": "row:softmax"}, "classifier": {"name": "norcal"},
-           "train": {"part": "none"}}  # fmt: skip
+    copy_softmax(runs, tmp_path / "runs")
+    row = {
+        "base": "softmax.yaml",
+        "detector": {"init_from": "row:softmax"},
+        "classifier": {"name": "norcal"},
+        "train": {"part": "none"},
+    }
     (tmp_path / "configs" / "norcal.yaml").write_text(yaml.safe_dump(row))
     over = ["--over", "classifier.gamma", "0", "0.5", "--over", "test.max_detections", "1", "30"]
     kept = tmp_path / "kept.json"

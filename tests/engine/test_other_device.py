@@ -34,8 +34,12 @@ def test_the_device_is_one():
         twin.weight.data[0] = 0
         moved += torch.ones(3, device=OTHER)
         assert not waits
-        for mixed in (lambda: moved + x, lambda: torch.cat([moved, x]), lambda: x[moved.long()[0]],
-                      lambda: moved.index_select(0, torch.tensor([1]))):  # fmt: skip
+        for mixed in (
+            lambda: moved + x,
+            lambda: torch.cat([moved, x]),
+            lambda: x[moved.long()[0]],
+            lambda: moved.index_select(0, torch.tensor([1])),
+        ):
             with pytest.raises(RuntimeError, match="beside those of the device"):
                 mixed()
         with pytest.raises(TypeError, match="has no NumPy array"):

@@ -166,7 +166,7 @@ def poisoned(monkeypatch, iterations, spoil=lambda model: None):
 
     def step(run, images, targets, iteration, *rest):
         """The real step, on losses of which one is spoiled."""
-        module, forward = run.losses, run.losses.forward
+        module, forward = run.loss_module, run.loss_module.forward
         if iteration in iterations:
             spoil(run.model)
             module.forward = lambda *given: {
@@ -285,8 +285,12 @@ def test_fused_kernels(tmp_path, glyphs, monkeypatch):
     """On a GPU, but for SGD in fp16, whose first momenta an overflow leaves unwritten; a checkpoint brings none."""
     detector, _ = pieces(tiny(tmp_path, glyphs))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    for optimizer, precision, fused in (("sgd", "fp32", True), ("sgd", "bf16", True), ("sgd", "fp16", None),
-                                        ("adamw", "fp16", True)):  # fmt: skip
+    for optimizer, precision, fused in (
+        ("sgd", "fp32", True),
+        ("sgd", "bf16", True),
+        ("sgd", "fp16", None),
+        ("adamw", "fp16", True),
+    ):
         config = tiny(tmp_path, glyphs, f"train.optimizer={optimizer}", f"train.precision={precision}").train
         assert build_optimizer(detector, config).param_groups[0]["fused"] is fused
     monkeypatch.undo()

@@ -25,13 +25,22 @@ def write_case(folder, lvis: bool):
     for image in images:
         for _ in range(int(rng.integers(0, 6))):
             box = rng.uniform([0, 0, 10, 10], [140, 140, 60, 60]).round(1).tolist()
-            annotations.append({"id": len(annotations) + 1, "image_id": image["id"], "bbox": box,
-                                "category_id": int(rng.integers(1, CATEGORIES)), "area": box[2] * box[3],
-                                "iscrowd": 0 if lvis else int(rng.random() < 0.1)})  # fmt: skip
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image["id"],
+                    "bbox": box,
+                    "category_id": int(rng.integers(1, CATEGORIES)),
+                    "area": box[2] * box[3],
+                    "iscrowd": 0 if lvis else int(rng.random() < 0.1),
+                }
+            )
         if lvis:
             image |= {"neg_category_ids": [1, 2], "not_exhaustive_category_ids": [3]}
-    categories = [{"id": c, "name": f"c{c}", "instance_count": 4**c, "image_count": 3**c, "frequency": "rccff"[c - 1]}
-                  for c in range(1, CATEGORIES + 1)]  # fmt: skip
+    categories = [
+        {"id": c, "name": f"c{c}", "instance_count": 4**c, "image_count": 3**c, "frequency": "rccff"[c - 1]}
+        for c in range(1, CATEGORIES + 1)
+    ]
     results = []
     for noise in (9, 3):
         entries = []
@@ -73,8 +82,11 @@ def test_few_images_and_no_detections(tmp_path):
     nothing = compare(*files[:2], files[1], draws=20)
     assert nothing.second["AP"] == 0 and nothing.intervals["AP"] == (0, 0)
     image = next(i for i in content["images"] if any(a["image_id"] == i["id"] for a in content["annotations"]))
-    one = {**content, "images": [image],
-           "annotations": [a for a in content["annotations"] if a["image_id"] == image["id"]]}  # fmt: skip
+    one = {
+        **content,
+        "images": [image],
+        "annotations": [a for a in content["annotations"] if a["image_id"] == image["id"]],
+    }
     files[0].write_text(json.dumps(one))
     for name, entries in zip("ab", results, strict=True):
         own = [e for e in entries if e["image_id"] == image["id"]]

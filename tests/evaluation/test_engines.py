@@ -47,12 +47,27 @@ def federated(folder, seed):
     images, annotations = [], []
     for i in range(1, 21):
         shown = rng.choice(np.arange(1, 13), 4, replace=False).tolist()
-        images.append({"id": i, "width": 120, "height": 90, "neg_category_ids": shown[2:3],
-                       "not_exhaustive_category_ids": shown[:1]})  # fmt: skip
+        images.append(
+            {
+                "id": i,
+                "width": 120,
+                "height": 90,
+                "neg_category_ids": shown[2:3],
+                "not_exhaustive_category_ids": shown[:1],
+            }
+        )
         for category in rng.choice(shown[:2], int(rng.integers(1, 6))):
             box = [float(v) for v in (*rng.uniform(0, 50, 2).round(1), *rng.uniform(4, 60, 2).round(1))]
-            annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": int(category), "bbox": box,
-                                "area": box[2] * box[3], "segmentation": rle(box, (90, 120))})  # fmt: skip
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": i,
+                    "category_id": int(category),
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "segmentation": rle(box, (90, 120)),
+                }
+            )
     categories = [
         {"id": c, "name": f"c{c}", "frequency": "rcf"[c % 3], "image_count": c, "instance_count": 7 * c}
         for c in range(1, 13)
@@ -146,10 +161,12 @@ def test_fixed_ap_by_hand(tmp_path, monkeypatch):
     boxes = [[0, 0, 10, 10], [20, 0, 10, 10], [40, 0, 10, 10]]
     truth = {
         "images": [{"id": 1, "width": 90, "height": 90}],
-        "annotations": [{"id": k, "image_id": 1, "category_id": 1, "bbox": b, "area": 100, "iscrowd": 0}
-                        for k, b in enumerate(boxes, 1)],
+        "annotations": [
+            {"id": k, "image_id": 1, "category_id": 1, "bbox": b, "area": 100, "iscrowd": 0}
+            for k, b in enumerate(boxes, 1)
+        ],
         "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
-    }  # fmt: skip
+    }
     (tmp_path / "t.json").write_text(json.dumps(truth))
     entries = [
         {"image_id": 1, "category_id": 1, "bbox": b, "score": s} for b, s in zip(boxes, (0.9, 0.8, 0.7), strict=True)
@@ -189,10 +206,13 @@ def test_files_are_read_in_parts(tmp_path, monkeypatch, capfd, at_once):
         files[1].write_text(text)
         assert bags.evaluate(*files) == pytest.approx(expected, nan_ok=True, abs=0)
     for words, change in {
-        "image_id 99 is not": {"image_id": 99}, "category_id 99 is not": {"category_id": 99},
-        "score: expected a finite number": {"score": None}, "bbox: expected": {"bbox": [1, 2, 4]},
-        "expected an object": None, "no score": {"score": "gone"},
-    }.items():  # fmt: skip
+        "image_id 99 is not": {"image_id": 99},
+        "category_id 99 is not": {"category_id": 99},
+        "score: expected a finite number": {"score": None},
+        "bbox: expected": {"bbox": [1, 2, 4]},
+        "expected an object": None,
+        "no score": {"score": "gone"},
+    }.items():
         for k in (0, 5, len(good) - 1):
             entry = change and {**good[k], **change}
             entry = {**good[k], "score": 0} if words == "no score" else entry

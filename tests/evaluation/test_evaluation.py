@@ -76,19 +76,29 @@ def test_equal_to_pycocotools_on_random_boxes(tmp_path):
     images = [{"id": i, "width": 200, "height": 200} for i in range(1, 21)]
     boxes = rng.uniform([0, 0, 5, 5], [90, 90, 110, 110], (150, 4)).round(1).tolist()
     annotations = [
-        {"id": k, "image_id": int(rng.integers(1, 21)), "category_id": int(rng.integers(1, 6)), "bbox": box,
-         "area": box[2] * box[3], "iscrowd": int(rng.random() < 0.05)}
+        {
+            "id": k,
+            "image_id": int(rng.integers(1, 21)),
+            "category_id": int(rng.integers(1, 6)),
+            "bbox": box,
+            "area": box[2] * box[3],
+            "iscrowd": int(rng.random() < 0.05),
+        }
         for k, box in enumerate(boxes, start=1)
-    ]  # fmt: skip
+    ]
     truth = tmp_path / "t.json"
     categories = [{"id": i, "name": str(i)} for i in range(1, 6)]
     truth.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
     jitter = [(a, rng.normal(0, 4, 4)) for a in annotations for _ in range(4)]
     entries = [
-        {"image_id": a["image_id"], "category_id": a["category_id"] if rng.random() < 0.8 else 1,
-         "bbox": np.maximum(np.array(a["bbox"]) + j, 1).tolist(), "score": float(rng.random().__round__(2))}
+        {
+            "image_id": a["image_id"],
+            "category_id": a["category_id"] if rng.random() < 0.8 else 1,
+            "bbox": np.maximum(np.array(a["bbox"]) + j, 1).tolist(),
+            "score": float(rng.random().__round__(2)),
+        }
         for a, j in jitter
-    ]  # fmt: skip
+    ]
     entries.sort(key=lambda e: (-e["score"], e["image_id"], e["category_id"], e["bbox"]))  # ties: our order
     results = tmp_path / "r.json"
     results.write_text(json.dumps(entries))

@@ -8,7 +8,7 @@ import pytest
 from conftest import run_script
 
 import bags
-from bags.analysis.tables import from_cell, read_categories, to_cell
+from bags.analysis.run_files import from_cell, read_categories, to_cell
 from bags.cli import evaluate
 from bags.core.terminal import printable
 from bags.evaluation import detection_ap
@@ -20,22 +20,52 @@ BOXES = {1: [(1, 10), (2, 40)], 2: [(1, 20)], 3: [(2, 5), (3, 50)]}  # image -> 
 def truth_content(lvis=False):
     """Five objects of three categories, with all metadata of COCO's and LVIS's files."""
     images = [
-        {"id": i, "width": 100, "height": 100, "file_name": f"{i}.jpg", "license": 1, "date_captured": "2020-01-01",
-         "coco_url": f"http://x/{i}.jpg", "flickr_url": "u"} for i in BOXES
-    ]  # fmt: skip
+        {
+            "id": i,
+            "width": 100,
+            "height": 100,
+            "file_name": f"{i}.jpg",
+            "license": 1,
+            "date_captured": "2020-01-01",
+            "coco_url": f"http://x/{i}.jpg",
+            "flickr_url": "u",
+        }
+        for i in BOXES
+    ]
     if lvis:
         images = [{**image, "neg_category_ids": [3], "not_exhaustive_category_ids": []} for image in images]
     annotations = [
-        {"image_id": i, "category_id": c, "bbox": [x, 10, 20, 20], "area": 400, "iscrowd": 0, "score": 0.5,
-         "keypoints": [], "num_keypoints": 0, "attributes": {},
-         "segmentation": [[x, 10, x + 20, 10, x + 20, 30, x, 30]]}
-        for i, objects in BOXES.items() for c, x in objects
-    ]  # fmt: skip
+        {
+            "image_id": i,
+            "category_id": c,
+            "bbox": [x, 10, 20, 20],
+            "area": 400,
+            "iscrowd": 0,
+            "score": 0.5,
+            "keypoints": [],
+            "num_keypoints": 0,
+            "attributes": {},
+            "segmentation": [[x, 10, x + 20, 10, x + 20, 30, x, 30]],
+        }
+        for i, objects in BOXES.items()
+        for c, x in objects
+    ]
     categories = [
-        {"id": c, "name": f"c{c}", "supercategory": "s", "instance_count": 9 * c, "image_count": 8 * c, "skeleton": [],
-         "frequency": "rcf"[c - 1], "synset": "c.n.01", "synonyms": ["c"], "def": "d", "keypoints": ["k"]}
+        {
+            "id": c,
+            "name": f"c{c}",
+            "supercategory": "s",
+            "instance_count": 9 * c,
+            "image_count": 8 * c,
+            "skeleton": [],
+            "frequency": "rcf"[c - 1],
+            "synset": "c.n.01",
+            "synonyms": ["c"],
+            "def": "d",
+            "keypoints": ["k"],
+        }
         for c in (1, 2, 3)
-    ]  # fmt: skip
+    ]
     return {
         "info": {"year": 2020, "version": "1", "description": "d", "contributor": "c", "url": "u", "date_created": "d"},
         "licenses": [{"id": 1, "name": "l", "url": "u"}],
@@ -231,8 +261,8 @@ def test_training_counts_of_results_files(tmp_path, monkeypatch, capsys):
     assert numbers["AP_tail"] == numbers["AP1"] > 0 and numbers["AP2"] > 0 and "bins" not in done.err
     again = evaluate_script(monkeypatch, capsys, *command, "--train", tmp_path / "results_evaluation")  # its CSV
     assert json.loads(again.out) == numbers
-    compared = evaluate_script(monkeypatch, capsys, "--compare", files[1], files[1], *command[1:], "--draws", 5,
-                               "--train", tmp_path / "train.json")  # fmt: skip
+    options = (*command[1:], "--draws", 5, "--train", tmp_path / "train.json")
+    compared = evaluate_script(monkeypatch, capsys, "--compare", files[1], files[1], *options)
     assert json.loads(compared.out)["bbox"]["AP_tail"]["first"] == pytest.approx(numbers["AP_tail"])
     train["categories"][1]["name"] = "other"
     (tmp_path / "train.json").write_text(json.dumps(train))

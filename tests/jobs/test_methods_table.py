@@ -9,7 +9,7 @@ from conftest import metrics, read_lines, run_script, write_configs, write_datas
 
 import bags
 from bags.analysis.paper import METHODS
-from bags.analysis.tables import read_seconds
+from bags.analysis.run_files import read_seconds
 from bags.classifiers.group_softmax import GroupSoftmaxSettings
 from bags.data.statistics import CategoryStats
 from bags.engine.metrics import Stopwatch
@@ -41,9 +41,8 @@ def test_every_method_has_a_row_of_its_own(table):
     for row in METHODS.rows:
         assert ours[row.title]["mAP"] == f"{100 * metrics(runs, row.config)['AP']:.2f}"
     published = ours[f"{METHODS.source} BAGS"]
-    assert [published[c] for c in ("mAP", "AP1", "APr", "APc", "APf", "seconds")] == [
-        "23.10", "-", "13.10", "22.50", "28.20", "-",
-    ]  # fmt: skip
+    shown = " ".join(published[column] for column in ("mAP", "AP1", "APr", "APc", "APf", "seconds"))
+    assert shown == "23.10 - 13.10 22.50 28.20 -"
     trained = {row.title for row in METHODS.rows} - {"NorCal", "logit adjustment of the scores"}
     assert all((ours[title]["seconds"] != "-") == (title in trained) for title in ours if "published" not in title)
     states = [torch.load(runs / "tiny" / r.config / "last.pth", weights_only=True)["model"] for r in METHODS.rows]

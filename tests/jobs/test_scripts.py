@@ -21,8 +21,8 @@ from pycocotools import mask as coco_mask
 
 import bags
 from bags.cli.arguments import split_arguments
+from bags.config.load import load_rows
 from bags.engine.checkpoint import keep_best, load_checkpoint
-from bags.jobs.train import in_order
 
 
 def test_train_shows_the_comparison(job):
@@ -266,7 +266,7 @@ def test_training_commands_of_the_pages_are_valid(arguments, monkeypatch):
     flags = arguments.index("--seeds") if "--seeds" in arguments else at
     paths, overrides = split_arguments([a for a in arguments[: min(at, flags)] if not a.startswith("--")])
     if not any(str(path).startswith(("mine", "my", "birds")) for path in paths):  # files of the reader's own
-        assert in_order(paths, overrides, None, arguments[at + 1 :])
+        assert load_rows(paths, overrides, None, arguments[at + 1 :])
 
 
 def test_a_job_from_python(job, capsys):
