@@ -22,7 +22,7 @@ import yaml
 
 from bags.config.typed_yaml import merge, parse_yaml, shown
 from bags.core.errors import UserError
-from bags.core.files import read_text
+from bags.core.files import encoding_problem, read_bytes, read_text
 
 _PLACES = [folder / "configs" for folder in Path(__file__).resolve().parents[1:3]]  # of the package, of a checkout
 CONFIGS = next((folder for folder in _PLACES if folder.is_dir()), _PLACES[0])
@@ -111,7 +111,8 @@ def read_file(path: Path) -> dict:
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: not a regular file; expected a YAML file")
     try:
-        tree = parse_yaml(read_text(path))
+        problem = encoding_problem(read_bytes(path))
+        tree = None if problem else parse_yaml(read_text(path))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
@@ -120,6 +121,8 @@ def read_file(path: Path) -> dict:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if problem:
+        raise UserError(f"{path}: {problem}")
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected `section: {{key: value}}`, found {type(tree).__name__}")

@@ -31,7 +31,7 @@ from bags.data.images import (
     read_image,
 )
 from bags.data.index import AnnotationIndex, inside_image
-from bags.data.json_files import is_box, is_number, read_annotations, shown
+from bags.data.json_files import is_box, is_number, is_side, read_annotations, shown
 from bags.data.packing import POLYGON_LIMIT, file_name_of, rle_fits
 from bags.data.plausibility import implausible_boxes, shared_images, split_images
 from bags.data.statistics import instance_bin
@@ -160,7 +160,7 @@ def _check_images(path: Path, images: dict[int, dict], found: Findings) -> None:
     names: Counter[str] = Counter()
     for key, image in images.items():
         size = image.get("width"), image.get("height")
-        if not all(type(side) is int and 0 < side < 2**20 for side in size):
+        if not all(map(is_side, size)):
             found.add("image size", f"image {key}: {size[0]!r} x {size[1]!r}")
         try:
             name = file_name_of(path, image)
@@ -191,7 +191,7 @@ def _check_annotation(annotation: dict, images: dict, categories: dict, masks: b
     if area is not None and not (is_number(area) and 0 < area < 1e10):
         found.add("impossible area", f"{where}: area {shown(area)}")
     width, height = (image.get("width"), image.get("height")) if image else (None, None)
-    size = (width, height) if type(width) is int and type(height) is int else None
+    size = (width, height) if is_side(width) and is_side(height) else None
     inside = _check_box(annotation.get("bbox"), size, where, found)
     segmentation = annotation.get("segmentation")
     _check_segmentation(segmentation, size, where, found)
