@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import bags
 from bags.assembly.loaders import open_index
+from bags.cli import run as run_verb
 from bags.core.distributed import distributed
 from bags.core.errors import UserError
 from bags.core.errors import run_script as run_script_here
@@ -199,6 +200,16 @@ def test_what_a_gpu_says_is_one_line(case, capsys, monkeypatch):
     assert end.value.code == 2 and len(lines) == 1 and re.search(f"error: .*{words}", lines[0])
     with pytest.raises(RuntimeError, match="shapes"):
         run_script_here(raising(RuntimeError("shapes")))
+
+
+@pytest.mark.parametrize("verb, words", [("predict", "starts over"), ("train", "goes on from the last checkpoint")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
+def test_what_the_same_command_does_after_a_stop(monkeypatch, capsys, verb, words, error):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(f"bags.cli.{verb}.main", raising(error))
+    with pytest.raises(SystemExit):
+        run_verb(verb)
+    assert f"; the same command {words}" in capsys.readouterr().err
 
 
 def raising(error):

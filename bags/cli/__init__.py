@@ -16,6 +16,14 @@ VERBS = {
     "import-weights": "import weights of other projects, and export ours",
 }
 
+AGAIN = {  # what the same command does after it was stopped; the other verbs start over
+    "train": "goes on from the last checkpoint",
+    "sweep": "goes on from the last checkpoint",
+    "tables": "starts over, but rows in training go on from the last checkpoint",
+    "evaluate": "starts over, but keeps the predictions of a checkpoint so far",
+    "prepare-data": "starts over, but keeps what is made and fetched so far",
+}
+
 
 def main() -> None:
     """Run the verb that the first argument names. Exit code 2 for an unknown one."""
@@ -30,4 +38,5 @@ def main() -> None:
 
 def run(verb: str) -> None:
     """Run a verb on the arguments of this process, and end it with the exit code of `run_script`."""
-    run_script(lambda: importlib.import_module(f"bags.cli.{verb.replace('-', '_')}").main())
+    module = f"bags.cli.{verb.replace('-', '_')}"
+    run_script(lambda: importlib.import_module(module).main(), AGAIN.get(verb, "starts over"))

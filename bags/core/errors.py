@@ -34,38 +34,39 @@ class LostRank(RuntimeError):
     """Another rank of the process group has ended. Scripts exit with code 75."""
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], None], again: str = "starts over") -> None:
     """Runs a script's `main`; a UserError or OSError becomes one line on stderr and exit code 2.
 
+    again: what the same command does after it was stopped, for messages.
     Codes: 0 done, 2 a user's mistake, 75 stopped by a signal in training or by the loss of a rank, 130 stopped by
     Ctrl-C elsewhere, 143 or 130 ended at once by a second SIGTERM or Ctrl-C. Under torchrun an error that all ranks
     have is printed once for each node, and torchrun adds its own report and exit code.
     """
     tolerate_any_text()
     with _second_signal_ends():
-        _run(main)
+        _run(main, f"the same command {again}")
 
 
-def _run(main: Callable[[], None]) -> None:
+def _run(main: Callable[[], None], again: str) -> None:
     """Run `main`; turn errors into a line and an exit code."""
     try:
         main()
     except KeyboardInterrupt:
-        _end("\nstopped; the same command goes on from the last checkpoint", 130)
+        _end(f"\nstopped; {again}", 130)
     except Stopped as stop:
         if not int(os.environ.get("LOCAL_RANK", 0)):  # all ranks have stopped
             print(stop, file=sys.stderr)
         sys.exit(STOPPED)
     except LostRank as lost:
-        _end(f"{lost}; the same command goes on from the last checkpoint", STOPPED)
+        _end(f"{lost}; {again}", STOPPED)
     except UserError as error:
         _end(f"error: {printable(' '.join(str(error).split()))}", 2)
     except (RuntimeError, MemoryError, ImportError) as error:  # torch raises it wherever the main process is then
-        text, again = " ".join(str(error).split()).rstrip("."), "the same command goes on from the last checkpoint"
+        text = " ".join(str(error).split()).rstrip(".")
         if type(error).__name__ == "OutOfMemoryError":
             mend = "train.accumulate=2 (and another output=) takes half a batch at a time, test.batch_size=1 one image"
             _end(f"error: the GPU's memory is full: {mend}. {text}", 2)
-        if line := _exhausted(error):
+        if line := _exhausted(error, again):
             _end(f"error: {line}", 2)
         if "DataLoader worker" in text:
             mend = "is the memory full, or /dev/shm? Fewer data.workers need less"
@@ -74,7 +75,7 @@ def _run(main: Callable[[], None]) -> None:
             _end(f"error: --deterministic: {text.partition(' does not')[0]} is not deterministic here: leave it out", 2)
         raise
     except OSError as error:  # a folder where a file should be, no permission, a full disk
-        _end(f"error: {_exhausted(error) or error}", 2)
+        _end(f"error: {_exhausted(error, again) or error}", 2)
 
 
 @contextlib.contextmanager
@@ -139,13 +140,13 @@ EXHAUSTED = {  # what is full -> (words of an error that says so, what to do)
 }
 
 
-def _exhausted(error: Exception) -> str | None:
+def _exhausted(error: Exception, again: str) -> str | None:
     """One line for an error of the machine: what is full, what to do, and the last line of torch's own words."""
     text = f"{type(error).__name__}: {error}"
     for what, (words, mend) in EXHAUSTED.items():
         if any(word in text for word in words):
             last = text.strip().splitlines()[-1]
-            return f"{what}: {mend}; the same command goes on from the last checkpoint ({last:.300})"
+            return f"{what}: {mend}; {again} ({last:.300})"
     return None
 
 
