@@ -48,11 +48,11 @@ PIPES = [  # command, with PIPE for the pipe, and what the line says
     (["train", "PIPE.yaml"], "PIPE.yaml: not a regular file"),
     (["train", "CONFIGS/softmax.yaml", "data.train=PIPE.json"], "PIPE.json: not a regular file"),
     (["train", "CONFIGS/softmax.yaml", "detector.init_from=PIPE.pth"], "PIPE.pth: not a regular file"),
-    (["prepare_data", "check", "PIPE.json"], "PIPE.json: cannot be read"),
+    (["prepare_data", "check", "PIPE.json"], "PIPE.json: not a regular file"),
     (["prepare_data", "coco_lt", "--source", "VAL", "--output", "none.json", "--targets", "PIPE.json"], "PIPE.json: "),
     (["evaluate", "PIPE.pth"], "PIPE.pth: not a regular file"),
     (["evaluate", "PIPE.json", "--annotations", "VAL"], "PIPE.json: expected a results file"),
-    (["evaluate", "VAL", "--annotations", "PIPE.json"], "PIPE.json: cannot be read"),
+    (["evaluate", "VAL", "--annotations", "PIPE.json"], "PIPE.json: not a regular file"),
     (["evaluate", "--compare", "PIPE.json", "VAL", "--annotations", "VAL"], "PIPE.json: expected a results file"),
     (["predict", "PIPE.pth", "IMAGE"], "PIPE.pth: not a regular file"),
     (["predict", "LAST", "PIPE.png"], "PIPE.png: not a regular file"),
@@ -76,7 +76,7 @@ def test_a_pipe_in_place_of_any_file_is_one_line(job, glyphs, tmp_path, command,
     options += ["--output", tmp_path / "out"] if command[0] == "predict" else []
     done = fork_script(*command, *options)
     if command[1] == "check":  # its findings are its output
-        assert done.returncode == 1 and "Not a regular file" in done.stdout
+        assert done.returncode == 1 and "not a regular file" in done.stdout
         return
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert expected in done.stderr

@@ -1,6 +1,7 @@
 """The command line: `bags VERB ...`. Each verb is a module with `main`, which parses arguments and calls a job."""
 
 import importlib
+import os
 import sys
 
 from bags.core.errors import run_script
@@ -38,5 +39,7 @@ def main() -> None:
 
 def run(verb: str) -> None:
     """Run a verb on the arguments of this process, and end it with the exit code of `run_script`."""
+    if sys.getfilesystemencoding() == "ascii":  # cannot name all files, so this process begins anew in UTF-8 mode
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     module = f"bags.cli.{verb.replace('-', '_')}"
     run_script(lambda: importlib.import_module(module).main(), AGAIN.get(verb, "starts over"))

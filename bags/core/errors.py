@@ -1,7 +1,10 @@
 """Errors that a user can mend, and the ways in which a script ends."""
 
 import contextlib
+import errno
+import itertools
 import os
+import re
 import signal
 import sys
 import threading
@@ -50,6 +53,7 @@ def run_script(main: Callable[[], None], again: str = "starts over") -> None:
 def _run(main: Callable[[], None], again: str) -> None:
     """Run `main`; turn errors into a line and an exit code."""
     try:
+        _refuse_empty(sys.argv)
         main()
     except KeyboardInterrupt:
         _end(f"\nstopped; {again}", 130)
@@ -75,7 +79,36 @@ def _run(main: Callable[[], None], again: str) -> None:
             _end(f"error: --deterministic: {text.partition(' does not')[0]} is not deterministic here: leave it out", 2)
         raise
     except OSError as error:  # a folder where a file should be, no permission, a full disk
-        _end(f"error: {_exhausted(error, again) or error}", 2)
+        _end(f"error: {_exhausted(error, again) or printable(system_error(error))}", 2)
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Raise UserError for an argument, or the value of an option, that is blank. `key=` is an override, and is null."""
+    for number, (before, word) in enumerate(itertools.pairwise(arguments), start=1):
+        option = re.fullmatch(r"(--[\w-]+)(=\s*)?", word if word.strip() else before)
+        if not word.strip() or (option and option[2]):
+            name = option[1] if option else f"argument {number}"
+            raise UserError(f"{name}: expected a value, got an empty text; is a shell variable not set?")
+
+
+MEND = {  # error of the system -> what is wrong with the path, and how to mend it
+    errno.ENOENT: "no such file or folder; check the path",
+    errno.EISDIR: "is a folder, expected a file; remove it, or choose another path",
+    errno.ENOTDIR: "leads through a file, expected a folder; choose another path",
+    errno.EACCES: "may not be opened; change its permissions, or choose another path",
+    errno.EPERM: "may not be changed; change its permissions, or choose another path",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ELOOP: "is a link that leads back to itself; remove it, or choose another path",
+    errno.EINVAL: "not a regular file; remove it, or choose another path",  # says `files.open_regular`
+}
+
+
+def system_error(error: OSError) -> str:
+    """One line for an error of the system: the path, what is wrong with it, and how to mend it."""
+    path = error.filename if error.filename2 is None else error.filename2
+    if not isinstance(path, str | os.PathLike) or error.errno not in MEND:
+        return str(error)
+    return f"{os.fspath(path)!s:.200}: {MEND[error.errno]}"
 
 
 @contextlib.contextmanager

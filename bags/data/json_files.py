@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 import orjson
 
-from bags.core.errors import UserError
+from bags.core.errors import UserError, system_error
 from bags.core.files import encoding_problem, read_bytes
 
 LISTS = ("images", "annotations", "categories")
@@ -20,10 +20,8 @@ def read_json(path: Path) -> Any:
     """Parses a JSON file; every way in which that fails is one UserError that names the file."""
     try:
         content = read_bytes(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check data.root and the names below it") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        raise UserError(system_error(error)) from None
     text = content.removeprefix(codecs.BOM_UTF8)
     try:
         return orjson.loads(text)
@@ -71,7 +69,7 @@ def stream(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         content = read_bytes(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        raise UserError(system_error(error)) from None
     if problem := encoding_problem(content):
         raise UserError(f"{path}: {problem}")
     try:
