@@ -35,7 +35,9 @@ def read_detections(folder: Path, categories: Container[int]) -> list[dict]:
     mend = f"remove {folder / 'metrics.json'} and train again: only the evaluation is run"
     try:
         entries = orjson.loads(read_bytes(path))
-        for entry in entries if isinstance(entries, list) else [None]:
+        if not isinstance(entries, list):
+            raise TypeError
+        for entry in entries:
             image_id, category_id, score, box = (entry[key] for key in ("image_id", "category_id", "score", "bbox"))
             numbers = [score, *box]
             if len(numbers) != 5 or type(image_id) is not int or not all(type(n) in (int, float) for n in numbers):
