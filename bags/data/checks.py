@@ -31,7 +31,7 @@ from bags.data.images import (
     read_image,
 )
 from bags.data.index import AnnotationIndex, inside_image
-from bags.data.json_files import is_box, is_number, is_side, read_annotations, shown
+from bags.data.json_files import is_box, is_empty_rle, is_number, is_side, read_annotations, shown
 from bags.data.packing import POLYGON_LIMIT, file_name_of, rle_fits
 from bags.data.plausibility import implausible_boxes, shared_images, split_images
 from bags.data.statistics import instance_bin
@@ -207,7 +207,7 @@ def _draws(segmentation: object) -> bool:
     """Whether a segmentation is a mask: an RLE, or polygons, one of which has three points or more."""
     if isinstance(segmentation, list):
         return any(isinstance(ring, list) and len(ring) >= 6 for ring in segmentation)
-    return isinstance(segmentation, dict)
+    return isinstance(segmentation, dict) and not is_empty_rle(segmentation)
 
 
 def _check_box(box: object, size: tuple[int, int] | None, where: str, found: Findings) -> bool:
@@ -239,7 +239,7 @@ def _check_segmentation(value: object, size: tuple[int, int] | None, where: str,
                 found.add("short polygon", f"{where}: {ring}")
             elif size and not (_meets(ring[::2], size[0]) and _meets(ring[1::2], size[1])):
                 found.add("polygon off the image", f"{where}: {ring}")
-    elif isinstance(value, dict):
+    elif isinstance(value, dict) and not is_empty_rle(value):
         counts = value.get("counts")
         own = value.get("size")
         if not (isinstance(own, list) and all(type(side) is int for side in own)) or (size and own != [*size[::-1]]):
@@ -252,7 +252,7 @@ def _check_segmentation(value: object, size: tuple[int, int] | None, where: str,
             found.add("bad segmentation", f"{where}: RLE counts {counts!r:.60}")
         elif size and not rle_fits(counts.encode(), math.prod(size)):
             found.add("bad segmentation", f"{where}: RLE counts do not add up to the image's pixels")
-    elif value is not None:
+    elif value is not None and not is_empty_rle(value):
         found.add("bad segmentation", f"{where}: {value!r}")
 
 

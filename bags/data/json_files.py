@@ -163,6 +163,11 @@ def is_number(value: object) -> TypeGuard[float]:
     return type(value) in NUMBERS
 
 
+def is_empty_rle(value: object) -> bool:
+    """True for an RLE that counts nothing. Like an empty list of polygons, it is no segmentation."""
+    return isinstance(value, dict) and (not value or value.get("counts") in ("", []))
+
+
 def is_side(value: object) -> TypeGuard[int]:
     """True for what can be the width or height of an image, in pixels."""
     return type(value) is int and 0 < value < 2**20

@@ -9,7 +9,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from bags.core.errors import UserError
-from bags.data.json_files import EMPTY, NUMBERS, is_box, is_number, is_side, shown, stream
+from bags.data.json_files import EMPTY, NUMBERS, is_box, is_empty_rle, is_number, is_side, shown, stream
 
 LIMIT = 1e9  # coordinates of boxes beyond this are no pixels
 POLYGON_LIMIT = 2**17  # ... of polygons: drawing one takes memory in proportion to its length
@@ -158,6 +158,8 @@ class _Annotations:
 
     def _add_segmentation(self, key: int, value: object) -> None:
         rings, rle, size = 0, b"", [0, 0]
+        if is_empty_rle(value):
+            value = None
         if isinstance(value, dict):
             rle, size = self._rle(key, value), value["size"]
         elif isinstance(value, list):

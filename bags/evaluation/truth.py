@@ -15,7 +15,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from bags.core.errors import UserError
-from bags.data.json_files import LISTS, is_box, is_number, is_side, read_annotations, shown
+from bags.data.json_files import LISTS, is_box, is_empty_rle, is_number, is_side, read_annotations, shown
 from bags.data.packing import LIMIT, POLYGON_LIMIT, category_name, unique_ids
 from bags.data.statistics import CategoryStats
 
@@ -213,7 +213,7 @@ def _annotation(where: str, annotation: dict, images: dict[int, int], categories
 
 def usable_mask(value: object) -> Any:
     """A segmentation without polygons of fewer than three points, as in training; None where nothing is left."""
-    if value is None:
+    if is_empty_rle(value):
         return None
     if not isinstance(value, list):
         return value or None
