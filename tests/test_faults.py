@@ -27,6 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import bags
 from bags.analysis.examples import read_detections
+from bags.analysis.plots import plot_training
+from bags.analysis.tables import read_metrics, read_seconds
 from bags.assembly.loaders import open_index
 from bags.cli import run as run_verb
 from bags.config.rows import rows_of
@@ -41,6 +43,7 @@ from bags.engine.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from bags.engine.faults import StopSignals
 from bags.engine.metrics import JsonLog
 from bags.engine.train import Run, train
+from bags.jobs.evaluate import boundaries
 
 
 class Malice:
@@ -253,6 +256,25 @@ def test_empty_arguments_are_refused(arguments, name, capsys, monkeypatch):
 
 
 DETECTION = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+
+
+def test_odd_numbers_of_a_run_folder(tmp_path):
+    """metrics.json is refused, and a log's text is no number of seconds."""
+    for value in ("1e999", "9" * 400, "9" * 5000, '"x"', "true"):
+        (tmp_path / "metrics.json").write_text(f'{{"AP": {value}}}')
+        with pytest.raises(UserError, match="metrics.json: .*; remove it and give the training command again") as error:
+            read_metrics(tmp_path)
+        assert len(str(error.value)) < len(str(tmp_path)) + 200
+    (tmp_path / "log.jsonl").write_text('{"seconds": 3}\n{"seconds": "a"}\n{"seconds": []}\n')
+    assert read_seconds(tmp_path) == 3
+    steps = [{"epoch": 1, "loss": 2}, {"epoch": 10**400, "loss": 2}, {"epoch": 2, "loss": 10**400}, {"epoch": 3}]
+    plot_training(tmp_path / "x.png", {"row": steps})  # draws the first
+
+
+@pytest.mark.parametrize("digits", [30, 400, 5000])
+def test_bins_of_many_digits_are_refused(digits):
+    with pytest.raises(UserError, match="--bins 1,999"):
+        boundaries(f"1,{'9' * digits}")
 
 
 ODD = [("image_id", [1]), ("category_id", 7), ("category_id", []), ("bbox", None), ("bbox", ["a"] * 4), ("score", "x")]

@@ -11,7 +11,7 @@ from conftest import fork_script
 
 from bags.config.load import load_config
 from bags.core.errors import UserError
-from bags.core.files import open_regular, read_bytes, read_text
+from bags.core.files import encoding_problem, open_regular, read_bytes, read_text
 from bags.data.checks import check_annotations
 from bags.data.findings import STOP
 from bags.data.index import AnnotationIndex
@@ -110,6 +110,11 @@ def test_other_encodings_are_named_with_the_remedy(tmp_path, stored):
         with pytest.raises(UserError) as error:
             read(tmp_path / name)
         assert str(error.value) == f"{tmp_path / name}: {UNREADABLE[stored]}"
+
+
+def test_a_zero_alone_is_no_other_encoding():
+    for content in (b"", b"\0", b"a: \0", b"[\0]", b"[1]"):
+        assert encoding_problem(content) is None
 
 
 def refusal(action, *arguments):

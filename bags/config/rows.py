@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from bags.config.typed_yaml import merge, parse_yaml, shown
-from bags.core.errors import UserError
+from bags.core.errors import UserError, one_line
 from bags.core.files import encoding_problem, read_bytes, read_text
 
 _PLACES = [folder / "configs" for folder in Path(__file__).resolve().parents[1:3]]  # of the package, of a checkout
@@ -119,8 +119,10 @@ def read_file(path: Path) -> dict:
         raise UserError(f"{path}: no such configuration file{hint}") from None
     except (OSError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: not valid YAML ({one_line(error)})") from None
     if problem:
         raise UserError(f"{path}: {problem}")
     tree = {} if tree is None else tree

@@ -37,6 +37,12 @@ class LostRank(RuntimeError):
     """Another rank of the process group has ended. Scripts exit with code 75."""
 
 
+def one_line(error: Exception) -> str:
+    """The words of an error in one line. Python's words about its limit of digits are replaced."""
+    text = " ".join(str(error).split())
+    return "a number of thousands of digits" if "set_int_max_str_digits" in text else text
+
+
 def run_script(main: Callable[[], None], again: str = "starts over") -> None:
     """Runs a script's `main`; a UserError or OSError becomes one line on stderr and exit code 2.
 
@@ -64,9 +70,9 @@ def _run(main: Callable[[], None], again: str) -> None:
     except LostRank as lost:
         _end(f"{lost}; {again}", STOPPED)
     except UserError as error:
-        _end(f"error: {printable(' '.join(str(error).split()))}", 2)
+        _end(f"error: {printable(one_line(error))}", 2)
     except (RuntimeError, MemoryError, ImportError) as error:  # torch raises it wherever the main process is then
-        text = " ".join(str(error).split()).rstrip(".")
+        text = one_line(error).rstrip(".")
         if type(error).__name__ == "OutOfMemoryError":
             mend = "train.accumulate=2 (and another output=) takes half a batch at a time, test.batch_size=1 one image"
             _end(f"error: the GPU's memory is full: {mend}. {text}", 2)

@@ -48,9 +48,14 @@ def encoding_problem(content: bytes) -> str | None:
     for mark, problem in MARKS.items():
         if content.startswith(mark):
             return problem
-    if content[:4].count(0) == 3:
-        return MARKS[codecs.BOM_UTF32_LE]
-    return MARKS[codecs.BOM_UTF16_LE] if content[:2].count(0) == 1 else None
+    zeros = "".join(str(int(byte == 0)) for byte in content[:4])
+    wide = {
+        "0111": codecs.BOM_UTF32_LE,
+        "1110": codecs.BOM_UTF32_BE,
+        "0101": codecs.BOM_UTF16_LE,
+        "1010": codecs.BOM_UTF16_BE,
+    }
+    return MARKS.get(wide.get(zeros, b""))
 
 
 def open_regular(path: str | Path) -> io.BufferedReader:

@@ -102,7 +102,7 @@ class AnnotationIndex:
         path = Path(path)
         if not path.is_file():
             what = "not a regular file" if path.exists() else "no such file"
-            raise UserError(f"{path}: {what}; check data.root and the names below it")
+            raise UserError(f"{path}: {what}; check the path (in a configuration data.root and the names below it)")
         folders = _cache_folders(path)
         for folder in folders:
             index = _open_cache(folder, path)

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 import orjson
 
-from bags.core.errors import UserError, system_error
+from bags.core.errors import UserError, one_line, system_error
 from bags.core.files import encoding_problem, read_bytes
 
 LISTS = ("images", "annotations", "categories")
@@ -37,7 +37,7 @@ def read_json(path: Path) -> Any:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             reason = error
-    found = _long_number(text.decode(errors="replace")) or f"not valid JSON ({' '.join(str(reason).split())})"
+    found = _long_number(text.decode(errors="replace")) or f"not valid JSON ({one_line(reason)})"
     raise UserError(f"{path}: {found}") from None
 
 
@@ -75,7 +75,7 @@ def stream(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         text = content.decode("utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text ({error}): save it as UTF-8") from None
+        raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
     del content
     try:
         yield from _stream(path, text)
