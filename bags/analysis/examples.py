@@ -32,17 +32,24 @@ class Example(NamedTuple):
 def read_detections(folder: Path, categories: Container[int]) -> list[dict]:
     """Read the `predictions.json` of a run. Raises UserError for other content or other categories."""
     path = folder / "predictions.json"
+    mend = f"remove {folder / 'metrics.json'} and train again: only the evaluation is run"
     try:
         entries = orjson.loads(read_bytes(path))
+        if not isinstance(entries, list):
+            raise TypeError
         for entry in entries:
-            _, _, score, (_, _, _, _) = (entry[key] for key in ("image_id", "category_id", "score", "bbox"))
-            if not isinstance(score, float | int) or entry["category_id"] not in categories:
-                raise ValueError(f"score {score}, category_id {entry['category_id']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not this run's results ({error!r}); "
-            f"remove {folder / 'metrics.json'} and train again: only the evaluation is run"
-        ) from None
+            image_id, category_id, score, box = (entry[key] for key in ("image_id", "category_id", "score", "bbox"))
+            numbers = [score, *box]
+            if len(numbers) != 5 or type(image_id) is not int or not all(type(n) in (int, float) for n in numbers):
+                raise TypeError
+            if category_id not in categories:
+                raise UserError(f"{path}: not this run's results: category_id {category_id!r:.60} is unknown; {mend}")
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; {mend}") from None
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not this run's results: expected a list of detections; {mend}") from None
     return entries
 
 

@@ -158,9 +158,10 @@ def plot_training(path: Path | BinaryIO, logs: dict[str, list[dict]]) -> None:
 
 
 def _series(steps: list[dict], key: str) -> np.ndarray:
-    """Points [n, 2] of epoch and number; steps without a number are left out."""
-    points = [(step["epoch"], step.get(key)) for step in steps]
-    return np.array([point for point in points if type(point[1]) in (int, float)], float).reshape(-1, 2)
+    """Points [n, 2] of epoch and number; steps without finite numbers are left out."""
+    points: list[tuple[Any, Any]] = [(step["epoch"], step.get(key)) for step in steps]
+    points = [point for point in points if all(type(v) in (int, float) and abs(v) < 1e300 for v in point)]
+    return np.array(points, float).reshape(-1, 2)
 
 
 def plot_predictions(

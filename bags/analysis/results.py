@@ -116,8 +116,9 @@ def load_results(path: Path) -> dict:
             name: [{key: math.nan if value is None else float(value) for key, value in run.items()} for run in runs]
             for name, runs in content["rows"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: no results that a script's --save wrote ({error!r})") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        words = "missing, or not the numbers that --save writes; give the path of such a file"
+        raise UserError(f"{path}: {words}") from None
     return content
 
 

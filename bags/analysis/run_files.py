@@ -7,8 +7,9 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from bags.core.errors import UserError
+from bags.core.errors import UserError, one_line
 from bags.core.files import open_regular, read_text, replacing, write_text
 from bags.evaluation.comparison import Comparison
 from bags.evaluation.detection_ap import Scores
@@ -23,8 +24,9 @@ def read_metrics(folder: Path) -> dict[str, float]:
     try:
         values = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {AGAIN}") from None
-    if not isinstance(values, dict) or not all(v is None or type(v) in (int, float) for v in values.values()):
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); {AGAIN}") from None
+    numbers: list[Any] = [v for v in values.values() if v is not None] if isinstance(values, dict) else [None]
+    if not all(type(v) in (int, float) and not abs(v) > 1e9 for v in numbers):  # NaN is one
         raise UserError(f"{path}: expected numbers by name; {AGAIN}")
     return {key: math.nan if value is None else value for key, value in values.items()}
 
@@ -42,7 +44,8 @@ def read_log(folder: Path) -> list[dict]:
 
 def read_seconds(folder: Path) -> float:
     """Seconds of a run's optimisation steps, from its log; NaN without any."""
-    return next((step["seconds"] for step in reversed(read_log(folder)) if "seconds" in step), math.nan)
+    seconds = (step.get("seconds") for step in reversed(read_log(folder)))
+    return next((value for value in seconds if type(value) in (int, float)), math.nan)
 
 
 def read_categories(source: Path) -> list[dict]:
@@ -64,7 +67,7 @@ def read_categories(source: Path) -> list[dict]:
             for row in rows
         ]
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); {mend}") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); {mend}") from None
 
 
 def without_nan(values: dict[str, float]) -> dict[str, float | None]:

@@ -48,6 +48,7 @@ def about(run: RunResults) -> dict[str, str]:
     config, made = run.config, run.environment
     train, seconds, command = config.train, read_seconds(run.folder), made.get("command")
     packages, epochs = made.get("packages"), f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
+    resumed = made.get("resumed")
     devices = [f"{key} {made[key]}" for key in ("threads", "ranks") if key in made]
     return {
         "folder": str(run.folder),
@@ -61,7 +62,7 @@ def about(run: RunResults) -> dict[str, str]:
         "seed": str(config.seed),
         "command": shlex.join(map(str, command)) if isinstance(command, list) else "-",
         "started": f"{made.get('started', '-')}"
-        + (f", resumed {len(made['resumed'])} times" if "resumed" in made else ""),
+        + (f", resumed {len(resumed)} times" if isinstance(resumed, list) else ""),
         "revision": str(made.get("revision") or "-"),
         "python": str(made.get("python", "-")),
         "packages": ", ".join(f"{k} {v}" for k, v in packages.items()) if isinstance(packages, dict) else "-",

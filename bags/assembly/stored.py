@@ -21,7 +21,6 @@ from bags.assembly.loaders import make_loader
 from bags.assembly.stored_samples import SeenFeatures, TrainingFeatures, collate_samples
 from bags.config.sections import Config, DetectorConfig, TailOnlyConfig
 from bags.data.dataset import DetectionDataset
-from bags.data.images import image_path
 from bags.data.index import AnnotationIndex
 from bags.data.samplers import ShardSampler, TrainSampler
 from bags.detectors.faster_rcnn import FasterRCNN
@@ -249,7 +248,7 @@ def _annotations_digest(index: AnnotationIndex) -> str:
 
 def _images_digest(dataset: DetectionDataset) -> str:
     """Of the sizes of the files (a missing one counts as empty) and of how they are read."""
-    paths = (image_path(dataset.folder, dataset.index.file_name(k)) for k in range(len(dataset)))
+    paths = (dataset.index.image_path(dataset.folder, k) for k in range(len(dataset)))
     return _digest([dataset.exif, *(path.stat().st_size if path.exists() else 0 for path in paths)])
 
 

@@ -1,6 +1,7 @@
 """The command line: `bags VERB ...`. Each verb is a module with `main`, which parses arguments and calls a job."""
 
 import importlib
+import os
 import sys
 
 from bags.core.errors import run_script
@@ -14,6 +15,14 @@ VERBS = {
     "report": "write a run as one HTML file",
     "sweep": "run a row for every combination of some keys' values",
     "import-weights": "import weights of other projects, and export ours",
+}
+
+AGAIN = {  # what the same command does after it was stopped; the other verbs start over
+    "train": "goes on from the last checkpoint",
+    "sweep": "goes on from the last checkpoint",
+    "tables": "starts over, but rows in training go on from the last checkpoint",
+    "evaluate": "starts over, but keeps the predictions of a checkpoint so far",
+    "prepare-data": "starts over, but keeps what is made and fetched so far",
 }
 
 
@@ -30,4 +39,7 @@ def main() -> None:
 
 def run(verb: str) -> None:
     """Run a verb on the arguments of this process, and end it with the exit code of `run_script`."""
-    run_script(lambda: importlib.import_module(f"bags.cli.{verb.replace('-', '_')}").main())
+    if sys.getfilesystemencoding() == "ascii":  # cannot name all files, so this process begins anew in UTF-8 mode
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    module = f"bags.cli.{verb.replace('-', '_')}"
+    run_script(lambda: importlib.import_module(module).main(), AGAIN.get(verb, "starts over"))

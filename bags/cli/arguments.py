@@ -29,6 +29,4 @@ def seeds_of(text: str | None) -> list[int | None]:
     try:
         return [None] if text is None else list(dict.fromkeys(int(s) for s in text.split(",")))
     except ValueError:
-        raise UserError(
-            f"--seeds {text or repr(text)}: expected whole numbers separated by commas, as in 0,1,2"
-        ) from None
+        raise UserError(f"--seeds {text}: expected whole numbers separated by commas, as in 0,1,2") from None

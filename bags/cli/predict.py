@@ -8,7 +8,8 @@ bbox (x, y, width, height in pixels), score, and segmentation (RLE) where the de
 Images are read as in validation: the checkpoint's data.exif says whether they are turned as their EXIF orientation
 says. predictions.json is a whole list after every image, so a run that is stopped loses nothing. Images that
 cannot be read and drawings that cannot be written are named on stderr and counted in the last line; the exit code is
-then still 0, unless no image could be read. Subfolders are not searched.
+then still 0, unless no image could be read. Subfolders are not searched. In a folder that was used before,
+predictions.json and drawings of the same names are replaced. Other drawings stay, and a note on stderr counts them.
 """
 
 import argparse

@@ -39,6 +39,8 @@ def main() -> None:
     paths, overrides = split_arguments(arguments.config)
     overrides += [text for text in arguments.methods if "=" in text]  # that stand after the methods
     methods = [name for text in arguments.methods if "=" not in text for name in text.split(",") if name]
+    if arguments.methods and not methods:
+        raise UserError(f"--methods {' '.join(arguments.methods)}: expected names of methods; --list shows them")
     if arguments.list:
         show_rows(paths)
         return None

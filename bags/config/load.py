@@ -26,7 +26,7 @@ import yaml
 from bags.config.rows import compose, row_beside, rows_of
 from bags.config.sections import ClassBalancedConfig, Config
 from bags.config.typed_yaml import convert, merge, option_types, read_override
-from bags.core.errors import UserError
+from bags.core.errors import UserError, one_line
 from bags.core.files import write_text
 from bags.core.settings import NO_RESULT, marks, need
 
@@ -93,7 +93,7 @@ def _resolve(tree: dict, overrides: typing.Sequence[str], source: str) -> Config
         try:
             value = read_override(text, option_types(Config, key, tree))
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"override '{override}': the value is not YAML ({' '.join(str(error).split())})") from None
+            raise UserError(f"override '{override}': the value is not YAML ({one_line(error)})") from None
         for part in reversed(key.split(".")):
             value = {part: value}
         merge(tree, value)

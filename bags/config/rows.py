@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from bags.config.typed_yaml import merge, parse_yaml, shown
-from bags.core.errors import UserError
-from bags.core.files import read_text
+from bags.core.errors import UserError, one_line
+from bags.core.files import encoding_problem, read_bytes, read_text
 
 _PLACES = [folder / "configs" for folder in Path(__file__).resolve().parents[1:3]]  # of the package, of a checkout
 CONFIGS = next((folder for folder in _PLACES if folder.is_dir()), _PLACES[0])
@@ -111,15 +111,20 @@ def read_file(path: Path) -> dict:
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: not a regular file; expected a YAML file")
     try:
-        tree = parse_yaml(read_text(path))
+        problem = encoding_problem(read_bytes(path))
+        tree = None if problem else parse_yaml(read_text(path))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
         raise UserError(f"{path}: no such configuration file{hint}") from None
     except (OSError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: not valid YAML ({one_line(error)})") from None
+    if problem:
+        raise UserError(f"{path}: {problem}")
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected `section: {{key: value}}`, found {type(tree).__name__}")

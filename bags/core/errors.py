@@ -1,7 +1,10 @@
 """Errors that a user can mend, and the ways in which a script ends."""
 
 import contextlib
+import errno
+import itertools
 import os
+import re
 import signal
 import sys
 import threading
@@ -34,38 +37,46 @@ class LostRank(RuntimeError):
     """Another rank of the process group has ended. Scripts exit with code 75."""
 
 
-def run_script(main: Callable[[], None]) -> None:
+def one_line(error: Exception) -> str:
+    """The words of an error in one line. Python's words about its limit of digits are replaced."""
+    text = " ".join(str(error).split())
+    return "a number of thousands of digits" if "set_int_max_str_digits" in text else text
+
+
+def run_script(main: Callable[[], None], again: str = "starts over") -> None:
     """Runs a script's `main`; a UserError or OSError becomes one line on stderr and exit code 2.
 
+    again: what the same command does after it was stopped, for messages.
     Codes: 0 done, 2 a user's mistake, 75 stopped by a signal in training or by the loss of a rank, 130 stopped by
     Ctrl-C elsewhere, 143 or 130 ended at once by a second SIGTERM or Ctrl-C. Under torchrun an error that all ranks
     have is printed once for each node, and torchrun adds its own report and exit code.
     """
     tolerate_any_text()
     with _second_signal_ends():
-        _run(main)
+        _run(main, f"the same command {again}")
 
 
-def _run(main: Callable[[], None]) -> None:
+def _run(main: Callable[[], None], again: str) -> None:
     """Run `main`; turn errors into a line and an exit code."""
     try:
+        _refuse_empty(sys.argv)
         main()
     except KeyboardInterrupt:
-        _end("\nstopped; the same command goes on from the last checkpoint", 130)
+        _end(f"\nstopped; {again}", 130)
     except Stopped as stop:
         if not int(os.environ.get("LOCAL_RANK", 0)):  # all ranks have stopped
             print(stop, file=sys.stderr)
         sys.exit(STOPPED)
     except LostRank as lost:
-        _end(f"{lost}; the same command goes on from the last checkpoint", STOPPED)
+        _end(f"{lost}; {again}", STOPPED)
     except UserError as error:
-        _end(f"error: {printable(' '.join(str(error).split()))}", 2)
+        _end(f"error: {printable(one_line(error))}", 2)
     except (RuntimeError, MemoryError, ImportError) as error:  # torch raises it wherever the main process is then
-        text, again = " ".join(str(error).split()).rstrip("."), "the same command goes on from the last checkpoint"
+        text = one_line(error).rstrip(".")
         if type(error).__name__ == "OutOfMemoryError":
             mend = "train.accumulate=2 (and another output=) takes half a batch at a time, test.batch_size=1 one image"
             _end(f"error: the GPU's memory is full: {mend}. {text}", 2)
-        if line := _exhausted(error):
+        if line := _exhausted(error, again):
             _end(f"error: {line}", 2)
         if "DataLoader worker" in text:
             mend = "is the memory full, or /dev/shm? Fewer data.workers need less"
@@ -74,7 +85,36 @@ def _run(main: Callable[[], None]) -> None:
             _end(f"error: --deterministic: {text.partition(' does not')[0]} is not deterministic here: leave it out", 2)
         raise
     except OSError as error:  # a folder where a file should be, no permission, a full disk
-        _end(f"error: {_exhausted(error) or error}", 2)
+        _end(f"error: {_exhausted(error, again) or printable(system_error(error))}", 2)
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Raise UserError for an argument, or the value of an option, that is blank. `key=` is an override, and is null."""
+    for number, (before, word) in enumerate(itertools.pairwise(arguments), start=1):
+        option = re.fullmatch(r"(--[\w-]+)(=\s*)?", word if word.strip() else before)
+        if not word.strip() or (option and option[2]):
+            name = option[1] if option else f"argument {number}"
+            raise UserError(f"{name}: expected a value, got an empty text; is a shell variable not set?")
+
+
+MEND = {  # error of the system -> what is wrong with the path, and how to mend it
+    errno.ENOENT: "no such file or folder; check the path",
+    errno.EISDIR: "is a folder, expected a file; remove it, or choose another path",
+    errno.ENOTDIR: "leads through a file, expected a folder; choose another path",
+    errno.EACCES: "may not be opened; change its permissions, or choose another path",
+    errno.EPERM: "may not be changed; change its permissions, or choose another path",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ELOOP: "is a link that leads back to itself; remove it, or choose another path",
+    errno.EINVAL: "not a regular file; remove it, or choose another path",  # says `files.open_regular`
+}
+
+
+def system_error(error: OSError) -> str:
+    """One line for an error of the system: the path, what is wrong with it, and how to mend it."""
+    path = error.filename if error.filename2 is None else error.filename2
+    if not isinstance(path, str | os.PathLike) or error.errno not in MEND:
+        return str(error)
+    return f"{os.fspath(path)!s:.200}: {MEND[error.errno]}"
 
 
 @contextlib.contextmanager
@@ -139,13 +179,13 @@ EXHAUSTED = {  # what is full -> (words of an error that says so, what to do)
 }
 
 
-def _exhausted(error: Exception) -> str | None:
+def _exhausted(error: Exception, again: str) -> str | None:
     """One line for an error of the machine: what is full, what to do, and the last line of torch's own words."""
     text = f"{type(error).__name__}: {error}"
     for what, (words, mend) in EXHAUSTED.items():
         if any(word in text for word in words):
             last = text.strip().splitlines()[-1]
-            return f"{what}: {mend}; the same command goes on from the last checkpoint ({last:.300})"
+            return f"{what}: {mend}; {again} ({last:.300})"
     return None
 
 

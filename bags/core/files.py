@@ -3,6 +3,7 @@
 Checkpoints, stores of features and annotation indices have ways of their own, for what they keep beside it.
 """
 
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -24,6 +25,37 @@ PROBLEMS = {
     errno.EIO: "the disk has an error",
     errno.EROFS: "the disk is read-only",
 }
+
+MARKS = {  # first bytes -> what a file is that is not UTF-8 text, and how to mend it
+    b"\x1f\x8b": "is compressed by gzip: unpack it with gunzip",
+    b"BZh": "is compressed by bzip2: unpack it with bunzip2",
+    b"\xfd7zXZ": "is compressed by xz: unpack it with unxz",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd: unpack it with unzstd",
+    b"PK\x03\x04": "is a zip archive: unpack it with unzip",
+    codecs.BOM_UTF8 * 2: "begins with two byte order marks: save it as UTF-8 without any",
+    codecs.BOM_UTF32_LE: "is UTF-32 text: save it as UTF-8",  # begins like UTF-16, which comes later
+    codecs.BOM_UTF32_BE: "is UTF-32 text: save it as UTF-8",
+    codecs.BOM_UTF16_LE: "is UTF-16 text: save it as UTF-8",
+    codecs.BOM_UTF16_BE: "is UTF-16 text: save it as UTF-8",
+}
+
+
+def encoding_problem(content: bytes) -> str | None:
+    """What a file is and how to mend it, where it is not UTF-8 text but compressed or in another encoding.
+
+    Wide characters without a byte order mark are told by the zeros beside the first one.
+    """
+    for mark, problem in MARKS.items():
+        if content.startswith(mark):
+            return problem
+    zeros = "".join(str(int(byte == 0)) for byte in content[:4])
+    wide = {
+        "0111": codecs.BOM_UTF32_LE,
+        "1110": codecs.BOM_UTF32_BE,
+        "0101": codecs.BOM_UTF16_LE,
+        "1010": codecs.BOM_UTF16_BE,
+    }
+    return MARKS.get(wide.get(zeros, b""))
 
 
 def open_regular(path: str | Path) -> io.BufferedReader:

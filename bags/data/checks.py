@@ -31,7 +31,7 @@ from bags.data.images import (
     read_image,
 )
 from bags.data.index import AnnotationIndex, inside_image
-from bags.data.json_files import is_box, is_number, read_annotations, shown
+from bags.data.json_files import is_box, is_empty_rle, is_number, is_side, read_annotations, shown
 from bags.data.packing import POLYGON_LIMIT, file_name_of, rle_fits
 from bags.data.plausibility import implausible_boxes, shared_images, split_images
 from bags.data.statistics import instance_bin
@@ -162,7 +162,7 @@ def _check_images(path: Path, images: dict[int, dict], findings: Findings) -> No
     names: Counter[str] = Counter()
     for key, image in images.items():
         size = image.get("width"), image.get("height")
-        if not all(type(side) is int and 0 < side < 2**20 for side in size):
+        if not all(map(is_side, size)):
             findings.add("image size", f"image {key}: {size[0]!r} x {size[1]!r}")
         try:
             name = file_name_of(path, image)
@@ -193,7 +193,7 @@ def _check_annotation(annotation: dict, images: dict, categories: dict, masks: b
     if area is not None and not (is_number(area) and 0 < area < 1e10):
         findings.add("impossible area", f"{where}: area {shown(area)}")
     width, height = (image.get("width"), image.get("height")) if image else (None, None)
-    size = (width, height) if type(width) is int and type(height) is int else None
+    size = (width, height) if is_side(width) and is_side(height) else None
     inside = _check_box(annotation.get("bbox"), size, where, findings)
     segmentation = annotation.get("segmentation")
     _check_segmentation(segmentation, size, where, findings)
@@ -209,7 +209,7 @@ def _draws(segmentation: object) -> bool:
     """Whether a segmentation is a mask: an RLE, or polygons, one of which has three points or more."""
     if isinstance(segmentation, list):
         return any(isinstance(ring, list) and len(ring) >= 6 for ring in segmentation)
-    return isinstance(segmentation, dict)
+    return isinstance(segmentation, dict) and not is_empty_rle(segmentation)
 
 
 def _check_box(box: object, size: tuple[int, int] | None, where: str, findings: Findings) -> bool:
@@ -241,7 +241,7 @@ def _check_segmentation(value: object, size: tuple[int, int] | None, where: str,
                 findings.add("short polygon", f"{where}: {ring}")
             elif size and not (_meets(ring[::2], size[0]) and _meets(ring[1::2], size[1])):
                 findings.add("polygon off the image", f"{where}: {ring}")
-    elif isinstance(value, dict):
+    elif isinstance(value, dict) and not is_empty_rle(value):
         counts = value.get("counts")
         sides = value.get("size")
         whole = isinstance(sides, list) and all(type(side) is int for side in sides)
@@ -255,7 +255,7 @@ def _check_segmentation(value: object, size: tuple[int, int] | None, where: str,
             findings.add("bad segmentation", f"{where}: RLE counts {counts!r:.60}")
         elif size and not rle_fits(counts.encode(), math.prod(size)):
             findings.add("bad segmentation", f"{where}: RLE counts do not add up to the image's pixels")
-    elif value is not None:
+    elif value is not None and not is_empty_rle(value):
         findings.add("bad segmentation", f"{where}: {value!r}")
 
 

@@ -31,8 +31,8 @@ def read_targets(path: Path) -> dict[int, int]:
         else:
             pairs = list(content.items())
         targets = {int(category): operator.index(count) for category, count in pairs}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: expected instance counts per category id ({error!r})") from None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f'{path}: expected instance counts per category id, as in {{"7": 120}}') from None
     if not targets or min(targets.values()) < 0:
         raise UserError(f"{path}: expected counts of 0 or more, at least one")
     return targets
@@ -46,8 +46,8 @@ def read_image_lists(path: Path) -> dict[int, set[int]]:
         if not all(isinstance(images, list) for images in lists.values()):
             raise TypeError("not a list")
         return {category: {operator.index(image) for image in images} for category, images in lists.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: expected lists of image ids per category id ({error!r})") from None
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f'{path}: expected lists of image ids per category id, as in {{"7": [12, 15]}}') from None
 
 
 def make_coco_lt(

@@ -138,7 +138,7 @@ class DetectionDataset(Dataset):
         return target, annotations
 
     def _image(self, position: int) -> Image.Image:
-        path = image_path(self.folder, self.index.file_name(position))
+        path = self.index.image_path(self.folder, position)
         height, width = self.index.image_sizes[position].tolist()
 
         def check(size: tuple[int, int], turned: bool = False) -> None:

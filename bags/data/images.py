@@ -160,7 +160,7 @@ def image_path(folder: Path, name: str) -> Path:
 def inside(folder: Path, name: str) -> Path:
     """The path of `name` below `folder`; a name that leads out of it raises UserError."""
     if leads_out(name):
-        raise UserError(f"file name '{name}' leads out of the image folder {folder}")
+        raise UserError(f"file_name '{name}' leads out of the image folder {folder}; expected a path below it")
     return folder / name
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from bags.core.errors import UserError
 from bags.core.files import open_regular, read_text, write_problem
+from bags.data.images import image_path
 from bags.data.packing import category_name, gather, offsets, pack, ranges
 
 FORMAT = 4
@@ -101,7 +102,7 @@ class AnnotationIndex:
         path = Path(path)
         if not path.is_file():
             what = "not a regular file" if path.exists() else "no such file"
-            raise UserError(f"{path}: {what}; check data.root and the names below it")
+            raise UserError(f"{path}: {what}; check the path (in a configuration data.root and the names below it)")
         folders = _cache_folders(path)
         for folder in folders:
             index = _open_cache(folder, path)
@@ -140,6 +141,13 @@ class AnnotationIndex:
     def file_name(self, image: int) -> str:
         """The file of image 0..I-1, relative to the image folder."""
         return self.name_bytes[slice(*self.name_starts[image : image + 2])].tobytes().decode()
+
+    def image_path(self, folder: Path, image: int) -> Path:
+        """The file of image 0..I-1 below a folder. Raises UserError for a name that leads out of it."""
+        try:
+            return image_path(folder, self.file_name(image))
+        except UserError as error:
+            raise UserError(f"{self.path}: image {self.image_ids[image]}: {error}") from None
 
     def segmentation(self, annotation: int) -> list[np.ndarray] | bytes | None:
         """Polygons, each [points, 2] x, y (pixels); or a compressed RLE of the whole image; or None."""

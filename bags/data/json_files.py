@@ -9,8 +9,8 @@ from typing import Any, TypeGuard
 
 import orjson
 
-from bags.core.errors import UserError
-from bags.core.files import read_bytes
+from bags.core.errors import UserError, one_line, system_error
+from bags.core.files import encoding_problem, read_bytes
 
 LISTS = ("images", "annotations", "categories")
 NUMBERS = {int, float}
@@ -19,25 +19,26 @@ NUMBERS = {int, float}
 def read_json(path: Path) -> Any:
     """Parses a JSON file; every way in which that fails is one UserError that names the file."""
     try:
-        text = read_bytes(path).removeprefix(codecs.BOM_UTF8)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check data.root and the names below it") from None
+        content = read_bytes(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        raise UserError(system_error(error)) from None
+    text = content.removeprefix(codecs.BOM_UTF8)
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
         if not text.strip():
             raise UserError(f"{path}: the file is empty") from None
         reason: Exception = error
-    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"{path}: {UTF_16}")
-    if any(word in text for word in (b"NaN", b"Infinity")):  # Python writes these, though JSON has no such numbers
+    if problem := encoding_problem(content):
+        raise UserError(f"{path}: {problem}")
+    words = (b"NaN", b"Infinity")  # Python writes these, though JSON has no such numbers
+    if "infinity" in str(reason) or any(word in text for word in words):
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             reason = error
-    raise UserError(f"{path}: not valid JSON ({' '.join(str(reason).split())})") from None
+    found = _long_number(text.decode(errors="replace")) or f"not valid JSON ({one_line(reason)})"
+    raise UserError(f"{path}: {found}") from None
 
 
 def read_annotations(path: Path) -> dict:
@@ -51,7 +52,6 @@ def read_annotations(path: Path) -> dict:
     return content
 
 
-UTF_16 = "is UTF-16 text: save it as UTF-8"
 NO_LIST = "no list `{}`: this is not a COCO or LVIS annotation file"
 EMPTY = "`{}` is empty: nothing to train on or to evaluate"
 
@@ -69,12 +69,13 @@ def stream(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         content = read_bytes(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        raise UserError(system_error(error)) from None
+    if problem := encoding_problem(content):
+        raise UserError(f"{path}: {problem}")
     try:
         text = content.decode("utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
-        marked = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        raise UserError(f"{path}: {UTF_16 if marked else f'is not UTF-8 text ({error})'}") from None
+        raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
     del content
     try:
         yield from _stream(path, text)
@@ -82,7 +83,19 @@ def stream(path: Path) -> Iterator[tuple[str, dict]]:
         if isinstance(error, UserError):
             raise
         found = "the file is empty" if not text.strip() else f"not valid JSON ({error})"
-        raise UserError(f"{path}: {found}") from None
+        raise UserError(f"{path}: {_long_number(text) or found}") from None
+
+
+def _long_number(text: str) -> str | None:
+    """One sentence about the first whole number of more digits than Python reads; None without one."""
+    number = re.search(r"(?<=[\s:,\[-])\d{4301,}", text)
+    if number is None:
+        return None
+    before = text[: number.start()]
+    keys = re.findall(r'"([^"]*)"\s*:', before[-10000:])
+    where = f"line {before.count(chr(10)) + 1}, column {len(before) - before.rfind(chr(10))}"
+    digits = number.end() - number.start()
+    return f"`{keys[-1] if keys else '?'}` ({where}) holds a number of {digits} digits; correct it or leave it out"
 
 
 def _stream(path: Path, text: str) -> Iterator[tuple[str, dict]]:
@@ -148,6 +161,16 @@ def shown(value: object) -> str:
 def is_number(value: object) -> TypeGuard[float]:
     """True for a finite or infinite number; bool is none."""
     return type(value) in NUMBERS
+
+
+def is_empty_rle(value: object) -> bool:
+    """True for an RLE that counts nothing. Like an empty list of polygons, it is no segmentation."""
+    return isinstance(value, dict) and (not value or value.get("counts") in ("", []))
+
+
+def is_side(value: object) -> TypeGuard[int]:
+    """True for what can be the width or height of an image, in pixels."""
+    return type(value) is int and 0 < value < 2**20
 
 
 def is_box(value: object) -> TypeGuard[list[float]]:

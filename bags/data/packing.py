@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from pycocotools import mask as coco_mask
 
 from bags.core.errors import UserError
-from bags.data.json_files import EMPTY, NUMBERS, is_box, is_number, shown, stream
+from bags.data.json_files import EMPTY, NUMBERS, is_box, is_empty_rle, is_number, is_side, shown, stream
 
 LIMIT = 1e9  # coordinates of boxes beyond this are no pixels
 POLYGON_LIMIT = 2**17  # ... of polygons: drawing one takes memory in proportion to its length
@@ -61,7 +61,7 @@ def category_name(category: dict) -> str:
 def _id(path: Path, kind: str, entry: dict) -> int:
     value = entry.get("id")
     if type(value) is not int or abs(value) >= 2**63:
-        raise UserError(f"{path}: `{kind}`: expected a whole-number id, got {shown(value)}")
+        raise UserError(f"{path}: `{kind}`: expected a whole-number id below 2**63, got {shown(value)}")
     return value
 
 
@@ -80,7 +80,7 @@ def _unique(path: Path, kind: str, ids: ArrayLike) -> np.ndarray:
 
 def _size(path: Path, image: dict) -> tuple[int, int]:
     height, width = image.get("height"), image.get("width")
-    if not (type(height) is type(width) is int and 0 < height < 2**20 and 0 < width < 2**20):
+    if not (is_side(height) and is_side(width)):
         given = f"{width!r:.40} x {height!r:.40}"
         raise UserError(f"{path}: image {image['id']}: expected width and height in pixels, found {given}")
     return height, width
@@ -139,7 +139,7 @@ class _Annotations:
         for name, column in (("category_id", self.categories), ("image_id", self.images)):
             value = annotation.get(name)
             if type(value) is not int or abs(value) >= 2**63:
-                raise self._error(key, f"{name}: expected a whole number, got {shown(value)}")
+                raise self._error(key, f"{name}: expected a whole number below 2**63, got {shown(value)}")
             column.append(value)
         if not is_box(box):
             raise self._error(key, f"bbox: expected [x, y, width, height], got {box!r:.80}")
@@ -151,13 +151,15 @@ class _Annotations:
             self.boxes.extend(box)
             self._add_segmentation(key, annotation.get("segmentation"))
         except OverflowError:
-            raise self._error(key, "a number is too large to be a pixel") from None
+            raise self._error(key, "bbox or segmentation: a number is too large to be a pixel") from None
 
     def _error(self, key: int, text: str) -> UserError:
         return UserError(f"{self.path}: annotation {key}: {text}")
 
     def _add_segmentation(self, key: int, value: object) -> None:
         rings, rle, size = 0, b"", [0, 0]
+        if is_empty_rle(value):
+            value = None
         if isinstance(value, dict):
             rle, size = self._rle(key, value), value["size"]
         elif isinstance(value, list):
@@ -177,7 +179,7 @@ class _Annotations:
 
     def _rle(self, key: int, value: dict) -> bytes:
         size, counts = value.get("size"), value.get("counts")
-        if not (isinstance(size, list) and len(size) == 2 and all(type(v) is int and 0 < v < 2**20 for v in size)):
+        if not (isinstance(size, list) and len(size) == 2 and all(map(is_side, size))):
             raise self._error(key, f"segmentation: RLE: size: expected [height, width], got {size!r:.60}")
         pixels = size[0] * size[1]
         if isinstance(counts, str) and counts.isascii() and rle_fits(counts.encode(), pixels):

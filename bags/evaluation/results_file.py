@@ -226,7 +226,9 @@ def _check_detection(where: str, entry: object, images: dict[int, int], categori
         if type(entry[name]) is not int:
             raise UserError(f"{where}: {name}: expected a whole number, got {shown(entry[name])}")
         if entry[name] not in known:
-            raise UserError(f"{where}: {name} {entry[name]} is not in the ground truth; is this its results file?")
+            raise UserError(
+                f"{where}: {name} {shown(entry[name])} is not in the ground truth; is this its results file?"
+            )
     score, box = entry["score"], entry.get("bbox")
     if not is_number(score) or not abs(score) < 1e308:
         raise UserError(f"{where}: score: expected a finite number, got {shown(score)}")

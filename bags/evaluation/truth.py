@@ -15,7 +15,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from bags.core.errors import UserError
-from bags.data.json_files import LISTS, is_box, is_number, read_annotations, shown
+from bags.data.json_files import LISTS, is_box, is_empty_rle, is_number, is_side, read_annotations, shown
 from bags.data.packing import LIMIT, POLYGON_LIMIT, category_name, unique_ids
 from bags.data.statistics import CategoryStats
 
@@ -172,7 +172,7 @@ def _images(
     if listed > 0 and not lvis:
         notes.sentences.append(f"only {listed} of {len(entries)} images have {NEGATIVE}: COCO's protocol applies")
     for image in entries:
-        sides = {side: image[side] if _is_side(image.get(side)) else 0 for side in ("width", "height")}
+        sides = {side: image[side] if is_side(image.get(side)) else 0 for side in ("width", "height")}
         lists: dict[str, list[int]] = {}
         for name in (NEGATIVE, PARTIAL) if lvis else ():
             value = image.get(name)
@@ -186,10 +186,6 @@ def _images(
     return lvis, minimal
 
 
-def _is_side(value: object) -> bool:
-    return type(value) is int and 0 < value < 2**20
-
-
 def _annotation(where: str, annotation: dict, images: dict[int, int], categories: dict[int, int]) -> dict:
     """The minimal annotation, without id and area."""
     entry: dict[str, Any] = {}
@@ -198,7 +194,7 @@ def _annotation(where: str, annotation: dict, images: dict[int, int], categories
         if type(value) is not int:
             raise UserError(f"{where}: {name}: expected a whole number, got {shown(value)}")
         if value not in ranks:
-            raise UserError(f"{where}: {name} {value} is not among `{kind}`")
+            raise UserError(f"{where}: {name} {shown(value)} is not among `{kind}`")
         entry[name] = ranks[value]
     box, crowd = annotation.get("bbox"), annotation.get("iscrowd", 0)
     if not is_box(box):
@@ -217,7 +213,7 @@ def _annotation(where: str, annotation: dict, images: dict[int, int], categories
 
 def usable_mask(value: object) -> Any:
     """A segmentation without polygons of fewer than three points, as in training; None where nothing is left."""
-    if value is None:
+    if is_empty_rle(value):
         return None
     if not isinstance(value, list):
         return value or None

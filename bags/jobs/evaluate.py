@@ -23,11 +23,11 @@ TRAIN = "--train takes training counts from train.json, a checkpoint (.pth) or a
 def boundaries(text: str | None) -> tuple[int, ...]:
     """The numbers of --bins."""
     try:
-        bins = tuple(int(number) for number in (text or "10,100,1000").split(","))
+        bins = tuple(int(number) for number in ("10,100,1000" if text is None else text).split(","))
     except ValueError:
-        raise UserError(f"--bins {text}: expected whole numbers separated by commas, as in 10,100") from None
-    if list(bins) != sorted(set(bins)) or bins[0] < 1:
-        raise UserError(f"--bins {text}: expected rising numbers above 0")
+        raise UserError(f"--bins {text:.200}: expected whole numbers separated by commas, as in 10,100") from None
+    if list(bins) != sorted(set(bins)) or bins[0] < 1 or bins[-1] >= 2**63:
+        raise UserError(f"--bins {text:.200}: expected rising numbers above 0 and below 2**63")
     return bins
 
 

@@ -107,10 +107,9 @@ def read_stats(config: Config, annotations: Path | None, names: Sequence[str]) -
         listed = sorted(listed, key=lambda category: category["id"])
         columns = ([category[key] for category in listed] for key in ("id", "name", "instance_count", "image_count"))
         stats = CategoryStats(*map(tuple, columns))
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: expected annotations, or a list of categories with their counts ({error!r})"
-        ) from None
+    except (KeyError, TypeError):
+        keys = "id, name, instance_count and image_count"
+        raise UserError(f"{path}: expected annotations, or a list of categories with {keys}") from None
     numbers = (*stats.category_ids, *stats.instance_counts, *stats.image_counts)
     names_are_text = all(isinstance(name, str) and name for name in stats.names)
     if not listed or not names_are_text or not all(type(n) is int and n >= 0 for n in numbers):

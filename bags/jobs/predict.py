@@ -1,12 +1,14 @@
 """Detect objects in any images, and draw them."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bags.core.errors import UnreadableImage, UserError
 from bags.core.files import JsonList
+from bags.core.terminal import printable
 from bags.data.images import SUFFIXES, read_image
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from bags.detectors.faster_rcnn import FasterRCNN
 
 MOST_NAMED = 10  # skipped files of a folder that are named
+DRAWING = re.compile(r"\d{6,}_.*\.png", re.S)
 LONGEST_STEM = 230  # bytes of an image's name in that of its drawing, which has 255 at most
 
 
@@ -59,7 +62,7 @@ def detect(
     name_of = dict(zip(stats.category_ids, stats.names, strict=True))
     detector.transform.encode_masks = True
     output.mkdir(parents=True, exist_ok=True)
-    objects, unreadable, undrawn = 0, 0, 0
+    objects, unreadable, undrawn, drawn = 0, 0, 0, {file.name for file in files}
     with _results(output / "predictions.json") as results:
         for number, file in enumerate(tqdm(files, unit="image")):
             try:
@@ -78,11 +81,17 @@ def detect(
             objects += len(entries)
             try:
                 _draw(output / _drawing_name(number, file), image, detection, stats.names)
+                drawn.add(_drawing_name(number, file))
             except OSError as error:
                 tqdm.write(f"warning: drawing of {file}: cannot be written ({error})", file=sys.stderr)
                 undrawn += 1
     if unreadable == len(files):
         raise UserError(f"{output}: nothing predicted: none of the {unreadable} images could be read")
+    others = sorted({file.name for file in output.iterdir() if file.is_file()} - drawn)
+    others = [name for name in others if DRAWING.fullmatch(name)]
+    if others:
+        words = f"drawings that this prediction has not made: {len(others)} (first: {printable(others[0])})"
+        print(f"note: {output}: {words}; remove them, or choose another --output", file=sys.stderr)
     left_out = f" ({unreadable} more left out)" if unreadable else ""
     not_drawn = f" ({undrawn} of them without a drawing)" if undrawn else ""
     summary = f"{len(files) - unreadable} images{left_out}{not_drawn}"

@@ -8,7 +8,6 @@ from bags.assembly.loaders import open_index
 from bags.config.sections import Config, TailOnlyConfig
 from bags.core.errors import UserError
 from bags.data.checks import why_nothing_scores, why_nothing_trains
-from bags.data.images import image_path
 from bags.data.index import AnnotationIndex
 from bags.data.statistics import CategoryStats
 from bags.evaluation.truth import read_truth
@@ -57,7 +56,7 @@ def check_validation(config: Config, stats: CategoryStats) -> None:
 def check_present(index: AnnotationIndex, folder: Path) -> None:
     """Refuse a missing image, which prediction would come to after the training. Raises UserError."""
     for position, key in enumerate(index.image_ids.tolist()):
-        path = image_path(folder, index.file_name(position))
+        path = index.image_path(folder, position)
         if not path.is_file():
             words = "not a regular file" if path.exists() else "missing"
             raise UserError(f"{path}: image {key} of {index.path} is {words}; `bags prepare-data check` lists all such")

@@ -83,6 +83,8 @@ def check(arguments: "argparse.Namespace") -> None:
         print(json.dumps(as_dicts(findings), indent=1))
     else:
         print("\n".join(map(printable, render(findings).split("\n"))) or "no defects")
+    if indices and sources[0][1] and not arguments.decode:
+        print("note: only the headers of the images were read; --decode also finds truncated images", file=sys.stderr)
     sys.exit(1 if any(finding.level == STOP for finding in findings) else 0)
 
 

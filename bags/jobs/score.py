@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader
 from bags.assembly.loaders import build_val_loader
 from bags.config.sections import Config
 from bags.core import distributed
-from bags.core.tensor_files import check_finite
 from bags.data.dataset import DetectionDataset
 from bags.data.statistics import CategoryStats
 from bags.detectors.faster_rcnn import FasterRCNN
@@ -36,7 +35,6 @@ def predict_and_evaluate(
     Every rank takes its share of the images; only the main process scores, the others return nothing.
     stored: batches of the images' kept features, if there are any.
     """
-    check_finite(detector.state_dict(), config.run_folder)
     accuracy = ProposalAccuracy(stats.num_categories)
 
     def observe(image: torch.Tensor, target: dict, detection: dict) -> list[list[int]]:

@@ -21,6 +21,7 @@ from bags.config.sections import Config
 from bags.core import distributed
 from bags.core.errors import UserError
 from bags.core.files import read_text
+from bags.core.tensor_files import check_finite
 from bags.data import glyphs
 from bags.data.checks import what_does_not_train
 from bags.data.index import AnnotationIndex
@@ -210,7 +211,9 @@ def begin(config: Config, index: AnnotationIndex, stats: CategoryStats, device: 
 
 
 def _detector(run: Run) -> FasterRCNN:
+    """The trained detector of a run. Raises UserError for weights that are not finite."""
     assert isinstance(run.model, FasterRCNN)  # as `begin` made it
+    check_finite(run.model.state_dict(), run.folder)
     return run.model
 
 

@@ -26,10 +26,16 @@ from steps import pieces, train_some
 from torch.utils.data import DataLoader, Dataset
 
 import bags
+from bags.analysis.examples import read_detections
+from bags.analysis.plots import plot_training
+from bags.analysis.tables import read_metrics, read_seconds
 from bags.assembly.loaders import open_index
+from bags.cli import run as run_verb
+from bags.config.rows import rows_of
 from bags.core.distributed import distributed
 from bags.core.errors import UserError
 from bags.core.errors import run_script as run_script_here
+from bags.core.files import read_bytes, write_text
 from bags.data.dataset import DetectionDataset, Loader, collate, obey_parent_only
 from bags.data.images import read_image
 from bags.data.statistics import CategoryStats
@@ -37,6 +43,7 @@ from bags.engine.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from bags.engine.faults import StopSignals
 from bags.engine.metrics import JsonLog
 from bags.engine.train import Run, train
+from bags.jobs.evaluate import boundaries
 
 
 class Malice:
@@ -199,6 +206,88 @@ def test_what_a_gpu_says_is_one_line(case, capsys, monkeypatch):
     assert end.value.code == 2 and len(lines) == 1 and re.search(f"error: .*{words}", lines[0])
     with pytest.raises(RuntimeError, match="shapes"):
         run_script_here(raising(RuntimeError("shapes")))
+
+
+@pytest.mark.parametrize("verb, words", [("predict", "starts over"), ("train", "goes on from the last checkpoint")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
+def test_what_the_same_command_does_after_a_stop(monkeypatch, capsys, verb, words, error):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(f"bags.cli.{verb}.main", raising(error))
+    with pytest.raises(SystemExit):
+        run_verb(verb)
+    assert f"; the same command {words}" in capsys.readouterr().err
+
+
+SYSTEM = {  # what raises -> words of the line
+    "a pipe": (lambda p: (os.mkfifo(p / "x"), read_bytes(p / "x")), "x: not a regular file; remove it, or choose"),
+    "a folder": (lambda p: ((p / "x").mkdir(), read_bytes(p / "x")), "x: is a folder, expected a file; remove it"),
+    "a target": (lambda p: ((p / "x").mkdir(), write_text(p / "x", "")), "x: is a folder, expected a file; remove it"),
+    "nothing": (lambda p: read_bytes(p / "x"), "x: no such file or folder; check the path"),
+    "a long name": (lambda p: rows_of(Path("x" * 5000)), "x: the name is too long; choose a shorter one"),
+    "below a file": (
+        lambda p: ((p / "x").touch(), (p / "x/y").mkdir()),
+        "x/y: leads through a file, expected a folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SYSTEM)
+def test_errors_of_the_system_name_the_path_and_the_remedy(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    act, words = SYSTEM[case]
+    with pytest.raises(SystemExit) as end:
+        run_script_here(lambda: act(tmp_path))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and words in error and len(error) < 400 and "Errno" not in error
+
+
+@pytest.mark.parametrize(
+    "arguments, name",
+    [(["--bins", ""], "--bins"), (["x.json", " "], "argument 2"), (["--engine="], "--engine"), ([""], "argument 1")],
+)
+def test_empty_arguments_are_refused(arguments, name, capsys, monkeypatch):
+    """An override such as `key=` is null, and no empty argument."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "data.val=", *arguments])
+    name = name.replace("2", "3").replace("t 1", "t 2")  # after the override
+    with pytest.raises(SystemExit) as end:
+        run_script_here(lambda: pytest.fail("not refused"))
+    assert end.value.code == 2 and f"error: {name}: expected a value" in capsys.readouterr().err
+
+
+DETECTION = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+
+
+def test_odd_numbers_of_a_run_folder(tmp_path):
+    """metrics.json is refused, and a log's text is no number of seconds."""
+    for value in ("1e999", "9" * 400, "9" * 5000, '"x"', "true"):
+        (tmp_path / "metrics.json").write_text(f'{{"AP": {value}}}')
+        with pytest.raises(UserError, match="metrics.json: .*; remove it and give the training command again") as error:
+            read_metrics(tmp_path)
+        assert len(str(error.value)) < len(str(tmp_path)) + 200
+    (tmp_path / "log.jsonl").write_text('{"seconds": 3}\n{"seconds": "a"}\n{"seconds": []}\n')
+    assert read_seconds(tmp_path) == 3
+    steps = [{"epoch": 1, "loss": 2}, {"epoch": 10**400, "loss": 2}, {"epoch": 2, "loss": 10**400}, {"epoch": 3}]
+    plot_training(tmp_path / "x.png", {"row": steps})  # draws the first
+
+
+@pytest.mark.parametrize("digits", [30, 400, 5000])
+def test_bins_of_many_digits_are_refused(digits):
+    with pytest.raises(UserError, match="--bins 1,999"):
+        boundaries(f"1,{'9' * digits}")
+
+
+ODD = [("image_id", [1]), ("category_id", 7), ("category_id", []), ("bbox", None), ("bbox", ["a"] * 4), ("score", "x")]
+
+
+@pytest.mark.parametrize("entries", [None, [1], ["a"], {}, [{}], *([DETECTION | {key: value}] for key, value in ODD)])
+def test_predictions_that_cannot_be_drawn_are_one_line(entries, tmp_path):
+    (tmp_path / "predictions.json").write_text(json.dumps([DETECTION]))
+    assert read_detections(tmp_path, {1}) == [DETECTION]
+    (tmp_path / "predictions.json").write_text(json.dumps(entries))
+    with pytest.raises(UserError, match="predictions.json: not this run's results: .*train again") as error:
+        read_detections(tmp_path, {1})
+    assert "Error" not in str(error.value)
 
 
 def raising(error):
@@ -644,7 +733,7 @@ def test_names_that_lead_out_are_refused(tmp_path, glyphs):
     for name in ("../../etc/passwd", "/etc/passwd", "a/../../x.jpg"):
         truth["images"][0]["file_name"] = name
         (data / "train.json").write_text(json.dumps(truth))
-        with pytest.raises(UserError, match="leads out of the image folder"):
+        with pytest.raises(UserError, match="train.json: image 1: file_name .* leads out of the image folder"):
             train_some(config_of(tmp_path, data, "data.train_images=train", "data.max_bad_images=5"))
     for key in ("name=../x", "data.name=..", "name=a/b"):
         with pytest.raises(UserError, match="expected a folder name"):

@@ -21,6 +21,8 @@ from bags.data.findings import DEFECTS, STOP
 from bags.data.lvis import download, unpack
 from bags.data.statistics import instance_bin
 from bags.data.transforms import training_transform
+from bags.evaluation.results_file import read_results
+from bags.evaluation.truth import read_truth
 
 IMAGES = [
     {"id": 7, "file_name": "a.png", "width": 40, "height": 30},
@@ -162,6 +164,24 @@ def test_what_training_can_live_with(tmp_path, name):
     found = {finding.kind: finding for finding in check_annotations(path)}
     assert found[kind].level != STOP and found[kind].effect == DEFECTS[kind][1]
     assert len(bags.AnnotationIndex.open(path).labels) == len(json.loads(path.read_text())["annotations"])
+
+
+EMPTY = [None, [], [[1, 2, 3, 4]], {}, {"size": [30, 40], "counts": ""}, {"size": [30, 40], "counts": []}]
+
+
+@pytest.mark.parametrize("value", EMPTY)
+def test_empty_segmentations_are_none_everywhere(tmp_path, value):
+    """In `check`, in training, as ground truth and in results."""
+    path = write(tmp_path, annotation(segmentation=value))
+    kinds = {finding.kind: finding.count for finding in check_annotations(path, masks=True)}
+    assert kinds["no segmentation"] == 2 and "bad segmentation" not in kinds
+    index = bags.AnnotationIndex.open(path)
+    assert not index.has_segmentation.any() and index.segmentation(1) is None
+    truth = read_truth(path)
+    assert "2 of 2 objects have no segmentation" in truth.lacks_masks()
+    result = {"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5, "segmentation": value}
+    (tmp_path / "r.json").write_text(json.dumps([result]))
+    assert read_results(tmp_path / "r.json", truth).masks is None
 
 
 def test_empty_groups(tmp_path):

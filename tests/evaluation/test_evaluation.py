@@ -126,7 +126,7 @@ def test_empty_predictions_score_zero(tmp_path):
         ((1, 1, 0.5, math.inf), "detection 1: bbox: expected finite numbers"),
         ((1, 1, "0.9", 0), r"detection 1: score: expected a finite number, got '0.9' \(text\)"),
         ((1, 1, True, 0), "detection 1: score: expected a finite number, got True"),
-        ((1, 1, 10**400, 0), "results.json: not valid JSON .number is infinity"),
+        ((1, 1, 10**400, 0), "detection 1: score: expected a finite number, got 100000"),
         ((1, 1, 0.5, 1e12), "detection 1: bbox: expected finite numbers below 1e"),
         (("1", 1, 0.5, 0), r"detection 1: image_id: expected a whole number, got '1' \(text\)"),
         ((1.0, 1, 0.5, 0), "detection 1: image_id: expected a whole number, got 1.0"),

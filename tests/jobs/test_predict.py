@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -118,6 +119,16 @@ def test_long_names_and_undrawable_images_lose_nothing(checkpoint, photo, tmp_pa
     assert "3 images (1 of them without a drawing)" in done.stdout
     assert {entry["file_name"] for entry in entries_of(tmp_path / "out")} == set(map(str, files))
     assert sorted(p.name[:8] for p in (tmp_path / "out").glob("*.png")) == ["000000_a", "000001_b", "000002_€"]
+
+
+def test_drawings_of_an_earlier_prediction_are_counted(checkpoint, photo, tmp_path):
+    """Those of equal names are replaced, and images that were given are no drawings."""
+    out, files = tmp_path / "out", [photo("a.png"), photo("000001_given.png")]
+    assert "note" not in predict(checkpoint, *files, output=out).stderr
+    shutil.copy(files[1], out / files[1].name)
+    (out / "000007_old.png").touch()
+    done = predict(checkpoint, files[0], out / files[1].name, output=out)
+    assert f"note: {out}: drawings that this prediction has not made: 1 (first: 000007_old.png); " in done.stderr
 
 
 FAILS_AT_90 = """

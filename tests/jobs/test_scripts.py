@@ -291,6 +291,14 @@ def test_the_installed_command(tmp_path):
         assert done.returncode == code and words in done.stdout + done.stderr, done
 
 
+def test_any_path_in_an_ascii_locale(tmp_path):
+    """The process begins anew in UTF-8 mode, and then prints the name as it is."""
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, str(ROOT / "scripts/evaluate.py"), "é.json"]
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2 and done.stderr.startswith("error: é.json: a results file needs".encode())
+
+
 def test_an_override_may_be_longer_than_a_path():
     """Groups of a large dataset are."""
     long = f"classifier.groups={[list(range(2000))]}"
