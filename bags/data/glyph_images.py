@@ -41,6 +41,9 @@ def load_outlines(characters: list[str] | None = None) -> dict[str, list[np.ndar
     return outlines
 
 
+CHORDS = [((1 - t) ** 2, 2 * t * (1 - t), t * t) for t in (0.25, 0.5, 0.75, 1.0)]  # weights of a curve's points
+
+
 class _ContourPen(BasePen):
     """Collect a glyph's contours in font units; a quadratic curve becomes four chords."""
 
@@ -56,9 +59,8 @@ class _ContourPen(BasePen):
 
     def _qCurveToOne(self, control: tuple[float, float], end: tuple[float, float]) -> None:
         start = self.contours[-1][-1]
-        for t in (0.25, 0.5, 0.75, 1.0):
-            weights = (1 - t) ** 2, 2 * t * (1 - t), t * t
-            x, y = (sum(w * p[axis] for w, p in zip(weights, (start, control, end), strict=True)) for axis in (0, 1))
+        for a, b, c in CHORDS:
+            x, y = (a * start[axis] + b * control[axis] + c * end[axis] for axis in (0, 1))
             self.contours[-1].append((x, y))
 
 

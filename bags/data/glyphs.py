@@ -20,6 +20,7 @@ Command:  python scripts/prepare_data.py glyphs-100 --root data/glyphs-100
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import multiprocessing
@@ -68,12 +69,9 @@ PRESETS = {
 # --------------------------------------------------------------------------- categories
 
 
-def choose_categories(preset: Preset, seed: int) -> list[str]:
-    """Choose the characters of a preset, by rank: the first one has the most training instances.
-
-    Duplicates are left out. Families are grown around random glyphs. Each family is spread evenly over the ranks, so
-    that tail categories have look-alikes in the head.
-    """
+@functools.cache
+def compare_glyphs() -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Compare visible glyphs: characters, similarity [N, N] in 0..1, bool [N] without duplicates of earlier ones."""
     outlines = load_outlines()
     characters = list(outlines)
     drawings = [coverage([c * 24 + 12 for c in outlines[ch]], 24, 24) for ch in characters]
@@ -86,7 +84,16 @@ def choose_categories(preset: Preset, seed: int) -> list[str]:
     distinct = np.zeros(len(characters), bool)
     for i in range(len(characters)):
         distinct[i] = not (similarity[i, :i][distinct[:i]] >= DUPLICATE_SIMILARITY).any()
+    return characters, similarity, distinct
 
+
+def choose_categories(preset: Preset, seed: int) -> list[str]:
+    """Choose the characters of a preset, by rank: the first one has the most training instances.
+
+    Duplicates are left out. Families are grown around random glyphs. Each family is spread evenly over the ranks, so
+    that tail categories have look-alikes in the head.
+    """
+    characters, similarity, distinct = compare_glyphs()
     rng = np.random.RandomState([seed, 1])
     free, ranked, chosen = distinct.copy(), [], 0
     for centre in rng.permutation(np.flatnonzero(distinct)):

@@ -322,17 +322,17 @@ def test_a_damaged_shard_is_named_and_made_again(store, case):
     assert {path.name: path.read_bytes() for path in make().folder.iterdir()} == whole
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
-    "how, words",
+    "how, words, workers",
     [
-        ("cut", "changed"),
-        ("removed", "cannot be read any more"),
-        ("edited", "changed"),
-        ("pipe", "cannot be read any more"),
+        ("cut", "changed", 0),
+        ("removed", "cannot be read any more", 0),
+        ("edited", "changed", 0),
+        ("pipe", "cannot be read any more", 0),
+        ("cut", "changed", 1),  # torch waits 5 s for a loader process that has raised an error
     ],
 )
-def test_a_store_that_changes_while_it_is_used_is_one_line(store, workers, how, words):
+def test_a_store_that_changes_while_it_is_used_is_one_line(store, how, words, workers):
     """A memory map of a file that is cut ends the process by SIGBUS."""
     make, folder = store
     open_store = make()
