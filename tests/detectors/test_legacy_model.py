@@ -109,7 +109,7 @@ def pair(request, tmp_path_factory):
     """Both detectors of one framework (`ours`, `legacy`), from one released file."""
     framework, folder = request.param, tmp_path_factory.mktemp("legacy")
     grouped, cascade, masks = framework != "faster_rcnn", framework in ("cascade_rcnn", "htc"), "mask" in framework
-    limits = {"test_proposals": 100, "train_proposals": 60}
+    limits = {"test_proposals": 40, "train_proposals": 30}
     detections = 10 if masks or framework == "htc" else 300
     settings = (framework, GROUPS if grouped else None, tuple(limits.values()), (0.01, detections))
     state = random_state(framework, 2 + len(GROUPS) + len(COUNTS) if grouped else 1 + len(COUNTS))
@@ -160,7 +160,7 @@ def test_detections_are_equal(pair):
     maps = pair.legacy.see(images)
     for i, (image, found) in enumerate(zip(images, detections, strict=True)):
         expected = pair.legacy.detect(maps, i, tuple(image.shape[1:]))
-        assert len(expected["proposals"]) == 100 and len(expected["boxes"]) >= 10
+        assert len(expected["proposals"]) == 40 and len(expected["boxes"]) >= 10
         assert expected["scores"].std() > 0.001
         torch.testing.assert_close(seen["proposals"][i] - INCLUSIVE, expected["proposals"], atol=1e-6, rtol=0)
         assert torch.equal(found["labels"], expected["labels"])
