@@ -80,11 +80,11 @@ def test_benchmarks_are_kept_and_rendered(tmp_path):
 @pytest.mark.parametrize(
     "marker, message",
     [
-        ("none.json", "no results"),
+        ("none.json", "missing, or not the numbers"),
         ("x.json: APX", "column APX"),
         ("x.json: AP | b", "no row 'b'"),
-        ("y.json", "no res"),
-        ("z.json", "no res"),
+        ("y.json", "not the numbers that"),
+        ("z.json", "not the numbers that"),
         ("x.json: AP -->\n<!-- x.json", "x.json: AP --> has no <!-- end -->"),
     ],
 )

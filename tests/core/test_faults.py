@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 import bags
 from bags.analysis.examples import read_detections
 from bags.analysis.plots import plot_training
-from bags.analysis.tables import read_metrics, read_seconds
+from bags.analysis.run_files import read_metrics, read_seconds
 from bags.assembly.loaders import open_index
 from bags.cli import run as run_verb
 from bags.config.rows import rows_of
