@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import statistics
 import typing
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from bags.analysis.paper import METHODS, PAPER
 from bags.analysis.results import TABLE, load_results
 from bags.analysis.tables import spread
 from bags.classifiers import classifier_settings
@@ -65,6 +67,25 @@ def default_of(key: str) -> object:
     for part in (key if "." in key else f"classifier.{key}").split("."):
         tree = tree[part]
     return tree
+
+
+def test_the_differences_to_the_control_are_what_was_saved():
+    """The table of results/README: mean and deviation over the seeds of each row minus the control."""
+    text = (ROOT / "docs/results/README.md").read_text()
+    table = re.search(r"seed by seed, and its deviation.*?\n\n((?:\|.*\n)+)", text, re.S)[1].splitlines()
+    datasets = cells(table[0])[1:]
+    assert datasets == list(SUMMARIZED)
+    names = {row.config: row.title for row in (*METHODS.rows, *PAPER["1"].rows)}
+    for line in table[2:]:
+        row, *shown = cells(line)
+        for dataset, cell in zip(datasets, shown, strict=True):
+            files = [load_results(ROOT / f"results/{name}.json")["rows"] for name in SUMMARIZED[dataset]]
+            saved = {name: runs for rows in reversed(files) for name, runs in rows.items()}
+            found = [saved.get(key) for name in (row.strip("`"), "softmax_retrained") for key in (names[name], name)]
+            ours, control = found[0] or found[1], found[2] or found[3]
+            differences = [100 * (a["AP"] - b["AP"]) for a, b in zip(ours or (), control, strict=bool(ours))]
+            mean = statistics.mean(differences) if ours else None
+            assert cell == (f"{mean:+.1f} ±{statistics.stdev(differences):.1f}" if ours else "-"), (row, dataset)
 
 
 @pytest.mark.parametrize("page, number", [("data", 8), ("training", 6), ("methods", 10)])
