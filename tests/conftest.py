@@ -4,8 +4,10 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,24 +41,36 @@ def run_script(name: str | Path, *arguments, timeout: float = 240, cwd: Path = R
 
 
 def run_ranks(number: int, name: str | Path, *arguments, timeout: float = 240) -> list[subprocess.CompletedProcess]:
-    """Run a script on some ranks, with the environment that torchrun gives them."""
+    """Run a script on some ranks, as torchrun does; where one fails, the others are ended after five seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [start_script(name, *arguments, RANK=str(k), LOCAL_RANK=str(k), **shared) for k in range(number)]
-    return [rank.wait(timeout) for rank in ranks]
+    deadline = time.monotonic() + timeout
+    while any(rank.poll(0.05) is None for rank in ranks) and time.monotonic() < deadline:
+        if any(rank.poll() for rank in ranks):
+            deadline = min(deadline, time.monotonic() + 5)
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+    return [rank.wait() for rank in ranks]
 
 
 def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:
     """The folder of a name that `make` fills for all workers: the first that needs it does."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    with open(f"{folder}.lock", "w") as lock:
+    with open(f"{folder}.lock", "a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not Path(f"{folder}.made").exists():
+        lock.seek(0)
+        state = lock.read()
+        assert state in ("", "begun made"), f"another worker could not make {name}"
+        if not state:
+            lock.write("begun")
+            lock.flush()
             make(folder)
-            Path(f"{folder}.made").touch()
+            lock.write(" made")
     return folder
 
 

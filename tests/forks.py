@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from multiprocessing import connection
 from pathlib import Path
 
@@ -35,34 +36,46 @@ class Script:
         descriptors = [*(stream.fileno() for stream in self.streams), writer]
         socket.send_fds(server, [json.dumps([argv, str(cwd), env]).encode()], descriptors)
         os.close(writer)
-        self.pid = int(self.answer.readline())
+        self.pid = self._number()
+
+    def _number(self) -> int:
+        """The next number that the server says of the script."""
+        line = self.answer.readline()
+        assert line, f"the fork server has ended: {self.argv}"
+        return int(line)
 
     def poll(self, timeout: float = 0) -> int | None:
         """The exit code, or None while the script runs."""
         if self.returncode is None and connection.wait([self.answer], timeout):
-            self.returncode = int(self.answer.readline())
+            self.returncode = self._number()
             self.answer.close()
         return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """As Popen's: nothing where the script has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
     def wait(self, timeout: float = 240) -> subprocess.CompletedProcess:
         """The exit code and what was printed; the script is killed where it takes longer."""
         if self.poll(timeout) is None:
-            os.kill(self.pid, signal.SIGKILL)
+            self.send_signal(signal.SIGKILL)
             raise subprocess.TimeoutExpired(self.argv, timeout)
         printed = [(stream.seek(0), stream.read())[1] for stream in self.streams]
         return subprocess.CompletedProcess(self.argv, self.returncode, *printed)
 
 
 def run_main(argv: list[str], cwd: str, env: dict[str, str], descriptors: list[int]) -> None:
-    """As `python argv[0] ...` does, in this process."""
+    """As `python argv[0] ...` does, in this process; but modules are imported already, and nothing is done at exit."""
     for number, descriptor in enumerate(descriptors, start=1):
         os.dup2(descriptor, number)
-    encoding = env.get("PYTHONIOENCODING", "utf-8")
-    sys.stdout, sys.stderr = (open(number, "w", encoding=encoding, closefd=False) for number in (1, 2))
+    encoding = env.get("PYTHONIOENCODING", "utf-8").partition(":")[0]
+    sys.stdout = open(1, "w", encoding=encoding, closefd=False)
+    sys.stderr = open(2, "w", buffering=1, encoding=encoding, errors="backslashreplace", closefd=False)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    sys.argv = argv
+    sys.argv, sys.orig_argv = argv, [sys.executable, *argv]
     sys.path.insert(0, str(Path(argv[0]).parent))
     runpy.run_path(argv[0], run_name="__main__")
 
@@ -114,6 +127,8 @@ def start_server() -> socket.socket:
         ours.close()
         try:
             serve(theirs)
+        except BaseException:
+            traceback.print_exc(file=sys.__stderr__)
         finally:
             os._exit(1)
     theirs.close()

@@ -8,7 +8,7 @@ import numpy as np
 import orjson
 from PIL import Image
 
-from bags.core.errors import UserError
+from bags.core.errors import UserError, system_error
 from bags.core.files import read_bytes
 
 TRUTH, CORRECT, WRONG, ASIDE = "#1b6ca8", "#2e933c", "#d1495b", "#9a9a9a"
@@ -40,16 +40,18 @@ def read_detections(folder: Path, categories: Container[int]) -> list[dict]:
         for entry in entries:
             image_id, category_id, score, box = (entry[key] for key in ("image_id", "category_id", "score", "bbox"))
             numbers = [score, *box]
-            if len(numbers) != 5 or type(image_id) is not int or not all(type(n) in (int, float) for n in numbers):
+            whole = type(image_id) is type(category_id) is int
+            if len(numbers) != 5 or not whole or not all(type(n) in (int, float) for n in numbers):
                 raise TypeError
-            if category_id not in categories:
-                raise UserError(f"{path}: not this run's results: category_id {category_id!r:.60} is unknown; {mend}")
     except FileNotFoundError:
         raise UserError(f"{path}: missing; {mend}") from None
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError as error:
+        raise UserError(system_error(error, path)) from None
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not this run's results: expected a list of detections; {mend}") from None
+    unknown = next((entry["category_id"] for entry in entries if entry["category_id"] not in categories), None)
+    if unknown is not None:
+        raise UserError(f"{path}: not this run's results: category_id {unknown!r:.60} is unknown; {mend}")
     return entries
 
 

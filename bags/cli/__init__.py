@@ -22,7 +22,7 @@ AGAIN = {  # what the same command does after it was stopped; the other verbs st
     "sweep": "goes on from the last checkpoint",
     "tables": "starts over, but rows in training go on from the last checkpoint",
     "evaluate": "starts over, but keeps the predictions of a checkpoint so far",
-    "prepare-data": "starts over, but keeps what is made and fetched so far",
+    "prepare-data": "starts over; what was made or downloaded so far is kept",
 }
 
 
@@ -39,7 +39,8 @@ def main() -> None:
 
 def run(verb: str) -> None:
     """Run a verb on the arguments of this process, and end it with the exit code of `run_script`."""
-    if sys.getfilesystemencoding() == "ascii":  # cannot name all files, so this process begins anew in UTF-8 mode
+    # Other encodings cannot name all files: begin anew in UTF-8 mode, unless the program came by stdin.
+    if sys.getfilesystemencoding() != "utf-8" and sys.orig_argv[1:] and "-" not in sys.orig_argv:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     module = f"bags.cli.{verb.replace('-', '_')}"
     run_script(lambda: importlib.import_module(module).main(), AGAIN.get(verb, "starts over"))

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from bags.config.typed_yaml import merge, parse_yaml, shown
-from bags.core.errors import UserError, one_line
-from bags.core.files import encoding_problem, read_bytes, read_text
+from bags.core.errors import UserError, one_line, system_error
+from bags.core.files import decode, read_bytes, read_text
 
 _PLACES = [folder / "configs" for folder in Path(__file__).resolve().parents[1:3]]  # of the package, of a checkout
 CONFIGS = next((folder for folder in _PLACES if folder.is_dir()), _PLACES[0])
@@ -111,20 +111,19 @@ def read_file(path: Path) -> dict:
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: not a regular file; expected a YAML file")
     try:
-        problem = encoding_problem(read_bytes(path))
-        tree = None if problem else parse_yaml(read_text(path))
+        tree = parse_yaml(decode(path, read_bytes(path)))
+    except UserError:
+        raise
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
         raise UserError(f"{path}: no such configuration file{hint}") from None
-    except (OSError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(system_error(error, path)) from None
+    except RecursionError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML ({one_line(error)})") from None
-    if problem:
-        raise UserError(f"{path}: {problem}")
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected `section: {{key: value}}`, found {type(tree).__name__}")
@@ -209,7 +208,7 @@ def _method_file(dataset: Dataset, method: str) -> Path:
 def methods_of(dataset: Dataset) -> dict[str, Path]:
     """The methods that can be rows of a dataset, by name: their files beside the dataset's, or the packaged ones."""
     folders = [CONFIGS / "methods", dataset.file.parent.parent / "methods", dataset.file.parent / "methods"]
-    files = {file.stem: file for folder in folders for file in folder.glob("[!_]*.yaml")}
+    files = {file.stem: file for folder in folders for file in folder.glob("[!_.]*.yaml") if file.is_file()}
     return dict(sorted(files.items()))
 
 

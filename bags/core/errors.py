@@ -91,30 +91,44 @@ def _run(main: Callable[[], None], again: str) -> None:
 def _refuse_empty(arguments: list[str]) -> None:
     """Raise UserError for an argument, or the value of an option, that is blank. `key=` is an override, and is null."""
     for number, (before, word) in enumerate(itertools.pairwise(arguments), start=1):
-        option = re.fullmatch(r"(--[\w-]+)(=\s*)?", word if word.strip() else before)
-        if not word.strip() or (option and option[2]):
-            name = option[1] if option else f"argument {number}"
+        option = re.fullmatch(r"(--[\w-]+)=\s*", word)
+        if not word.strip() or option:
+            name = option[1] if option else f"argument {number}" + f", after {before}" * (number > 1)
             raise UserError(f"{name}: expected a value, got an empty text; is a shell variable not set?")
 
 
 MEND = {  # error of the system -> what is wrong with the path, and how to mend it
     errno.ENOENT: "no such file or folder; check the path",
-    errno.EISDIR: "is a folder, expected a file; remove it, or choose another path",
+    errno.EISDIR: "is a folder, expected a file; choose another path",
     errno.ENOTDIR: "leads through a file, expected a folder; choose another path",
     errno.EACCES: "may not be opened; change its permissions, or choose another path",
     errno.EPERM: "may not be changed; change its permissions, or choose another path",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.ELOOP: "is a link that leads back to itself; remove it, or choose another path",
-    errno.EINVAL: "not a regular file; remove it, or choose another path",  # says `files.open_regular`
 }
 
 
-def system_error(error: OSError) -> str:
-    """One line for an error of the system: the path, what is wrong with it, and how to mend it."""
-    path = error.filename if error.filename2 is None else error.filename2
-    if not isinstance(path, str | os.PathLike) or error.errno not in MEND:
+class NotRegular(OSError):
+    """A pipe, a socket or a device in place of a file."""
+
+
+def system_error(error: OSError, path: str | os.PathLike | None = None) -> str:
+    """One line for an error of the system: the path, what is wrong with it, and how to mend it.
+
+    path: of the file that was read, for errors that do not name it.
+    """
+    second = error.filename2 is not None and error.errno != errno.ENOENT  # a missing file is the first of two
+    named = error.filename2 if second else error.filename
+    where = os.fspath(named) if isinstance(named, str | os.PathLike) else path and os.fspath(path)
+    if not isinstance(where, str):
         return str(error)
-    return f"{os.fspath(path)!s:.200}: {MEND[error.errno]}"
+    shown = where if len(where) <= 500 else f"...{where[-200:]}"
+    if isinstance(error, NotRegular):
+        return f"{shown}: not a regular file; choose another path"
+    if error.errno in (errno.EACCES, errno.EPERM) and not os.path.lexists(where):
+        folder = os.path.dirname(where) or "."
+        return f"{folder}: this folder may not be written; change its permissions, or choose another path"
+    return f"{shown}: {MEND.get(error.errno or 0) or f'the system refuses it ({error.strerror})'}"
 
 
 @contextlib.contextmanager

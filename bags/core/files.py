@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from bags.core.errors import UserError
+from bags.core.errors import NotRegular, UserError
 
 PROBLEMS = {
     errno.ENOSPC: "the disk is full",
@@ -41,7 +41,7 @@ MARKS = {  # first bytes -> what a file is that is not UTF-8 text, and how to me
 
 
 def encoding_problem(content: bytes) -> str | None:
-    """What a file is and how to mend it, where it is not UTF-8 text but compressed or in another encoding.
+    """Say what a file is, and how to mend it, where it is not UTF-8 text but compressed or in another encoding.
 
     Wide characters without a byte order mark are told by the zeros beside the first one.
     """
@@ -56,6 +56,16 @@ def encoding_problem(content: bytes) -> str | None:
         "1010": codecs.BOM_UTF16_BE,
     }
     return MARKS.get(wide.get(zeros, b""))
+
+
+def decode(path: str | Path, content: bytes) -> str:
+    """Decode the content of a UTF-8 file, with or without a byte order mark. Raises UserError for anything else."""
+    if problem := encoding_problem(content):
+        raise UserError(f"{path}: {problem}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
 
 
 def open_regular(path: str | Path) -> io.BufferedReader:
@@ -73,7 +83,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
     mode = os.fstat(descriptor).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "Not a regular file", path)
+        raise NotRegular(errno.EINVAL, "Not a regular file", path)
     return descriptor
 
 

@@ -10,18 +10,23 @@ from typing import Any, TypeGuard
 import orjson
 
 from bags.core.errors import UserError, one_line, system_error
-from bags.core.files import encoding_problem, read_bytes
+from bags.core.files import decode, encoding_problem, read_bytes
 
 LISTS = ("images", "annotations", "categories")
 NUMBERS = {int, float}
 
 
+def _read(path: Path) -> bytes:
+    """Read a regular file. Raises UserError, which names it."""
+    try:
+        return read_bytes(path)
+    except OSError as error:
+        raise UserError(system_error(error, path)) from None
+
+
 def read_json(path: Path) -> Any:
     """Parses a JSON file; every way in which that fails is one UserError that names the file."""
-    try:
-        content = read_bytes(path)
-    except OSError as error:
-        raise UserError(system_error(error)) from None
+    content = _read(path)
     text = content.removeprefix(codecs.BOM_UTF8)
     try:
         return orjson.loads(text)
@@ -37,8 +42,7 @@ def read_json(path: Path) -> Any:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             reason = error
-    found = _long_number(text.decode(errors="replace")) or f"not valid JSON ({one_line(reason)})"
-    raise UserError(f"{path}: {found}") from None
+    raise UserError(f"{path}: {_problem(text.decode(errors='replace'), reason)}")
 
 
 def read_annotations(path: Path) -> dict:
@@ -66,31 +70,24 @@ def stream(path: Path) -> Iterator[tuple[str, dict]]:
 
     Raises UserError for a file that is no annotation file.
     """
-    try:
-        content = read_bytes(path)
-    except OSError as error:
-        raise UserError(system_error(error)) from None
-    if problem := encoding_problem(content):
-        raise UserError(f"{path}: {problem}")
-    try:
-        text = content.decode("utf-8-sig")  # with or without a byte order mark
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
-    del content
+    text = decode(path, _read(path))
     try:
         yield from _stream(path, text)
     except (ValueError, IndexError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        found = "the file is empty" if not text.strip() else f"not valid JSON ({error})"
-        raise UserError(f"{path}: {_long_number(text) or found}") from None
+        raise UserError(f"{path}: {_problem(text, error)}") from None
 
 
-def _long_number(text: str) -> str | None:
-    """One sentence about the first whole number of more digits than Python reads; None without one."""
-    number = re.search(r"(?<=[\s:,\[-])\d{4301,}", text)
+def _problem(text: str, error: Exception) -> str:
+    """Say why a text is not read as JSON; of a whole number of more digits than Python reads, also where it is."""
+    if not text.strip():
+        return "the file is empty"
+    number = None
+    if "set_int_max_str_digits" in str(error):
+        number = re.search(r"(?<=[\s:,\[-])\d{4301,}(?![\d.eE])", text)
     if number is None:
-        return None
+        return f"not valid JSON ({one_line(error)})"
     before = text[: number.start()]
     keys = re.findall(r'"([^"]*)"\s*:', before[-10000:])
     where = f"line {before.count(chr(10)) + 1}, column {len(before) - before.rfind(chr(10))}"

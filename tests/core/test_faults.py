@@ -219,9 +219,9 @@ def test_what_the_same_command_does_after_a_stop(monkeypatch, capsys, verb, word
 
 
 SYSTEM = {  # what raises -> words of the line
-    "a pipe": (lambda p: (os.mkfifo(p / "x"), read_bytes(p / "x")), "x: not a regular file; remove it, or choose"),
-    "a folder": (lambda p: ((p / "x").mkdir(), read_bytes(p / "x")), "x: is a folder, expected a file; remove it"),
-    "a target": (lambda p: ((p / "x").mkdir(), write_text(p / "x", "")), "x: is a folder, expected a file; remove it"),
+    "a pipe": (lambda p: (os.mkfifo(p / "x"), read_bytes(p / "x")), "x: not a regular file; choose"),
+    "a folder": (lambda p: ((p / "x").mkdir(), read_bytes(p / "x")), "x: is a folder, expected a file; choose"),
+    "a target": (lambda p: ((p / "x").mkdir(), write_text(p / "x", "")), "x: is a folder, expected a file; choose"),
     "nothing": (lambda p: read_bytes(p / "x"), "x: no such file or folder; check the path"),
     "a long name": (lambda p: rows_of(Path("x" * 5000)), "x: the name is too long; choose a shorter one"),
     "below a file": (

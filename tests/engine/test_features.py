@@ -1,7 +1,6 @@
 """Classifiers trained from stored features: the same as from images, whatever happens in between."""
 
 import json
-import os
 import shutil
 import signal
 import time
@@ -371,7 +370,7 @@ def test_killed_anywhere_the_weights_are_the_same(swept, tmp_path, after):
     deadline = time.time() + 120
     while not (tmp_path / "tiny" / after).exists() and time.time() < deadline:
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
+    process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "tiny" / "softmax_retrained" / "metrics.json").exists(), "killed too late to test anything"
     done = run_script("train", *rows, f"output={tmp_path}", *RESIZED)

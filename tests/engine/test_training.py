@@ -337,7 +337,7 @@ def test_a_run_through_the_script_stops_with_its_own_code(tmp_path, glyphs):
     process = start_script("train", *arguments)
     while log.read_text().count("\n") <= reached // 2 + 1 and process.poll() is None:
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     done = process.wait(100)
     assert done.returncode == 75 and "the same command goes on" in done.stderr and "Traceback" not in done.stderr
     steps = [line["iteration"] for line in read_lines(log)]

@@ -76,7 +76,7 @@ def test_a_killed_job_ends_with_the_same_numbers(job, tmp_path, after):
     deadline = time.time() + 120
     while not (tmp_path / "tiny" / after).exists() and time.time() < deadline:
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
+    process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "tiny" / "softmax_retrained" / "metrics.json").exists(), "killed too late to test anything"
     done = run_script("train", configs, f"output={tmp_path}")

@@ -108,7 +108,7 @@ def test_bad_input_is_one_line_and_exit_code_2(job, glyphs, tmp_path):
         (["train", bags_row, out], "tiny/softmax: no finished run"),
         (["train", bags_row, out, "detector.init_from=none.pth"], "none.pth: no such checkpoint"),
         (["train", softmax, "--seeds", "a"], "--seeds a"),
-        (["train", softmax, "--seeds", ""], "--seeds: expected a value, got an empty text"),
+        (["train", softmax, "--seeds", ""], "after --seeds: expected a value, got an empty text"),
         (["train", softmax, "train.epochs", "5"], "train.epochs: write train.epochs=5, without spaces"),
         (["train", softmax, "train.lr", "=", "0.1"], "train.lr: write train.lr=0.1, without spaces"),
         (["train", softmax, "train.lr=", "0.1"], "train.lr: write train.lr=0.1, without spaces"),
