@@ -261,7 +261,8 @@ def test_training_commands_of_the_pages_are_valid(arguments, monkeypatch):
     at = arguments.index("--methods") if "--methods" in arguments else len(arguments)
     flags = arguments.index("--seeds") if "--seeds" in arguments else at
     paths, overrides = split_arguments([a for a in arguments[: min(at, flags)] if not a.startswith("--")])
-    if not any(str(path).startswith(("mine", "my", "birds")) for path in paths):  # files of the reader's own
+    names = (*map(str, paths), *arguments[at + 1 :])
+    if not any(name.startswith(("mine", "my", "birds", "label_")) for name in names):  # files of the reader's own
         assert load_rows(paths, overrides, None, arguments[at + 1 :])
 
 
