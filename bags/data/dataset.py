@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -313,7 +314,7 @@ class _Sharing(pickle.Pickler):
 
 
 def _begin_process(begin: Callable[[int], None] | None, number: int) -> None:
-    """Prepare a loader process: errors in its threads end it, which the main process notices; then call `begin`."""
+    """Prepare a loader process: errors in its threads end it, and so does the end of its parent; then call `begin`."""
 
     def end(error: BaseException) -> None:
         """Says what happened, and ends the process without waiting for its threads."""
@@ -324,8 +325,17 @@ def _begin_process(begin: Callable[[int], None] | None, number: int) -> None:
         lambda error, _: end(error)
     )
     sys.excepthook = lambda _, error, __: end(error)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if begin:
         begin(number)
+
+
+def _end_with_parent() -> None:
+    """End this process with its parent. torch's own watchdog never sees a parent that ended before its first look."""
+    parent = multiprocessing.parent_process()
+    while parent and os.getppid() == parent.pid:
+        time.sleep(1)
+    os._exit(1)
 
 
 @functools.cache

@@ -390,10 +390,6 @@ class Endless(Dataset):
         return torch.tensor(position), {}
 
 
-def processes_below(pid):
-    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-
-
 def ended(pid):
     """Whether a process has ended, if only its parent has not noticed."""
     try:
@@ -419,23 +415,28 @@ def test_loader_processes_obey_their_parent_only():
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGINT}  # of this process
 
 
-def test_loader_processes_end_when_the_main_one_is_killed():
-    """They outlive SIGKILL of their parent by seconds, as torch's own watchdog looks for it."""
+@pytest.mark.parametrize("early", [False, True])
+def test_loader_processes_end_when_the_main_one_is_killed(early):
+    """They outlive SIGKILL of their parent by a second or two, also while they begin."""
     reader, writer = multiprocessing.Pipe(duplex=False)
 
+    def begin(_):
+        writer.send(os.getpid())
+        time.sleep(0.3 if early else 0)  # torch has not looked for the parent yet
+
     def main():
-        for _ in Loader(Endless(), batch_size=1, collate_fn=collate, num_workers=2):
-            writer.send(processes_below(os.getpid()))
+        for _ in Loader(Endless(), batch_size=1, collate_fn=collate, num_workers=2, worker_init_fn=begin):
             time.sleep(100)
 
     process = multiprocessing.get_context("fork").Process(target=main)
     process.start()
-    workers = reader.recv()
+    workers = [reader.recv(), reader.recv()]
+    time.sleep(0 if early else 0.5)
     process.kill()
     deadline = time.monotonic() + 60
     while not all(map(ended, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert len(workers) == 2 and all(map(ended, workers))
+    assert all(map(ended, workers))
 
 
 @pytest.fixture
