@@ -45,6 +45,40 @@ def read_json(path: Path) -> Any:
     raise UserError(f"{path}: {_problem(text.decode(errors='replace'), reason)}")
 
 
+def read_unique_json(path: Path) -> Any:
+    """Parse a small JSON file. Raises UserError also for a key that an object has twice, of which one would be lost."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict:
+        """Make an object of pairs, or raise UserError."""
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            twice = next(key for k, (key, _) in enumerate(pairs) if key in dict(pairs[:k]))
+            raise UserError(f"{path}: key {twice!r:.60} is given twice; keep one of them")
+        return content
+
+    read_json(path)  # which words all other errors
+    return json.loads(decode(path, _read(path)), object_pairs_hook=unique)
+
+
+def as_json(content: dict, source: Path) -> str:
+    """Format what was read from `source`. Raises UserError where it holds NaN or infinity, which JSON does not have."""
+    try:
+        return json.dumps(content, allow_nan=False)
+    except ValueError:
+        places = [(key, value) for key, value in content.items() if key not in LISTS]
+        places += [(f"`{key}`: id {entry.get('id')}", entry) for key in LISTS for entry in content.get(key, ())]
+        where = next(place for place, value in places if not _is_finite(value))
+        raise UserError(f"{source}: {where}: holds NaN or infinity, which JSON does not have; correct it") from None
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
 def read_annotations(path: Path) -> dict:
     """The three lists of an annotation file; UserError where they are not there, or hold no objects."""
     content: dict[str, list[dict]] = {key: [] for key in LISTS}

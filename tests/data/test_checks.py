@@ -236,6 +236,16 @@ def test_check_looks_at_the_images_and_at_both_splits(broken):
     assert "missing image: 1. Training stops when it comes to it." in text and "image 4: 4.png" in text
 
 
+def test_check_takes_overrides_after_an_option(broken):
+    row = broken / "c.yaml"
+    done = run_script("prepare_data", "check", row, "seed=1", "--json", "train.epochs=x")
+    assert done.returncode == 2 and "c.yaml: train.epochs: expected a whole number" in done.stderr
+    done = run_script("prepare_data", "check", row, "--json", "--nothing", "seed=1")
+    assert done.returncode == 2 and "unrecognized arguments: --nothing" in done.stderr
+    done = run_script("prepare_data", "glyphs-100", "seed=1")
+    assert done.returncode == 2 and "unrecognized arguments: seed=1" in done.stderr
+
+
 def test_a_key_given_twice(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('{"info": 1, "info": 2, ' + json.dumps(CLEAN)[1:])
@@ -398,6 +408,56 @@ def test_coco_lt_refusals(coco_like):
     done = run_script("prepare_data", "coco_lt", "--source", coco_like / "coco.json", "--output", coco_like / "x.json")
     assert done.returncode == 2 and "either --targets or --image-lists" in done.stderr
     assert not (coco_like / "x.json").exists()
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"1": 1, "01": 2}', "category 1 is given twice"),
+        ('{"1": 1, "1": 2}', "key '1' is given twice"),
+        (
+            '{"categories": [{"id": 1, "instance_count": 1}, {"id": 1, "instance_count": 2}]}',
+            "category 1 is given twice",
+        ),
+        ('{"1": true}', "expected instance counts"),
+        ('{"categories": [{"id": true, "instance_count": 1}]}', "expected instance counts"),
+        ('{"categories": [{"id": 1.9, "instance_count": 1}]}', "expected instance counts"),
+    ],
+)
+def test_coco_lt_targets_that_cannot_be(tmp_path, text, words):
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(bags.UserError, match=f"t.json: .*{words}"):
+        read_targets(tmp_path / "t.json")
+    if "twice" in words and "categories" not in text:
+        (tmp_path / "t.json").write_text(text.replace(": 1", ": [1]").replace(": 2", ": [2]"))
+        with pytest.raises(bags.UserError, match=words):
+            read_image_lists(tmp_path / "t.json")
+
+
+def test_coco_lt_writes_nothing_that_training_refuses(coco_like):
+    source, output = coco_like / "coco.json", coco_like / "x.json"
+    content = json.loads(source.read_text())
+    none = dict.fromkeys((1, 3, 4, 9), 0)
+    with pytest.raises(bags.UserError, match="coco.json: .*keep none of its annotations"):
+        make_coco_lt(source, output, none)
+    with pytest.raises(bags.UserError, match="coco.json: .*keep none of its annotations"):
+        make_coco_lt(source, output, {}, {c: set() for c in none})
+    with pytest.raises(bags.UserError, match="image 51 of the image lists is not among `images`"):
+        make_coco_lt(source, output, {}, {**{c: {1} for c in none}, 9: {51}})
+    changes = [
+        ("image_id", 51, "image_id 51 is not among"),
+        ("bbox", "x", "bbox: expected"),
+        ("area", float("nan"), ""),
+    ]
+    for key, value, words in changes:
+        content["annotations"][6][key], before = value, content["annotations"][6].get(key)
+        source.write_text(json.dumps(content))
+        with pytest.raises(
+            bags.UserError, match=f"annotation 7: {words}" if words else "`annotations`: id 7: holds NaN"
+        ):
+            make_coco_lt(source, output, {**none, 1: 400, 3: 120, 4: 60, 9: 30})
+        content["annotations"][6][key] = before
+    assert not output.exists()
 
 
 SHARED = OUTSIDE / "data"
