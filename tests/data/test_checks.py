@@ -19,10 +19,11 @@ from bags.data.coco_lt import make_coco_lt, read_image_lists, read_targets
 from bags.data.dataset import DetectionDataset
 from bags.data.findings import DEFECTS, STOP
 from bags.data.lvis import download, unpack
+from bags.data.packing import is_drawable
 from bags.data.statistics import instance_bin
 from bags.data.transforms import training_transform
 from bags.evaluation.results_file import read_results
-from bags.evaluation.truth import read_truth
+from bags.evaluation.truth import is_mask, mask_area, read_truth
 
 IMAGES = [
     {"id": 7, "file_name": "a.png", "width": 40, "height": 30},
@@ -100,6 +101,11 @@ REFUSED = {  # change -> (kind in `check`, words of the refusal)
     "polygon of odd length": (annotation(segmentation=[[1] * 7]), "bad segmentation", "annotation 1: segm"),
     "polygon of text": (annotation(segmentation=[["1"] * 6]), "bad segmentation", "annotation 1: segm"),
     "polygon far off": (annotation(segmentation=[[0, 0, 9e8, 0, 9e8, 9e8]]), "bad segmentation", "annotation 1: segm"),
+    "polygon of huge outline": (
+        annotation(segmentation=[[131071, 0, -131071, 9] * 200]),
+        "bad segmentation",
+        "outlines",
+    ),
     "RLE size of fractions": (rle([30.0, 40.0], RLE), "bad segmentation", "annotation 1: segm"),
     "polygon with NaN": (annotation(segmentation=[[float("nan")] * 6]), "bad segmentation", "annotation 1: segm"),
     "segmentation is text": (annotation(segmentation="x"), "bad segmentation", "annotation 1: segm"),
@@ -155,6 +161,27 @@ def test_what_training_refuses(tmp_path, name):
     found = {finding.kind: finding for finding in check_annotations(path)}
     assert found[kind].level == STOP and found[kind].count >= 1 and found[kind].examples
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_polygons_are_limited_in_length_by_one_rule(tmp_path):
+    """Real outlines of thousands of points pass, and so does a long one; the same annotation is refused everywhere."""
+    rng = np.random.default_rng(0)
+    angles = np.linspace(0, 2 * np.pi, 5000)
+    around = 320 + rng.uniform(200, 300, 5000) * np.stack([np.cos(angles), np.sin(angles)])
+    real = around.T.ravel().tolist()
+    far = [131071, 0, -131071, 9, 0, 131071]
+    odd = [[131072, 0, 1, 9, 0, 1], [131071, 0, -131071, 9] * 200]
+    size, huge = [131071, 131071], [{**ANNOTATION, "segmentation": [real]}]
+    for ring in (real, far, [*real, *far]):
+        assert is_drawable(ring) and is_mask([ring], size)
+        assert len(bags.AnnotationIndex.open(write(tmp_path, annotation(segmentation=[ring]))).labels) == 2
+    for ring in odd:
+        assert not is_drawable(ring) and not is_mask([ring], size) and mask_area([real, ring], (30, 40)) is None
+        with pytest.raises(bags.UserError, match="annotation 2: segmentation: expected polygons within"):
+            content = {"annotations": [*huge, {**ANOTHER, "segmentation": [real, far, ring]}]}
+            bags.AnnotationIndex.open(write(tmp_path, content))
+        with pytest.raises(bags.UserError, match="annotation 2: segmentation: expected polygons within"):
+            read_truth(tmp_path / "x.json").check_masks()
 
 
 @pytest.mark.parametrize("name", NOTED)
