@@ -79,10 +79,13 @@ def check_annotations(
     """
     findings = Findings(path)
     try:
-        content = read_annotations(path)
+        repeated: list[str] = []
+        content = read_annotations(path, repeated)
     except UserError as error:
         findings.add("file", error)
         return findings.list()
+    for place in repeated:
+        findings.add("key given twice", place)
     categories = _ids(content["categories"], "category", findings)
     images = _ids(content["images"], "image", findings)
     _ids(content["annotations"], "annotation", findings)

@@ -281,6 +281,16 @@ def test_a_key_given_twice(tmp_path):
     assert [finding.kind for finding in check_annotations(path)] == ["file"]
 
 
+def test_check_notes_keys_that_an_entry_has_twice(tmp_path):
+    path = write(tmp_path, {**rle([30, 40], RLE), "info": {"a": 1}})
+    text = path.read_text().replace('"category_id": 2', '"category_id": 1, "category_id": 2', 1)
+    path.write_text(text.replace('"size"', '"size": 3, "size"').replace('"a": 1', '"a": 1, "a": 2'))
+    found = {finding.kind: finding for finding in check_annotations(path)}["key given twice"]
+    assert found.level == "note" and found.count == 2
+    assert found.examples == ["annotations: id 1: size", "annotations: id 1: category_id"]
+    assert len(bags.AnnotationIndex.open(path).labels) == 2
+
+
 def test_file_names_that_are_odd_but_fine(tmp_path):
     for name in ("Screenshot 9.41.00\u202fAM.png", "a\u00a0b.png", "\U0001f468\u200d\U0001f467.png"):
         assert bags.AnnotationIndex.open(write(tmp_path, image(file_name=name))).file_name(0) == name
