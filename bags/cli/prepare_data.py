@@ -48,6 +48,10 @@ def main() -> None:
     check.add_argument("--images", type=Path, help="image folder of an annotation file")
     check.add_argument("--decode", action="store_true", help="read every pixel, not only the images' headers")
     check.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    arguments, rest = parser.parse_known_args()  # parse_intermixed_args does not take commands
+    if rest and (arguments.command != "check" or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if arguments.command == "check":
+        arguments.overrides += rest  # that stand after an option
     verbs = {name: getattr(prepare_data, name) for name in ("lvis", "coco_lt", "remap", "check")}
     verbs.get(arguments.command, prepare_data.glyphs)(arguments)

@@ -25,7 +25,7 @@ import yaml
 
 from bags.config.rows import compose, row_beside, rows_of
 from bags.config.sections import ClassBalancedConfig, Config
-from bags.config.typed_yaml import convert, merge, option_types, read_override
+from bags.config.typed_yaml import convert, merge, need_sections, option_types, read_override
 from bags.core.errors import UserError, one_line
 from bags.core.files import write_text
 from bags.core.settings import NO_RESULT, marks, need
@@ -96,6 +96,7 @@ def _resolve(tree: dict, overrides: typing.Sequence[str], source: str) -> Config
             raise UserError(f"override '{override}': the value is not YAML ({one_line(error)})") from None
         for part in reversed(key.split(".")):
             value = {part: value}
+        need_sections(value, Config, "", source)
         merge(tree, value)
     config = config_from_dict(tree, source)
     _check(config, source)

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from bags.config.typed_yaml import merge, parse_yaml, shown
+from bags.config.sections import Config
+from bags.config.typed_yaml import merge, need_sections, parse_yaml, shown
 from bags.core.errors import UserError, one_line, system_error
 from bags.core.files import decode, read_bytes, read_text
 
@@ -127,7 +128,18 @@ def read_file(path: Path) -> dict:
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected `section: {{key: value}}`, found {type(tree).__name__}")
+    _need_layers(path, tree)
     return tree
+
+
+def _need_layers(path: Path, tree: dict) -> None:
+    """Raise UserError for a section that is no mapping, in the settings, the classifier stage or a method's changes."""
+    methods = tree.get("methods", {})
+    if not isinstance(methods, dict):
+        raise UserError(f"{path}: methods: expected a section of keys, got {shown(methods)}")
+    changes = {f"methods.{method}": layer for method, layer in methods.items()}
+    for key, layer in {"": tree, "classifier_stage": tree.get("classifier_stage", {}), **changes}.items():
+        need_sections(layer, Config, key, str(path))
 
 
 def read_tree(path: Path, children: tuple[Path, ...] = ()) -> dict:
@@ -181,17 +193,13 @@ def _candidates(path: Path) -> list[Path]:
 def _dataset(name: Path, file: Path, tree: dict) -> Dataset:
     kinds = {"rows": list, "classifier_stage": dict, "methods": dict, "left_out": list}
     values = {key: tree.pop(key, kind()) for key, kind in kinds.items()}
-    for key, kind in kinds.items():
-        if not isinstance(values[key], kind):
-            expected = "a list of methods" if kind is list else "a section of keys"
-            raise UserError(f"{file}: {key}: expected {expected}, got {values[key]!r:.60}")
-        if kind is list and not all(isinstance(method, str) for method in values[key]):
+    for key in ("rows", "left_out"):
+        if not isinstance(values[key], list):
+            raise UserError(f"{file}: {key}: expected a list of methods, got {values[key]!r:.60}")
+        if not all(isinstance(method, str) for method in values[key]):
             raise UserError(f"{file}: {key}: expected names of methods, got {values[key]!r:.60}")
     if not values["rows"]:
         raise UserError(f"{file}: rows: expected one method or more, got none")
-    for method, changes in values["methods"].items():
-        if not isinstance(changes, dict):
-            raise UserError(f"{file}: methods.{method}: expected a section of keys, got {changes!r:.60}")
     return Dataset(name, file, settings=tree, **values)
 
 

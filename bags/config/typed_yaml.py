@@ -62,6 +62,26 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             yield part
 
 
+def _whole(loader: _UniqueKeyLoader, node: Any) -> int:
+    """Refuse whole numbers that YAML 1.1 reads as another number than they look: 010 as 8, and 1:30 as 90."""
+    value, digits = loader.construct_yaml_int(node), node.value.replace("_", "").lstrip("+-")
+    if ":" in digits or (len(digits) > 1 and digits.isdecimal() and digits[0] == "0"):
+        raise _refusal(node, f"{node.value} is read as {value}; write that, or quote a text")
+    return value
+
+
+def _fraction(loader: _UniqueKeyLoader, node: Any) -> float:
+    """Refuse numbers of minutes and seconds, which YAML 1.1 reads in seconds."""
+    value = loader.construct_yaml_float(node)
+    if ":" in node.value:
+        raise _refusal(node, f"{node.value} is read as {value}; write that, or quote a text")
+    return value
+
+
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:int", _whole)
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:float", _fraction)
+
+
 def _refusal(node: yaml.Node, problem: str) -> yaml.YAMLError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
@@ -83,6 +103,20 @@ def merge(tree: dict, changes: dict) -> dict:
         else:
             tree[key] = value
     return tree
+
+
+def need_sections(tree: Any, kind: type, key: str, source: str) -> None:
+    """Raise UserError for a section of a layer that is no mapping. `merge` would hide it, or what it is laid over."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{source}: {key}: expected a section of keys, got {shown(tree)}")
+    hints, prefix = typing.get_type_hints(kind), f"{key}." if key else ""
+    for name, value in tree.items():
+        options = typing.get_args(hints.get(name)) or (hints.get(name),)
+        sections: list[Any] = [option for option in options if dataclasses.is_dataclass(option)]
+        if len(sections) > 1 and not isinstance(value, dict):
+            convert(value, hints[name], prefix + name, source)  # which names the sections to choose from
+        elif len(sections) == 1:
+            need_sections(value, sections[0], prefix + name, source)
 
 
 def shown(value: Any) -> str:

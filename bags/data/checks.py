@@ -32,7 +32,7 @@ from bags.data.images import (
 )
 from bags.data.index import AnnotationIndex, inside_image
 from bags.data.json_files import is_box, is_empty_rle, is_number, is_side, read_annotations, shown
-from bags.data.packing import POLYGON_LIMIT, file_name_of, rle_fits
+from bags.data.packing import UNDRAWABLE, file_name_of, is_drawable, rle_fits
 from bags.data.plausibility import implausible_boxes, shared_images, split_images
 from bags.data.statistics import instance_bin
 
@@ -79,10 +79,13 @@ def check_annotations(
     """
     findings = Findings(path)
     try:
-        content = read_annotations(path)
+        repeated: list[str] = []
+        content = read_annotations(path, repeated)
     except UserError as error:
         findings.add("file", error)
         return findings.list()
+    for place in repeated:
+        findings.add("key given twice", place)
     categories = _ids(content["categories"], "category", findings)
     images = _ids(content["images"], "image", findings)
     _ids(content["annotations"], "annotation", findings)
@@ -235,8 +238,9 @@ def _check_segmentation(value: object, size: tuple[int, int] | None, where: str,
     if isinstance(value, list):
         for ring in value:
             valid = isinstance(ring, list) and len(ring) % 2 == 0 and all(map(is_number, ring))
-            if not valid or (len(ring) >= 6 and not all(abs(v) < POLYGON_LIMIT for v in ring)):
-                findings.add("bad segmentation", f"{where}: polygon {ring!r}")
+            if not valid or (len(ring) >= 6 and not is_drawable(ring)):
+                words = UNDRAWABLE if valid else "expected polygons [x, y, ...]"
+                findings.add("bad segmentation", f"{where}: segmentation: {words}, got {ring!r:.80}")
             elif len(ring) < 6:
                 findings.add("short polygon", f"{where}: {ring}")
             elif size and not (_meets(ring[::2], size[0]) and _meets(ring[1::2], size[1])):

@@ -9,6 +9,7 @@ STOP, DROP, NOTE = "stops", "dropped", "note"
 REMAP = "prepare_data.py remap VAL.json --like TRAIN.json --output NEW.json matches categories by name"
 DEFECTS = {  # kind -> (level, what training does)
     "file": (STOP, "training refuses the file"),
+    "key given twice": (NOTE, "the last value of the key in an entry counts"),
     "bad id": (STOP, "training refuses the file: ids are whole numbers"),
     "duplicate id": (STOP, "training refuses the file"),
     "image size": (STOP, "training refuses the file: width and height are whole numbers above 0"),

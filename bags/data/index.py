@@ -26,7 +26,7 @@ from bags.core.files import open_regular, read_text, write_problem
 from bags.data.images import image_path
 from bags.data.packing import category_name, gather, offsets, pack, ranges
 
-FORMAT = 4
+FORMAT = 5
 LEAST_SIDE = 1e-3  # pixels of a box inside its image
 ARRAYS = {  # name -> (type, columns); lengths: I images, A annotations, C categories, see AnnotationIndex
     "category_ids": (np.int64, 0),

@@ -3,7 +3,8 @@
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -45,11 +46,48 @@ def read_json(path: Path) -> Any:
     raise UserError(f"{path}: {_problem(text.decode(errors='replace'), reason)}")
 
 
-def read_annotations(path: Path) -> dict:
-    """The three lists of an annotation file; UserError where they are not there, or hold no objects."""
+def read_unique_json(path: Path) -> Any:
+    """Parse a small JSON file. Raises UserError also for a key that an object has twice, of which one would be lost."""
+
+    read_json(path)  # which words all other errors
+    repeated: list[str] = []
+    content = json.loads(decode(path, _read(path)), object_pairs_hook=_noting(repeated))
+    if repeated:
+        raise UserError(f"{path}: key {repeated[0]!r:.60} is given twice; keep one of them")
+    return content
+
+
+def as_json(content: dict, source: Path) -> str:
+    """Format what was read from `source`. Raises UserError where it holds NaN or infinity, which JSON does not have."""
+    try:
+        return json.dumps(content, allow_nan=False)
+    except ValueError:
+        places = [(key, value) for key, value in content.items() if key not in LISTS]
+        places += [(f"`{key}`: id {entry.get('id')}", entry) for key in LISTS for entry in content.get(key, ())]
+        where = next(place for place, value in places if not _is_finite(value))
+        raise UserError(f"{source}: {where}: holds NaN or infinity, which JSON does not have; correct it") from None
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
+def read_annotations(path: Path, repeated: list[str] | None = None) -> dict:
+    """The three lists of an annotation file; UserError where they are not there, or hold no objects.
+
+    repeated: takes up the keys that an entry has twice, as `annotations: id 7: bbox`. Looking for them takes time.
+    """
     content: dict[str, list[dict]] = {key: [] for key in LISTS}
-    for key, entry in stream(path):
+    keys: list[str] = []
+    for key, entry in stream(path, None if repeated is None else keys):
         content[key].append(entry)
+        if repeated is not None and keys:
+            repeated += [f"{key}: id {shown(entry.get('id'))}: {name:.60}" for name in keys]
+            keys.clear()
     for key in ("images", "categories"):
         if not content[key]:
             raise UserError(f"{path}: {EMPTY.format(key)}")
@@ -65,14 +103,16 @@ def _need_object(path: Path, key: str, position: int, entry: object) -> None:
         raise UserError(f"{path}: `{key}`: entry {position}: expected an object, found {entry!r:.60}")
 
 
-def stream(path: Path) -> Iterator[tuple[str, dict]]:
+def stream(path: Path, repeated: list[str] | None = None) -> Iterator[tuple[str, dict]]:
     """The entries of the three lists one by one, as (list, entry), so that only the text is held as a whole.
+
+    repeated: takes up the keys that the entry, or an object in it, has twice; the last one of each counts.
 
     Raises UserError for a file that is no annotation file.
     """
     text = decode(path, _read(path))
     try:
-        yield from _stream(path, text)
+        yield from _stream(path, text, repeated)
     except (ValueError, IndexError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
@@ -95,8 +135,22 @@ def _problem(text: str, error: Exception) -> str:
     return f"`{keys[-1] if keys else '?'}` ({where}) holds a number of {digits} digits; correct it or leave it out"
 
 
-def _stream(path: Path, text: str) -> Iterator[tuple[str, dict]]:
+def _noting(repeated: list[str]) -> Callable[[list[tuple[str, Any]]], dict]:
+    """Make a dict of pairs as JSON does, and append the keys given twice to `repeated`."""
+
+    def make(pairs: list[tuple[str, Any]]) -> dict:
+        """Keep the last value of each key."""
+        entry = dict(pairs)
+        if len(entry) < len(pairs):
+            repeated.extend(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
+        return entry
+
+    return make
+
+
+def _stream(path: Path, text: str, repeated: list[str] | None) -> Iterator[tuple[str, dict]]:
     decode = json.JSONDecoder().raw_decode
+    decode_entry = decode if repeated is None else json.JSONDecoder(object_pairs_hook=_noting(repeated)).raw_decode
     blanks = re.compile(r"[ \t\r\n]*")
 
     def skip(at: int) -> int:
@@ -135,7 +189,7 @@ def _stream(path: Path, text: str) -> Iterator[tuple[str, dict]]:
             if text[at : at + 1] == "]":
                 mark, at = expect("]", at)
             while mark != "]":
-                entry, at = decode(text, at)
+                entry, at = decode_entry(text, at)
                 _need_object(path, key, position, entry)
                 yield key, entry
                 position += 1

@@ -2,6 +2,7 @@
 
 import array
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from bags.core.errors import UserError
 from bags.data.json_files import EMPTY, NUMBERS, is_box, is_empty_rle, is_number, is_side, shown, stream
 
 LIMIT = 1e9  # coordinates of boxes beyond this are no pixels
-POLYGON_LIMIT = 2**17  # ... of polygons: drawing one takes memory in proportion to its length
+POLYGON_LIMIT = 2**17  # ... of polygons
+OUTLINE_LIMIT = 2**21  # length of a polygon's outline in pixels: drawing takes 40 bytes for each
+UNDRAWABLE = f"expected polygons within {POLYGON_LIMIT} pixels whose outlines are at most {OUTLINE_LIMIT} pixels long"
 
 # --------------------------------------------------------------------------- packing
 
@@ -123,6 +126,16 @@ def rle_fits(counts: bytes, pixels: int) -> bool:
     return sum(runs) == pixels
 
 
+def is_drawable(ring: Sequence[float]) -> bool:
+    """Whether a polygon [x, y, ...] has an outline of usual length; drawing it takes memory in proportion to that."""
+    if not all(abs(value) < POLYGON_LIMIT for value in ring):
+        return False
+    if len(ring) * max(map(abs, ring), default=0) <= OUTLINE_LIMIT:  # each of its edges is at most twice the maximum
+        return True
+    points = np.asarray(ring, np.float64).reshape(-1, 2)
+    return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()) <= OUTLINE_LIMIT
+
+
 class _Annotations:
     """Annotations in the order of the file; what needs the other lists, or all numbers at once, is checked last."""
 
@@ -197,11 +210,7 @@ class _Annotations:
         self._refuse(~(np.abs(boxes) < LIMIT).all(1), "bbox holds a number that is not finite")
         points, point_starts = np.asarray(self.points, np.float32), offsets(self.ring_lengths)
         ring_starts, rle_starts = offsets(self.ring_counts), offsets(self.rle_lengths)
-        bad = np.flatnonzero(~(np.abs(points) < POLYGON_LIMIT))
-        rings = np.searchsorted(point_starts, bad, side="right") - 1
-        odd = np.zeros(len(ids), bool)
-        odd[np.searchsorted(ring_starts, rings, side="right") - 1] = True
-        self._refuse(odd, f"segmentation: expected points within {POLYGON_LIMIT} pixels")
+        self._refuse(self._undrawable(points, point_starts, ring_starts), f"segmentation: {UNDRAWABLE}")
         rle_sizes = np.asarray(self.rle_sizes, np.int64).reshape(-1, 2)
         differs = (rle_sizes != sizes[owners]).any(1) & (np.asarray(self.rle_lengths) > 0)
         self._refuse(differs, "segmentation: the RLE has another size than the image")
@@ -222,6 +231,18 @@ class _Annotations:
             "rle_bytes": rle_bytes,
             "rle_starts": rle_starts,
         }
+
+    def _undrawable(self, points: np.ndarray, point_starts: np.ndarray, ring_starts: np.ndarray) -> np.ndarray:
+        """Which annotations have a polygon that is not drawable: bool [annotations]."""
+        if not len(points):
+            return np.zeros(len(self.ids), bool)
+        farthest = np.maximum.reduceat(np.abs(points), point_starts[:-1])  # NaN where a point is
+        usual = (farthest < POLYGON_LIMIT) & (farthest * np.diff(point_starts) <= OUTLINE_LIMIT)
+        candidates = np.flatnonzero(~usual)
+        rings = [k for k in candidates if not is_drawable(points[point_starts[k] : point_starts[k + 1]].tolist())]
+        odd = np.zeros(len(self.ids), bool)
+        odd[np.searchsorted(ring_starts, rings, side="right") - 1] = True
+        return odd
 
     def _positions(self, name: str, column: array.array, known: np.ndarray, kind: str) -> np.ndarray:
         """The position of each value among the known ids."""

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 
 from bags.core.errors import UserError
 from bags.data.json_files import LISTS, is_box, is_empty_rle, is_number, is_side, read_annotations, shown
-from bags.data.packing import LIMIT, POLYGON_LIMIT, category_name, unique_ids
+from bags.data.packing import LIMIT, UNDRAWABLE, category_name, is_drawable, unique_ids
 from bags.data.statistics import CategoryStats
 
 NEGATIVE, PARTIAL = "neg_category_ids", "not_exhaustive_category_ids"  # of LVIS's images
@@ -272,7 +272,7 @@ def check_mask(where: str, value: object, size: list[int]) -> None:
     """Raise UserError for a segmentation that is not a mask of its image: decoders would not notice."""
     if not is_mask(value, size):
         raise UserError(
-            f"{where}: segmentation: expected polygons, or an RLE of {size} (height, width) "
+            f"{where}: segmentation: {UNDRAWABLE}, or an RLE of {size} (height, width) "
             "whose counts do not exceed its pixels"
         )
 
@@ -295,7 +295,7 @@ def is_mask(value: object, size: Sequence[int]) -> bool:
     if not isinstance(value, list) or not value:
         return False
     return all(
-        isinstance(ring, list) and len(ring) % 2 == 0 and all(is_number(v) and abs(v) < POLYGON_LIMIT for v in ring)
+        isinstance(ring, list) and len(ring) % 2 == 0 and all(map(is_number, ring)) and is_drawable(ring)
         for ring in value
     )
 

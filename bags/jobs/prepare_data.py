@@ -45,7 +45,10 @@ def remap(arguments: "argparse.Namespace") -> None:
     """Write an annotation file with the categories of another one."""
     from bags.data.remap import remap_categories
 
-    annotations, categories = remap_categories(arguments.source, arguments.like, arguments.output)
+    annotations, categories, odd = remap_categories(arguments.source, arguments.like, arguments.output)
+    if odd:
+        words = "ids in neg_category_ids or not_exhaustive_category_ids that are not among `categories` are left out"
+        print(f"note: {arguments.source}: {words}: {len(odd)} images (first: image {odd[0]})", file=sys.stderr)
     print(f"{arguments.output}: {annotations} annotations, {categories} categories as in {arguments.like}")
 
 

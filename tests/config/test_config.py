@@ -36,6 +36,39 @@ def test_base_and_overrides(tmp_path):
     assert (config.train.lr, config.train.epochs, config.data.name) == (1e-4, 7, "d")
 
 
+@pytest.mark.parametrize("section", ["null", "5", "!!omap [epochs: 1]", "[]"])
+def test_no_layer_hides_a_section_that_is_no_mapping(tmp_path, section):
+    write(tmp_path, "_base.yaml", train={"lr": 0.5}, detector={"rpn": {"batch_size": 8}})
+    path = tmp_path / "row.yaml"
+    (tmp_path / "_odd.yaml").write_text(f"train: {section}\ndetector: {{rpn: {section}}}")
+    for text, override, key in [
+        (f"train: {section}", "train.epochs=1", "row.yaml: train"),
+        (f"base: _base.yaml\ntrain: {section}", "train.epochs=1", "row.yaml: train"),
+        (f"base: _base.yaml\ndetector: {{rpn: {section}}}", "detector.rpn.batch_size=1", "row.yaml: detector.rpn"),
+        (f"base: _base.yaml\nsampler: {section}", "sampler={name: uniform}", "row.yaml: sampler"),
+        ("base: _odd.yaml\ntrain: {lr: 0.1}\ndetector: {rpn: {batch_size: 4}}", "seed=1", "_odd.yaml: train"),
+        (f"classifier_stage: {{train: {section}}}\nrows: [softmax]", "seed=1", "row.yaml: classifier_stage.train"),
+        (f"methods: {{softmax: {{train: {section}}}}}\nrows: [softmax]", "seed=1", "methods.softmax.train"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(bags.UserError, match=f"{key}: expected a section of keys"):
+            bags.load_config(path, [override])
+    path.write_text("base: _base.yaml")
+    with pytest.raises(bags.UserError, match="row.yaml: train: expected a section of keys, got 5"):
+        bags.load_config(path, ["train=5", "train.epochs=1"])
+
+
+@pytest.mark.parametrize("number", ["010", "-010", "1:30", "1:30.5", "0_7"])
+def test_numbers_that_yaml_reads_as_others_are_refused(tmp_path, number):
+    for text, overrides in [(f"seed: {number}", []), ("", [f"seed={number}"]), ("", [f"test.bins=[{number}, 90]"])]:
+        (tmp_path / "row.yaml").write_text(text)
+        with pytest.raises(bags.UserError, match=f"YAML.*{number} is read as") as error:
+            bags.load_config(tmp_path / "row.yaml", overrides)
+        assert "\n" not in str(error.value)
+    config = bags.load_config(tmp_path / "row.yaml", ["seed=0", f"data.name={number.replace(':', '-')}"])
+    assert config.seed == 0 and config.data.name == number.replace(":", "-")
+
+
 def test_a_new_name_replaces_the_section(tmp_path):
     write(tmp_path, "_base.yaml", classifier={"name": "group_softmax", "others_ratio": 2})
     path = write(tmp_path, base="_base.yaml", classifier={"name": "softmax"})

@@ -19,10 +19,11 @@ from bags.data.coco_lt import make_coco_lt, read_image_lists, read_targets
 from bags.data.dataset import DetectionDataset
 from bags.data.findings import DEFECTS, STOP
 from bags.data.lvis import download, unpack
+from bags.data.packing import is_drawable
 from bags.data.statistics import instance_bin
 from bags.data.transforms import training_transform
 from bags.evaluation.results_file import read_results
-from bags.evaluation.truth import read_truth
+from bags.evaluation.truth import is_mask, mask_area, read_truth
 
 IMAGES = [
     {"id": 7, "file_name": "a.png", "width": 40, "height": 30},
@@ -100,6 +101,11 @@ REFUSED = {  # change -> (kind in `check`, words of the refusal)
     "polygon of odd length": (annotation(segmentation=[[1] * 7]), "bad segmentation", "annotation 1: segm"),
     "polygon of text": (annotation(segmentation=[["1"] * 6]), "bad segmentation", "annotation 1: segm"),
     "polygon far off": (annotation(segmentation=[[0, 0, 9e8, 0, 9e8, 9e8]]), "bad segmentation", "annotation 1: segm"),
+    "polygon of huge outline": (
+        annotation(segmentation=[[131071, 0, -131071, 9] * 200]),
+        "bad segmentation",
+        "outlines",
+    ),
     "RLE size of fractions": (rle([30.0, 40.0], RLE), "bad segmentation", "annotation 1: segm"),
     "polygon with NaN": (annotation(segmentation=[[float("nan")] * 6]), "bad segmentation", "annotation 1: segm"),
     "segmentation is text": (annotation(segmentation="x"), "bad segmentation", "annotation 1: segm"),
@@ -155,6 +161,27 @@ def test_what_training_refuses(tmp_path, name):
     found = {finding.kind: finding for finding in check_annotations(path)}
     assert found[kind].level == STOP and found[kind].count >= 1 and found[kind].examples
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_polygons_are_limited_in_length_by_one_rule(tmp_path):
+    """Real outlines of thousands of points pass, and so does a long one; the same annotation is refused everywhere."""
+    rng = np.random.default_rng(0)
+    angles = np.linspace(0, 2 * np.pi, 5000)
+    around = 320 + rng.uniform(200, 300, 5000) * np.stack([np.cos(angles), np.sin(angles)])
+    real = around.T.ravel().tolist()
+    far = [131071, 0, -131071, 9, 0, 131071]
+    odd = [[131072, 0, 1, 9, 0, 1], [131071, 0, -131071, 9] * 200]
+    size, huge = [131071, 131071], [{**ANNOTATION, "segmentation": [real]}]
+    for ring in (real, far, [*real, *far]):
+        assert is_drawable(ring) and is_mask([ring], size)
+        assert len(bags.AnnotationIndex.open(write(tmp_path, annotation(segmentation=[ring]))).labels) == 2
+    for ring in odd:
+        assert not is_drawable(ring) and not is_mask([ring], size) and mask_area([real, ring], (30, 40)) is None
+        with pytest.raises(bags.UserError, match="annotation 2: segmentation: expected polygons within"):
+            content = {"annotations": [*huge, {**ANOTHER, "segmentation": [real, far, ring]}]}
+            bags.AnnotationIndex.open(write(tmp_path, content))
+        with pytest.raises(bags.UserError, match="annotation 2: segmentation: expected polygons within"):
+            read_truth(tmp_path / "x.json").check_masks()
 
 
 @pytest.mark.parametrize("name", NOTED)
@@ -236,12 +263,32 @@ def test_check_looks_at_the_images_and_at_both_splits(broken):
     assert "missing image: 1. Training stops when it comes to it." in text and "image 4: 4.png" in text
 
 
+def test_check_takes_overrides_after_an_option(broken):
+    row = broken / "c.yaml"
+    done = run_script("prepare_data", "check", row, "seed=1", "--json", "train.epochs=x")
+    assert done.returncode == 2 and "c.yaml: train.epochs: expected a whole number" in done.stderr
+    done = run_script("prepare_data", "check", row, "--json", "--nothing", "seed=1")
+    assert done.returncode == 2 and "unrecognized arguments: --nothing" in done.stderr
+    done = run_script("prepare_data", "glyphs-100", "seed=1")
+    assert done.returncode == 2 and "unrecognized arguments: seed=1" in done.stderr
+
+
 def test_a_key_given_twice(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('{"info": 1, "info": 2, ' + json.dumps(CLEAN)[1:])
     with pytest.raises(bags.UserError, match="given twice"):
         bags.AnnotationIndex.open(path)
     assert [finding.kind for finding in check_annotations(path)] == ["file"]
+
+
+def test_check_notes_keys_that_an_entry_has_twice(tmp_path):
+    path = write(tmp_path, {**rle([30, 40], RLE), "info": {"a": 1}})
+    text = path.read_text().replace('"category_id": 2', '"category_id": 1, "category_id": 2', 1)
+    path.write_text(text.replace('"size"', '"size": 3, "size"').replace('"a": 1', '"a": 1, "a": 2'))
+    found = {finding.kind: finding for finding in check_annotations(path)}["key given twice"]
+    assert found.level == "note" and found.count == 2
+    assert found.examples == ["annotations: id 1: size", "annotations: id 1: category_id"]
+    assert len(bags.AnnotationIndex.open(path).labels) == 2
 
 
 def test_file_names_that_are_odd_but_fine(tmp_path):
@@ -398,6 +445,56 @@ def test_coco_lt_refusals(coco_like):
     done = run_script("prepare_data", "coco_lt", "--source", coco_like / "coco.json", "--output", coco_like / "x.json")
     assert done.returncode == 2 and "either --targets or --image-lists" in done.stderr
     assert not (coco_like / "x.json").exists()
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"1": 1, "01": 2}', "category 1 is given twice"),
+        ('{"1": 1, "1": 2}', "key '1' is given twice"),
+        (
+            '{"categories": [{"id": 1, "instance_count": 1}, {"id": 1, "instance_count": 2}]}',
+            "category 1 is given twice",
+        ),
+        ('{"1": true}', "expected instance counts"),
+        ('{"categories": [{"id": true, "instance_count": 1}]}', "expected instance counts"),
+        ('{"categories": [{"id": 1.9, "instance_count": 1}]}', "expected instance counts"),
+    ],
+)
+def test_coco_lt_targets_that_cannot_be(tmp_path, text, words):
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(bags.UserError, match=f"t.json: .*{words}"):
+        read_targets(tmp_path / "t.json")
+    if "twice" in words and "categories" not in text:
+        (tmp_path / "t.json").write_text(text.replace(": 1", ": [1]").replace(": 2", ": [2]"))
+        with pytest.raises(bags.UserError, match=words):
+            read_image_lists(tmp_path / "t.json")
+
+
+def test_coco_lt_writes_nothing_that_training_refuses(coco_like):
+    source, output = coco_like / "coco.json", coco_like / "x.json"
+    content = json.loads(source.read_text())
+    none = dict.fromkeys((1, 3, 4, 9), 0)
+    with pytest.raises(bags.UserError, match="coco.json: .*keep none of its annotations"):
+        make_coco_lt(source, output, none)
+    with pytest.raises(bags.UserError, match="coco.json: .*keep none of its annotations"):
+        make_coco_lt(source, output, {}, {c: set() for c in none})
+    with pytest.raises(bags.UserError, match="image 51 of the image lists is not among `images`"):
+        make_coco_lt(source, output, {}, {**{c: {1} for c in none}, 9: {51}})
+    changes = [
+        ("image_id", 51, "image_id 51 is not among"),
+        ("bbox", "x", "bbox: expected"),
+        ("area", float("nan"), ""),
+    ]
+    for key, value, words in changes:
+        content["annotations"][6][key], before = value, content["annotations"][6].get(key)
+        source.write_text(json.dumps(content))
+        with pytest.raises(
+            bags.UserError, match=f"annotation 7: {words}" if words else "`annotations`: id 7: holds NaN"
+        ):
+            make_coco_lt(source, output, {**none, 1: 400, 3: 120, 4: 60, 9: 30})
+        content["annotations"][6][key] = before
+    assert not output.exists()
 
 
 SHARED = OUTSIDE / "data"

@@ -1,5 +1,6 @@
 """Data that trains and is not what its author meant; categories matched by name."""
 
+import argparse
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 import bags
 from bags.data.checks import check_annotations, check_splits
 from bags.data.plausibility import implausible_boxes, shared_images, split_images
+from bags.jobs import prepare_data
 
 
 def write(folder, boxes, name="x.json", images=None, categories=(1, 2)):
@@ -93,6 +95,26 @@ def test_remap_by_name(tmp_path):
     done = run_script(*command[:-1], tmp_path / "other.json")
     assert done.returncode == 2 and "1 of its categories are not in" in done.stderr and "'unknown'" in done.stderr
     assert not (tmp_path / "other.json").exists()
+
+
+def test_remap_refuses_unknown_images_and_notes_unknown_categories(tmp_path, capsys):
+    train = write(tmp_path, PLAIN, "train.json", categories=(5, 9))
+    images = [{"id": 1, "file_name": "1.png", "width": 200, "height": 100, "neg_category_ids": [3, 4]}]
+    annotations = [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 1, 5, 5]}]
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 3, "name": "n9"}]}
+    val, output = tmp_path / "val.json", tmp_path / "new.json"
+    arguments = argparse.Namespace(source=val, like=train.path, output=output)
+    val.write_text(json.dumps({**content, "annotations": [{**annotations[0], "image_id": 2}]}))
+    with pytest.raises(bags.UserError, match="val.json: annotation 1: image_id 2 is not in the file"):
+        prepare_data.remap(arguments)
+    val.write_text(json.dumps({**content, "info": {"a": float("nan")}}))
+    with pytest.raises(bags.UserError, match="val.json: info: holds NaN"):
+        prepare_data.remap(arguments)
+    assert not output.exists()
+    val.write_text(json.dumps(content))
+    prepare_data.remap(arguments)
+    assert "are left out: 1 images (first: image 1)" in capsys.readouterr().err
+    assert json.loads(output.read_text())["images"][0]["neg_category_ids"] == [9]
 
 
 @pytest.mark.parametrize("label", [0, -1, 4])
