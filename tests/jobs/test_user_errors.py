@@ -3,8 +3,12 @@
 import json
 import shutil
 
+import pytest
 import torch
 from conftest import metrics, run_script
+
+import bags
+from bags.engine.predict import predict
 
 
 def test_a_row_whose_baseline_was_trained_anew_is_refused(job, tmp_path):
@@ -49,6 +53,30 @@ def test_changed_annotations_under_a_complete_run_are_refused(job, glyphs, tmp_p
     edit(data / "train.json", lambda c: c["annotations"].pop())
     done = run_script(*command)
     assert done.returncode == 2 and "train.json has changed since this run was trained" in done.stderr
+
+
+@pytest.fixture
+def moved(job, glyphs, tmp_path):
+    """A copy of the finished rows and of their dataset: (configs, overrides of the job, folder of the rows, data)."""
+    configs, runs, _ = job
+    rows, data = shutil.copytree(runs / "tiny", tmp_path / "tiny"), shutil.copytree(glyphs, tmp_path / "data")
+    for run in rows.glob("*/config.yaml"):
+        run.write_text(run.read_text().replace(str(glyphs), str(data)))
+    return configs, [f"output={tmp_path}", f"data.root={data}", "device=cpu"], rows, data
+
+
+def test_annotations_that_change_during_a_prediction_are_not_scored(moved, monkeypatch):
+    configs, overrides, rows, data = moved
+
+    def predict_and_edit(*arguments):
+        edit(data / "val.json", lambda content: content["annotations"].pop())
+        return predict(*arguments)
+
+    monkeypatch.setattr("bags.jobs.score.predict", predict_and_edit)
+    (rows / "softmax/metrics.json").unlink()
+    with pytest.raises(bags.UserError, match=r"val.json: has changed while this command was running: give the command"):
+        bags.train(configs / "softmax.yaml", overrides)
+    assert not (rows / "softmax/metrics.json").exists()
 
 
 def test_a_complete_run_with_a_damaged_checkpoint_heals(job, tmp_path):
