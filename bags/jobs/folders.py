@@ -4,18 +4,20 @@ import contextlib
 import datetime
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from bags.analysis.results import environment
-from bags.analysis.run_files import read_metrics
+from bags.analysis.run_files import AGAIN_METRICS, read_metrics, read_scored_on
 from bags.assembly.loaders import open_index
 from bags.config.load import load_config, result_settings, save_config
 from bags.config.sections import Config
 from bags.core import distributed
 from bags.core.errors import UserError
 from bags.core.files import read_text, write_text
+from bags.data.index import AnnotationIndex
 from bags.data.statistics import CategoryStats
 from bags.engine.checkpoint import load_checkpoint, load_latest, weights_digest
 
@@ -50,12 +52,37 @@ def is_complete(folder: Path, config: Config) -> bool:
         load_checkpoint(folder / "last.pth")
     except UserError:
         return False  # goes on from previous.pth
-    return (folder / "metrics.json").exists() and "ACC" in read_metrics(folder)
+    if not is_finished(folder) or "ACC" not in read_metrics(folder):
+        return False
+    if Path(config.data.root, config.data.val).exists():
+        check_scored_on(folder, open_index(config, "val"))
+    return True
 
 
 def is_finished(folder: Path) -> bool:
     """Whether a run was scored."""
     return (folder / "metrics.json").exists()
+
+
+def check_scored_on(folder: Path, index: AnnotationIndex) -> None:
+    """Raise UserError if a run is known to be scored on other annotations than those of the index."""
+    if read_scored_on(folder) not in (None, index.sha256):
+        raise UserError(f"{folder}: {index.path} has changed since this run was scored: {AGAIN_METRICS}")
+
+
+def check_scored_alike(folders: Sequence[Path]) -> None:
+    """Raise UserError for runs that were scored with different `test.bins`, or on different annotations."""
+    first, *others = folders
+    bins, digest = load_config(first / "config.yaml").test.bins, read_scored_on(first)
+    for other in others:
+        other_bins = load_config(other / "config.yaml").test.bins
+        if other_bins != bins:
+            texts = [",".join(map(str, numbers)) for numbers in (other_bins, bins)]
+            raise UserError(f"{other}: scored with test.bins={texts[0]}, {first} with {texts[1]}: use one of them")
+        other_digest = read_scored_on(other)
+        if digest and other_digest and other_digest != digest:
+            raise UserError(f"{other}: was scored on other annotations than {first}: for the older {AGAIN_METRICS}")
+        digest = digest or other_digest
 
 
 def _first_difference(old: dict, new: dict, prefix: str = "") -> tuple | None:

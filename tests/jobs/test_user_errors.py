@@ -9,6 +9,8 @@ from conftest import metrics, run_script
 
 import bags
 from bags.engine.predict import predict
+from bags.jobs.folders import check_scored_alike
+from bags.jobs.report import gather, read_runs
 
 
 def test_a_row_whose_baseline_was_trained_anew_is_refused(job, tmp_path):
@@ -53,6 +55,29 @@ def test_changed_annotations_under_a_complete_run_are_refused(job, glyphs, tmp_p
     edit(data / "train.json", lambda c: c["annotations"].pop())
     done = run_script(*command)
     assert done.returncode == 2 and "train.json has changed since this run was trained" in done.stderr
+
+
+def test_numbers_of_changed_annotations_are_refused(moved, tmp_path):
+    """By train, tables and report, until the evaluation was run again; older runs say nothing of their annotations."""
+    configs, overrides, rows, data = moved
+    edit(data / "val.json", lambda content: content["annotations"].pop())
+    words = (
+        r"val.json has changed since this run was scored: remove metrics.json and give the training command again: o"
+    )
+    with pytest.raises(bags.UserError, match=f"bags: .*{words}"):
+        bags.train(configs / "bags.yaml", overrides)
+    with pytest.raises(bags.UserError, match=words):
+        gather(read_runs([rows / "bags"], [f"data.root={data}"]), draws=0)
+    (rows / "bags/metrics.json").unlink()
+    bags.train(configs / "bags.yaml", overrides)
+    for compared in (read_runs, check_scored_alike):
+        with pytest.raises(
+            bags.UserError, match="bags: was scored on other annotations than .*softmax: for the older re"
+        ):
+            compared([rows / "softmax", rows / "bags"], *([[]] if compared is read_runs else []))
+    (rows / "softmax/scored_on.json").unlink()
+    bags.train(configs / "softmax.yaml", overrides)
+    check_scored_alike([rows / "softmax", rows / "bags"])
 
 
 @pytest.fixture
