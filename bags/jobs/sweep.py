@@ -57,9 +57,9 @@ def show(folders: dict[str, list[Path]], best: str, title: str, save: Path | Non
     from bags.analysis.results import save_results, this_command
     from bags.analysis.run_files import read_metrics
     from bags.analysis.tables import render_table
-    from bags.jobs.folders import check_scored_alike
+    from bags.jobs.folders import check_comparable
 
-    check_scored_alike([folder for of_row in folders.values() for folder in of_row])
+    check_comparable(folders)
     rows = {name: [read_metrics(folder) for folder in of_row] for name, of_row in folders.items()}
     print(f"\n{render_table(rows)}")
     if save:

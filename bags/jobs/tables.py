@@ -12,7 +12,7 @@ from bags.config.load import load_config, load_rows
 from bags.config.rows import find_dataset, row_beside
 from bags.core.errors import UserError
 from bags.core.terminal import printable
-from bags.jobs.folders import check_scored_alike, check_scored_on
+from bags.jobs.folders import check_checkpoint, check_comparable, check_scored_on
 from bags.jobs.train import run_jobs
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def render_pages(paths: list[Path]) -> None:
 def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None = None) -> None:
     """Prints the table of `rows` (method -> run folders, one per seed) and draws both figures."""
     numbers = {name: [read_metrics(f) for f in folders] for name, folders in rows.items()}
-    check_scored_alike([folder for folders in rows.values() for folder in folders])
+    check_comparable(rows)
     table = render_table(numbers)
     norms, correlations, stats, config = weight_norms(rows)
     print(f"\n{table}\n\nrank correlation of classifier weight norm and training instances:")
@@ -78,6 +78,7 @@ def weight_norms(rows: dict[str, list[Path]]) -> tuple["Norms", dict[str, list[f
         norms[name], correlations[name] = [], []
         for folder in folders:
             detector, meta = load_detector(folder / "last.pth")
+            check_checkpoint(folder, meta["config"])
             stats = stats or meta["stats"]
             if meta["stats"] != stats:
                 raise UserError(f"{folder}: trained on another dataset than {next(iter(rows.values()))[0]}")
@@ -168,7 +169,7 @@ def _rows_of_table(table: PaperTable, name: str, path: Path) -> dict[str, Path]:
 
 def _show_table(table: PaperTable, folders: dict[str, list[Path]], published: bool, save: Path | None) -> None:
     """Print a table of finished runs (method -> run folders, one per seed), and keep its numbers in `save`."""
-    check_scored_alike([run for seeds in folders.values() for run in seeds])
+    check_comparable(folders)
     runs = {
         method: [read_metrics(run) | {"seconds": read_seconds(run)} for run in seeds]
         for method, seeds in folders.items()

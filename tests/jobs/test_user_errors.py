@@ -8,9 +8,12 @@ import torch
 from conftest import metrics, run_script
 
 import bags
+from bags.analysis.run_files import write_scored_on
+from bags.config.load import load_config
 from bags.engine.predict import predict
-from bags.jobs.folders import check_scored_alike
+from bags.jobs.folders import check_comparable, check_scored_alike, is_complete
 from bags.jobs.report import gather, read_runs
+from bags.jobs.tables import weight_norms
 
 
 def test_a_row_whose_baseline_was_trained_anew_is_refused(job, tmp_path):
@@ -57,8 +60,8 @@ def test_changed_annotations_under_a_complete_run_are_refused(job, glyphs, tmp_p
     assert done.returncode == 2 and "train.json has changed since this run was trained" in done.stderr
 
 
-def test_numbers_of_changed_annotations_are_refused(moved, tmp_path):
-    """By train, tables and report, until the evaluation was run again; older runs say nothing of their annotations."""
+def test_numbers_of_changed_annotations_are_refused(moved):
+    """By train, tables and report; older runs, which do not say what they were scored on, are taken as they are."""
     configs, overrides, rows, data = moved
     edit(data / "val.json", lambda content: content["annotations"].pop())
     words = (
@@ -68,16 +71,44 @@ def test_numbers_of_changed_annotations_are_refused(moved, tmp_path):
         bags.train(configs / "bags.yaml", overrides)
     with pytest.raises(bags.UserError, match=words):
         gather(read_runs([rows / "bags"], [f"data.root={data}"]), draws=0)
-    (rows / "bags/metrics.json").unlink()
-    bags.train(configs / "bags.yaml", overrides)
+    write_scored_on(rows / "bags", data / "val.json", bags.AnnotationIndex.open(data / "val.json").sha256)
     for compared in (read_runs, check_scored_alike):
         with pytest.raises(
             bags.UserError, match="bags: was scored on other annotations than .*softmax: for the older re"
         ):
             compared([rows / "softmax", rows / "bags"], *([[]] if compared is read_runs else []))
     (rows / "softmax/scored_on.json").unlink()
-    bags.train(configs / "softmax.yaml", overrides)
+    assert is_complete(rows / "softmax", load_config(configs / "softmax.yaml", overrides))
     check_scored_alike([rows / "softmax", rows / "bags"])
+
+
+def test_runs_of_one_row_differ_only_in_their_seed(moved, tmp_path):
+    rows = moved[2]
+    other = shutil.copytree(rows, tmp_path / "other/tiny")
+    config = other / "bags/config.yaml"
+    config.write_text(config.read_text().replace("\nseed: 0", "\nseed: 1").replace("root: ", "root: /elsewhere"))
+    check_comparable({"softmax": [rows / "softmax"], "bags": [rows / "bags", other / "bags"]})
+    config.write_text(config.read_text().replace("lr: 0.01", "lr: 0.5"))
+    with pytest.raises(
+        bags.UserError, match=r"other/tiny/bags: has train.lr=0.5, .*tiny/bags has 0.01: runs called bags"
+    ):
+        check_comparable({"softmax": [rows / "softmax"], "bags": [rows / "bags", other / "bags"]})
+    config.write_text(config.read_text().replace("  - 1000", "  - 999"))
+    with pytest.raises(
+        bags.UserError, match=r"other/tiny/bags: scored with test.bins=10,100,999, .*softmax with 10,10"
+    ):
+        check_comparable({"softmax": [rows / "softmax"], "bags": [other / "bags"]})
+
+
+def test_a_checkpoint_of_another_run_is_refused(moved):
+    """By train, and by weight_norms, which tables and report call."""
+    configs, overrides, rows, _ = moved
+    shutil.copy(rows / "bags/last.pth", rows / "softmax_retrained/last.pth")
+    words = r"softmax_retrained/last.pth: was trained with name=bags, .*retrained/config.yaml has softmax_retrained"
+    with pytest.raises(bags.UserError, match=words):
+        bags.train(configs / "softmax_retrained.yaml", overrides)
+    with pytest.raises(bags.UserError, match=words):
+        weight_norms({"softmax_retrained": [rows / "softmax_retrained"]})
 
 
 @pytest.fixture
