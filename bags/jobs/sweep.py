@@ -19,7 +19,10 @@ BEFORE = "put CONFIG and section.key=value before --over"
 
 def combinations(over: list[list[str]], taken: dict[str, str]) -> list[tuple[str, ...]]:
     """Overrides of each row. taken: keys that cannot be swept, and why."""
+    keys = [key for key, *_ in over]
     for key, *values in over:
+        if keys.count(key) > 1:
+            raise UserError(f"--over {key}: is given twice: put all its values behind one of them")
         if not values or "=" in key:
             raise UserError(f"--over {key}: expected a key and its values, as in --over classifier.others_ratio 1 8")
         if len(set(values)) < len(values):
@@ -39,6 +42,18 @@ def refuse_equal(rows: list[Config]) -> None:
         other = names.setdefault(dataclasses.replace(row, name="any"), row.name)
         if other != row.name:
             raise UserError(f"--over: {other} and {row.name} have equal settings: leave one out")
+
+
+def check_best(best: str, rows: list[Config]) -> None:
+    """Raise UserError, before anything is trained, unless the rows have one kind of column called `best`."""
+    bins = {row.test.bins for row in rows}
+    if len(bins) > 1:
+        raise UserError("--over test.bins: cannot be swept: a column such as AP1 would mix several kinds of bins")
+    number, last = re.search("[0-9]+", best), len(bins.pop()) + 1
+    if number and best not in ("AP50", "AP75", "mask_AP50", "mask_AP75") and not 1 <= int(number[0]) <= last:
+        raise UserError(f"--best {best}: expected a bin of test.bins, 1 to {last}")
+    if best.startswith("mask_") and not any(row.detector.has_masks for row in rows):
+        raise UserError(f"--best {best}: no row has masks: expected {best.removeprefix('mask_')}")
 
 
 def row_name(name: str, overrides: tuple[str, ...]) -> str:

@@ -237,6 +237,10 @@ def test_bad_input_is_one_line_and_exit_code_2(job, glyphs, tmp_path):
         (["tables", "--render", softmax, "--save", "x.json"], "--render takes only pages"),
         (["prepare_data", "glyphs-100", "--root", tmp_path / "g", "--workers", "-1"], "1 or more processes"),
         (["benchmark", "loss", "--repeats", "0"], "--repeats 0"),
+        (
+            ["tables", "--paper", "7", configs, "--save", softmax / "x.json"],
+            "softmax.yaml is not a folder: exp",
+        ),
         (["tables", "--paper", "7", configs], "--paper 7: expected one of 1, 2, 3, 4, fig4"),
         (["tables", "--paper", "4", configs], "expected one dataset"),
         (["prepare_data", "glyphs-100", "--root", glyphs], "not of this preset"),
