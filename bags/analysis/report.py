@@ -275,7 +275,7 @@ def _what(runs: list[RunResults], findings: Findings) -> str:
     parts = [table(head, [[key, *(column[key] for column in columns)] for key in columns[0]], words=True)]
     parts.append(_data(runs[0], findings))
     if len(runs) > 1:
-        rows = differences(*(run.config for run in runs))
+        rows = differences(runs[0].config, runs[1].config)
         parts.append(table(head, rows, "Settings that differ", words=True))
     for run in runs:
         content = yaml.safe_dump(config_to_dict(run.config), sort_keys=False)

@@ -16,6 +16,7 @@ from bags.evaluation.detection_ap import Scores
 
 FORMULA = re.compile("'*[=+\\-@\t\r\n]")
 AGAIN = "remove it and give the training command again: only the evaluation is run"
+AGAIN_METRICS = AGAIN.replace("it", "metrics.json", 1)
 
 
 def read_metrics(folder: Path) -> dict[str, float]:
@@ -55,7 +56,7 @@ def read_categories(source: Path) -> list[dict]:
     """
     path, mend = source, "expected the categories.csv of a finished run"
     if source.is_dir():
-        path, mend = source / "categories.csv", AGAIN.replace("it", "metrics.json", 1)
+        path, mend = source / "categories.csv", AGAIN_METRICS
     whole, text = ("id", "training_instances", "training_images", "bin"), ("name", "frequency")
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="surrogatepass", newline="") as file:
@@ -78,6 +79,19 @@ def without_nan(values: dict[str, float]) -> dict[str, float | None]:
 def write_metrics(folder: Path, values: dict[str, float]) -> None:
     """Writes `metrics.json`; NaN becomes null."""
     write_text(folder / "metrics.json", json.dumps(without_nan(values), indent=1))
+
+
+def write_scored_on(folder: Path, annotations: Path, sha256: str) -> None:
+    """Writes `scored_on.json`: the annotations that the numbers of a run belong to."""
+    write_text(folder / "scored_on.json", json.dumps({"annotations": str(annotations), "sha256": sha256}, indent=1))
+
+
+def read_scored_on(folder: Path) -> str | None:
+    """SHA-256 of the annotations that a run was scored on; None where that is not known, as of older runs."""
+    try:
+        return str(json.loads(read_text(folder / "scored_on.json"))["sha256"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def write_scores(folder: Path, name: str, scores: dict[str, Scores], boundaries: Sequence[int]) -> list[Path]:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,14 @@ def _choice(section: Any) -> str:
     return ", ".join([section.name, *changed])
 
 
-def differences(first: Config, second: Config) -> list[tuple[str, object, object]]:
-    """Settings that differ, as (key, first value, second value), with - for a missing key."""
-    left, right = (dict(_leaves(config_to_dict(config))) for config in (first, second))
+def differences(
+    first: Config, second: Config, plain: Callable[[Config], dict] = config_to_dict
+) -> list[tuple[str, object, object]]:
+    """Settings that differ, as (key, first value, second value), with - for a missing key.
+
+    plain: the settings that are compared, as nested dicts.
+    """
+    left, right = (dict(_leaves(plain(config))) for config in (first, second))
     triples = [(key, left.get(key, "-"), right.get(key, "-")) for key in {**left, **right}]
     return [triple for triple in triples if triple[1] != triple[2]]
 

@@ -30,3 +30,13 @@ def seeds_of(text: str | None) -> list[int | None]:
         return [None] if text is None else list(dict.fromkeys(int(s) for s in text.split(",")))
     except ValueError:
         raise UserError(f"--seeds {text}: expected whole numbers separated by commas, as in 0,1,2") from None
+
+
+def check_save(path: Path | None) -> None:
+    """Raise UserError, before anything is trained, if --save names a folder or a place below a file."""
+    if path is None:
+        return
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not parent.is_dir():
+        problem = "is a folder" if path.is_dir() else f"{parent} is not a folder"
+        raise UserError(f"--save {path}: {problem}: expected a file, as in results/x.json")

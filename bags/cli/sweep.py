@@ -14,11 +14,11 @@ are not run again. More values: the same command with more of them.
 import argparse
 from pathlib import Path
 
-from bags.cli.arguments import seeds_of, split_arguments
+from bags.cli.arguments import check_save, seeds_of, split_arguments
 from bags.config.load import load_config, load_rows
 from bags.config.rows import rows_of
 from bags.core.errors import UserError
-from bags.jobs.sweep import BEFORE, NUMBER, TAKEN, combinations, refuse_equal, row_name, show
+from bags.jobs.sweep import BEFORE, NUMBER, TAKEN, check_best, combinations, refuse_equal, row_name, show
 from bags.jobs.train import run_jobs
 
 
@@ -40,11 +40,13 @@ def main() -> None:
         raise UserError(
             f"--best {arguments.best}: expected a column of the table, as AP, AP50, AP1, AP_tail, mask_AP, ACC"
         )
+    check_save(arguments.save)
     seeds = seeds_of(arguments.seeds)
     combined = combinations(arguments.over, TAKEN if seeds[0] is None else TAKEN | {"seed": "--seeds gives it"})
     name = load_config(paths[0], overrides).name
     rows = [[*overrides, *values, f"name={row_name(name, values)}"] for values in combined]
     jobs = [[load_rows(paths, row, seed)[0] for row in rows] for seed in seeds]
     refuse_equal(jobs[0])
+    check_best(arguments.best, jobs[0])
     title = f"{name}: {', '.join(key for key, *_ in arguments.over)}"
     run_jobs(jobs, lambda folders: show(folders, arguments.best, title, arguments.save))

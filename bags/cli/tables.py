@@ -17,7 +17,7 @@ import argparse
 import os
 from pathlib import Path
 
-from bags.cli.arguments import seeds_of, split_arguments
+from bags.cli.arguments import check_save, seeds_of, split_arguments
 from bags.core.errors import UserError
 from bags.jobs.tables import compare, paper_table, render_pages
 
@@ -37,6 +37,7 @@ def main() -> None:
             raise UserError("--render takes only pages: it shows numbers that --save has kept")
         render_pages([Path(path) for path in arguments.runs])
         return
+    check_save(arguments.save)
     if arguments.paper:
         paths, overrides = split_arguments(arguments.runs)
         if len(paths) != 1:

@@ -62,6 +62,7 @@ class AnnotationIndex:
     name_bytes, name_starts, points, rings, ring_starts, rle_bytes, rle_starts
                     see `file_name` and `segmentation`
     for_masks       whether masks are learnt, so that an object without a segmentation does not train: see `trained`
+    sha256, state   digest of the whole file, and its size and times, when it was opened
     """
 
     path: Path
@@ -83,6 +84,8 @@ class AnnotationIndex:
     rle_starts: np.ndarray
     cache: Path | None = None
     for_masks: bool = False
+    sha256: str = ""
+    state: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -117,6 +120,11 @@ class AnnotationIndex:
                 reason = write_problem(error)
         places = " or ".join(str(folder.parent) for folder in folders)
         raise UserError(f"{path}: its index cannot be written to {places} ({reason}): set BAGS_CACHE to another folder")
+
+    def check_unchanged(self) -> None:
+        """Raise UserError if the file has other content than when it was opened."""
+        if _state(self.path) != list(self.state) and _digest(self.path) != self.sha256:
+            raise UserError(f"{self.path}: has changed while this command was running: give the command again")
 
     @property
     def category_names(self) -> list[str]:
@@ -257,8 +265,9 @@ def _open_cache(folder: Path, path: Path) -> AnnotationIndex | None:
         if about["state"] != state:
             if about["state"][0] != state[0] or about["sha256"] != _digest(path):
                 return None
+            about["state"] = state
             with contextlib.suppress(OSError):  # the same content: need not be read again the next time
-                _write(folder, {**about, "state": state})
+                _write(folder, about)
         return _map(folder, path, about)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -298,6 +307,7 @@ def _map(folder: Path, path: Path, about: dict, for_masks: bool = False) -> Anno
         name: np.zeros((0, columns) if columns else (0,), kind) for name, (kind, columns) in ARRAYS.items()
     }
     known = {"categories": about["categories"], "cache": folder, "for_masks": for_masks}
+    known |= {"sha256": about["sha256"], "state": tuple(about["state"])}
     return AnnotationIndex(path=path, **known, **{**empty, **arrays})
 
 

@@ -4,18 +4,21 @@ import contextlib
 import datetime
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from bags.analysis.results import environment
-from bags.analysis.run_files import read_metrics
+from bags.analysis.run_files import AGAIN_METRICS, read_metrics, read_scored_on
+from bags.analysis.run_results import differences
 from bags.assembly.loaders import open_index
-from bags.config.load import load_config, result_settings, save_config
+from bags.config.load import config_from_dict, load_config, result_settings, save_config
 from bags.config.sections import Config
 from bags.core import distributed
 from bags.core.errors import UserError
 from bags.core.files import read_text, write_text
+from bags.data.index import AnnotationIndex
 from bags.data.statistics import CategoryStats
 from bags.engine.checkpoint import load_checkpoint, load_latest, weights_digest
 
@@ -29,7 +32,7 @@ def is_complete(folder: Path, config: Config) -> bool:
         return False
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder}: holds checkpoints but no config.yaml, which says what they are: remove the folder")
-    change = _first_difference(result_settings(load_config(folder / "config.yaml")), result_settings(config))
+    change = _difference(load_config(folder / "config.yaml"), config)
     if change:
         raise UserError(
             f"{folder}: this run was trained with {change[0]}={change[1]}, now it is {change[2]}: "
@@ -38,6 +41,7 @@ def is_complete(folder: Path, config: Config) -> bool:
         )
     latest, source = load_latest(folder), config.init_file
     assert latest is not None  # a file of it is there
+    check_checkpoint(folder, config_from_dict(latest["config"], f"{folder / 'last.pth'}: config"))
     data = Path(config.data.root, config.data.train)
     if data.exists() and latest["stats"] != CategoryStats.from_index(open_index(config, "train")).to_dict():
         raise UserError(f"{folder}: {data} has changed since this run was trained: remove the folder, or set output=")
@@ -50,7 +54,11 @@ def is_complete(folder: Path, config: Config) -> bool:
         load_checkpoint(folder / "last.pth")
     except UserError:
         return False  # goes on from previous.pth
-    return (folder / "metrics.json").exists() and "ACC" in read_metrics(folder)
+    if not is_finished(folder) or "ACC" not in read_metrics(folder):
+        return False
+    if Path(config.data.root, config.data.val).exists():
+        check_scored_on(folder, open_index(config, "val"))
+    return True
 
 
 def is_finished(folder: Path) -> bool:
@@ -58,16 +66,59 @@ def is_finished(folder: Path) -> bool:
     return (folder / "metrics.json").exists()
 
 
-def _first_difference(old: dict, new: dict, prefix: str = "") -> tuple | None:
-    for key in {**old, **new}:
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            inner = _first_difference(a, b, f"{prefix}{key}.")
-            if inner:
-                return inner
-        elif a != b:
-            return f"{prefix}{key}", a, b
-    return None
+def check_scored_on(folder: Path, index: AnnotationIndex) -> None:
+    """Raise UserError if a run is known to be scored on other annotations than those of the index."""
+    if read_scored_on(folder) not in (None, index.sha256):
+        raise UserError(f"{folder}: {index.path} has changed since this run was scored: {AGAIN_METRICS}")
+
+
+def check_scored_alike(folders: Sequence[Path]) -> None:
+    """Raise UserError for runs that were scored with different `test.bins`, or on different annotations."""
+    first, *others = folders
+    bins, digest = load_config(first / "config.yaml").test.bins, read_scored_on(first)
+    for other in others:
+        other_bins = load_config(other / "config.yaml").test.bins
+        if other_bins != bins:
+            texts = [",".join(map(str, numbers)) for numbers in (other_bins, bins)]
+            raise UserError(f"{other}: scored with test.bins={texts[0]}, {first} with {texts[1]}: use one of them")
+        other_digest = read_scored_on(other)
+        if digest and other_digest and other_digest != digest:
+            raise UserError(f"{other}: was scored on other annotations than {first}: for the older {AGAIN_METRICS}")
+        digest = digest or other_digest
+
+
+def check_comparable(rows: dict[str, list[Path]]) -> None:
+    """Raise UserError for runs that do not belong in one table.
+
+    rows: row -> run folders. All must be scored alike; those of one row may differ in the seed and the dataset's place.
+    """
+    check_scored_alike([folder for folders in rows.values() for folder in folders])
+    for name, (first, *others) in rows.items():
+        config = load_config(first / "config.yaml") if others else None
+        for other in others:
+            change = config and _difference(config, load_config(other / "config.yaml"), but=("seed", "data.root"))
+            if change:
+                raise UserError(
+                    f"{other}: has {change[0]}={change[2]}, {first} has {change[1]}: runs called {name} are averaged, "
+                    "so only their seeds may differ: rename one of the folders, or leave it out"
+                )
+
+
+def check_checkpoint(folder: Path, config: Config) -> None:
+    """Raise UserError unless the configuration of a run's checkpoint is that of its `config.yaml`."""
+    file = folder / "config.yaml"
+    change = _difference(config, load_config(file), but=("data.root",))
+    if change:
+        raise UserError(
+            f"{folder / 'last.pth'}: was trained with {change[0]}={change[1]}, {file} has {change[2]}: "
+            "put the file of this run back, or remove the folder"
+        )
+
+
+def _difference(first: Config, second: Config, but: Sequence[str] = ()) -> tuple[str, object, object] | None:
+    """The first setting that can change a result and differs: (key, first value, second value)."""
+    changes = differences(first, second, result_settings)
+    return next((change for change in changes if change[0] not in but), None)
 
 
 def describe(config: Config) -> None:

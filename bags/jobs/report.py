@@ -23,6 +23,7 @@ MEND = "data.root=... says where the dataset is now"
 def read_runs(folders: list[Path], overrides: list[str]) -> list["RunResults"]:
     """The runs, with names that differ. Raises UserError unless they are finished and can be compared."""
     from bags.analysis.run_results import read_run
+    from bags.jobs.folders import check_scored_alike
 
     runs = [read_run(folder, overrides) for folder in folders]
     if len(runs) == 1:
@@ -35,11 +36,7 @@ def read_runs(folders: list[Path], overrides: list[str]) -> list["RunResults"]:
     keys = ("id", "name", "training_instances")
     if [[row[key] for key in keys] for row in first.rows] != [[row[key] for key in keys] for row in other.rows]:
         raise UserError(f"{other.folder}: has other categories or training counts than {first.folder}: another dataset")
-    if first.config.test.bins != other.config.test.bins:
-        bins = [",".join(map(str, run.config.test.bins)) for run in runs]
-        raise UserError(
-            f"{other.folder}: scored with test.bins={bins[1]}, {first.folder} with {bins[0]}: use one of them"
-        )
+    check_scored_alike([run.folder for run in runs])
     ours, theirs = (Path(run.config.data.root) / run.config.data.val for run in runs)
     if ours.exists() and theirs.exists() and not filecmp.cmp(ours, theirs, shallow=False):
         raise UserError(f"{other.folder}: was validated on {theirs}, {first.folder} on {ours}, which differ")
@@ -64,7 +61,7 @@ def gather(runs: list["RunResults"], draws: int) -> "Findings":
             findings.notes.append(f"{run.folder / 'last.pth'}: no such file: no weight norms of {run.label}")
     entries = [shown.read_detections(run.folder, name_of) for run in runs]
     findings.detected = [{entry["category_id"] for entry in of_run} for of_run in entries]
-    dataset = open_validation(first, stats, findings)
+    dataset = open_validation(runs, stats, findings)
     if findings.objects is not None and len(runs) > 1:
         findings.comparison = compare_runs(runs, stats, draws)
     if dataset is not None:
@@ -87,20 +84,25 @@ def norms_of(run: "RunResults") -> "np.ndarray":
     return norms[run.label][0]
 
 
-def open_validation(run: "RunResults", stats: "CategoryStats", findings: "Findings") -> "DetectionDataset | None":
-    """The validation set, or None; its counts and what is missing go to `findings`."""
+def open_validation(
+    runs: list["RunResults"], stats: "CategoryStats", findings: "Findings"
+) -> "DetectionDataset | None":
+    """The validation set of the first run, or None; its counts and what is missing go to `findings`."""
     import numpy as np
 
     from bags.assembly.initialise import check_categories
     from bags.assembly.loaders import build_val_dataset, open_index
+    from bags.jobs.folders import check_scored_on
 
-    config = run.config
+    config = runs[0].config
     try:
         index = open_index(config, "val")
     except UserError as error:
         findings.notes.append(f"{error}: no comparison by images, no example images; {MEND}")
         return None
-    check_categories(stats, index, run.folder / "categories.csv")
+    check_categories(stats, index, runs[0].folder / "categories.csv")
+    for run in runs:
+        check_scored_on(run.folder, index)
     findings.objects = np.bincount(index.labels[~index.crowd], minlength=stats.num_categories + 1)[1:]
     findings.images["validation"] = len(index)
     with contextlib.suppress(UserError):  # its counts are in categories.csv

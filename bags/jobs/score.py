@@ -33,6 +33,7 @@ def predict_and_evaluate(
     proposal accuracies; all that was found of "bbox" and "segm").
 
     Every rank takes its share of the images; only the main process scores, the others return nothing.
+    Raises UserError if the annotations have changed since the dataset was opened.
     stored: batches of the images' kept features, if there are any.
     """
     accuracy = ProposalAccuracy(stats.num_categories)
@@ -70,6 +71,7 @@ def predict_and_evaluate(
             max_detections=config.test.max_detections,
         )
         results |= {f"{prefix}{name}": value for name, value in scores[iou_type].numbers.items()}
+    index.check_unchanged()  # scoring has read the file itself
     for note in scores["bbox"].notes:
         print(f"note: {note}", file=sys.stderr)
     return results | accuracy.summary(stats.instance_counts, config.test.bins), scores

@@ -19,7 +19,10 @@ BEFORE = "put CONFIG and section.key=value before --over"
 
 def combinations(over: list[list[str]], taken: dict[str, str]) -> list[tuple[str, ...]]:
     """Overrides of each row. taken: keys that cannot be swept, and why."""
+    keys = [key for key, *_ in over]
     for key, *values in over:
+        if keys.count(key) > 1:
+            raise UserError(f"--over {key}: is given twice: put all its values behind one of them")
         if not values or "=" in key:
             raise UserError(f"--over {key}: expected a key and its values, as in --over classifier.others_ratio 1 8")
         if len(set(values)) < len(values):
@@ -41,6 +44,18 @@ def refuse_equal(rows: list[Config]) -> None:
             raise UserError(f"--over: {other} and {row.name} have equal settings: leave one out")
 
 
+def check_best(best: str, rows: list[Config]) -> None:
+    """Raise UserError, before anything is trained, unless the rows have one kind of column called `best`."""
+    bins = {row.test.bins for row in rows}
+    if len(bins) > 1:
+        raise UserError("--over test.bins: cannot be swept: a column such as AP1 would mix several kinds of bins")
+    number, last = re.search("[0-9]+", best), len(bins.pop()) + 1
+    if number and best not in ("AP50", "AP75", "mask_AP50", "mask_AP75") and not 1 <= int(number[0]) <= last:
+        raise UserError(f"--best {best}: expected a bin of test.bins, 1 to {last}")
+    if best.startswith("mask_") and not any(row.detector.has_masks for row in rows):
+        raise UserError(f"--best {best}: no row has masks: expected {best.removeprefix('mask_')}")
+
+
 def row_name(name: str, overrides: tuple[str, ...]) -> str:
     """The row's folder: what is swept, without its section; a long value as its beginning and a digest."""
     parts = [name]
@@ -57,7 +72,9 @@ def show(folders: dict[str, list[Path]], best: str, title: str, save: Path | Non
     from bags.analysis.results import save_results, this_command
     from bags.analysis.run_files import read_metrics
     from bags.analysis.tables import render_table
+    from bags.jobs.folders import check_comparable
 
+    check_comparable(folders)
     rows = {name: [read_metrics(folder) for folder in of_row] for name, of_row in folders.items()}
     print(f"\n{render_table(rows)}")
     if save:

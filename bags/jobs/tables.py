@@ -12,6 +12,7 @@ from bags.config.load import load_config, load_rows
 from bags.config.rows import find_dataset, row_beside
 from bags.core.errors import UserError
 from bags.core.terminal import printable
+from bags.jobs.folders import check_checkpoint, check_comparable, check_scored_on
 from bags.jobs.train import run_jobs
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def render_pages(paths: list[Path]) -> None:
 def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None = None) -> None:
     """Prints the table of `rows` (method -> run folders, one per seed) and draws both figures."""
     numbers = {name: [read_metrics(f) for f in folders] for name, folders in rows.items()}
+    check_comparable(rows)
     table = render_table(numbers)
     norms, correlations, stats, config = weight_norms(rows)
     print(f"\n{table}\n\nrank correlation of classifier weight norm and training instances:")
@@ -76,6 +78,7 @@ def weight_norms(rows: dict[str, list[Path]]) -> tuple["Norms", dict[str, list[f
         norms[name], correlations[name] = [], []
         for folder in folders:
             detector, meta = load_detector(folder / "last.pth")
+            check_checkpoint(folder, meta["config"])
             stats = stats or meta["stats"]
             if meta["stats"] != stats:
                 raise UserError(f"{folder}: trained on another dataset than {next(iter(rows.values()))[0]}")
@@ -113,6 +116,7 @@ def _draw_predictions(
     name_of = dict(zip(stats.category_ids, stats.names, strict=True))
     check_categories(stats, index, next(iter(runs.values())))
     for run, folder in runs.items():
+        check_scored_on(folder, index)
         detections = by_image(read_detections(folder, name_of))
         columns[run] = [judged(detections.get(i, []), t, name_of) for i, t in zip(image_ids, truths, strict=True)]
     caption = f"scores of {LEAST_SCORE:.0%} or more; green: object and category are right, red: one of them is wrong"
@@ -165,6 +169,7 @@ def _rows_of_table(table: PaperTable, name: str, path: Path) -> dict[str, Path]:
 
 def _show_table(table: PaperTable, folders: dict[str, list[Path]], published: bool, save: Path | None) -> None:
     """Print a table of finished runs (method -> run folders, one per seed), and keep its numbers in `save`."""
+    check_comparable(folders)
     runs = {
         method: [read_metrics(run) | {"seconds": read_seconds(run)} for run in seeds]
         for method, seeds in folders.items()

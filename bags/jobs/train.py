@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bags.analysis.run_files import without_nan, write_metrics, write_scores
+from bags.analysis.run_files import without_nan, write_metrics, write_scored_on, write_scores
 from bags.assembly import stored
 from bags.assembly.initialise import initialise
 from bags.assembly.loaders import build_train_loader, build_val_dataset, open_index
@@ -179,7 +179,8 @@ class Pass:
             )
             if distributed.is_main():
                 write_scores(config.run_folder, config.name, scores, config.test.bins)
-                write_metrics(config.run_folder, metrics)
+                write_scored_on(config.run_folder, self.validation.index.path, self.validation.index.sha256)
+                write_metrics(config.run_folder, metrics)  # last, since a run with metrics is finished
                 if config.train.evaluate_every:
                     _keep(run, config.train.epochs, metrics)
         distributed.barrier()

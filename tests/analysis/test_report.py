@@ -171,7 +171,8 @@ def test_hostile_names_stay_text(folder, glyphs, tmp_path):
         shutil.move(data / image["file_name"], data / f"{image['file_name']}<i>")
         image["file_name"] += "<i>"
     (data / "val.json").write_text(json.dumps(truth))
-    (run / "last.pth").unlink()  # it has the old name
+    for old_name in ("last.pth", "scored_on.json"):
+        (run / old_name).unlink()  # of the old names
     quoted = '"' + HOSTILE.replace('"', '""') + '"'
     text = (run / "categories.csv").read_text()
     (run / "categories.csv").write_text(text.replace(f"\n1,{old},", f"\n1,{quoted},", 1))

@@ -123,6 +123,16 @@ def test_a_changed_file_is_packed_again(file):
     assert not np.array_equal(bags.AnnotationIndex.open(file).boxes, before.boxes)
 
 
+def test_a_change_after_the_opening_is_noticed(file):
+    index = bags.AnnotationIndex.open(file)
+    os.utime(file, (1, 1))
+    index.check_unchanged()  # the content is the same
+    pickle.loads(pickle.dumps(index)).check_unchanged()
+    file.write_text(json.dumps(random_content(seed=1)))
+    with pytest.raises(bags.UserError, match=r"a.json: has changed while this command was running"):
+        index.check_unchanged()
+
+
 def test_a_copy_with_another_time_is_not_packed_again(file):
     index = bags.AnnotationIndex.open(file)
     times = {p.name: p.stat().st_mtime_ns for p in index.cache.glob("*.npy")}

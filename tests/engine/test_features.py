@@ -445,6 +445,17 @@ def test_a_sweep_of_scores_runs_the_detector_once(job, tmp_path):
         (["--over", "seed", "0", "1", "--seeds", "3,4"], "--over seed: cannot be swept: --seeds gives it"),
         (["--over", "classifier.other_ratio", "2"], "did you mean classifier.others_ratio"),
         (["--over", "classifier.others_ratio", "2", "--best", "mAP"], "--best mAP: expected a column of the table"),
+        (
+            ["--over", "classifier.others_ratio", "2", "--best", "AP9"],
+            "--best AP9: expected a bin of test.bins, 1 to",
+        ),
+        (
+            ["--over", "classifier.others_ratio", "2", "--best", "mask_AP"],
+            "--best mask_AP: no row has masks: expected",
+        ),
+        (["--over", "classifier.others_ratio", "2", "--save", "."], "--save .: is a folder: expected a file"),
+        (["--over", "train.lr", "1", "--over", "train.lr", "2"], "--over train.lr: is given twice: put all its values"),
+        (["--over", "test.bins", "[5]", "[9]"], "--over test.bins: cannot be swept: a column such as AP1 would mix"),
     ],
 )
 def test_mistakes_in_a_sweep(swept, arguments, message):

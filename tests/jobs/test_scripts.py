@@ -1,6 +1,7 @@
 """The commands, run as a user runs them."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 import bags
+from bags.analysis.run_files import read_scored_on
 from bags.cli.arguments import split_arguments
 from bags.config.load import load_rows
 from bags.engine.checkpoint import keep_best, load_checkpoint
@@ -35,11 +37,12 @@ def test_train_shows_the_comparison(job):
         assert Image.open(runs / "tiny" / "figures" / name).size[0] > 500
 
 
-def test_run_folder(job):
+def test_run_folder(job, glyphs):
     _, runs, _ = job
     folder = runs / "tiny" / "bags"
     names = {p.name for p in folder.iterdir()}
     assert {"config.yaml", "environment.json", "log.jsonl", "last.pth", "predictions.json", "metrics.json"} <= names
+    assert read_scored_on(folder) == hashlib.sha256((glyphs / "val.json").read_bytes()).hexdigest()
     log = read_lines(folder / "log.jsonl")
     assert {"iteration", "epoch", "lr", "loss", "loss_group0", "loss_group1"} <= log[-1].keys()
     environment = json.loads((folder / "environment.json").read_text())

@@ -3,8 +3,17 @@
 import json
 import shutil
 
+import pytest
 import torch
 from conftest import metrics, run_script
+
+import bags
+from bags.analysis.run_files import write_scored_on
+from bags.config.load import load_config
+from bags.engine.predict import predict
+from bags.jobs.folders import check_comparable, check_scored_alike, is_complete
+from bags.jobs.report import gather, read_runs
+from bags.jobs.tables import weight_norms
 
 
 def test_a_row_whose_baseline_was_trained_anew_is_refused(job, tmp_path):
@@ -49,6 +58,81 @@ def test_changed_annotations_under_a_complete_run_are_refused(job, glyphs, tmp_p
     edit(data / "train.json", lambda c: c["annotations"].pop())
     done = run_script(*command)
     assert done.returncode == 2 and "train.json has changed since this run was trained" in done.stderr
+
+
+def test_numbers_of_changed_annotations_are_refused(moved):
+    """By train, tables and report; older runs, which do not say what they were scored on, are taken as they are."""
+    configs, overrides, rows, data = moved
+    edit(data / "val.json", lambda content: content["annotations"].pop())
+    words = (
+        r"val.json has changed since this run was scored: remove metrics.json and give the training command again: o"
+    )
+    with pytest.raises(bags.UserError, match=f"bags: .*{words}"):
+        bags.train(configs / "bags.yaml", overrides)
+    with pytest.raises(bags.UserError, match=words):
+        gather(read_runs([rows / "bags"], [f"data.root={data}"]), draws=0)
+    write_scored_on(rows / "bags", data / "val.json", bags.AnnotationIndex.open(data / "val.json").sha256)
+    for compared in (read_runs, check_scored_alike):
+        with pytest.raises(
+            bags.UserError, match="bags: was scored on other annotations than .*softmax: for the older re"
+        ):
+            compared([rows / "softmax", rows / "bags"], *([[]] if compared is read_runs else []))
+    (rows / "softmax/scored_on.json").unlink()
+    assert is_complete(rows / "softmax", load_config(configs / "softmax.yaml", overrides))
+    check_scored_alike([rows / "softmax", rows / "bags"])
+
+
+def test_runs_of_one_row_differ_only_in_their_seed(moved, tmp_path):
+    rows = moved[2]
+    other = shutil.copytree(rows, tmp_path / "other/tiny")
+    config = other / "bags/config.yaml"
+    config.write_text(config.read_text().replace("\nseed: 0", "\nseed: 1").replace("root: ", "root: /elsewhere"))
+    check_comparable({"softmax": [rows / "softmax"], "bags": [rows / "bags", other / "bags"]})
+    config.write_text(config.read_text().replace("lr: 0.01", "lr: 0.5"))
+    with pytest.raises(
+        bags.UserError, match=r"other/tiny/bags: has train.lr=0.5, .*tiny/bags has 0.01: runs called bags"
+    ):
+        check_comparable({"softmax": [rows / "softmax"], "bags": [rows / "bags", other / "bags"]})
+    config.write_text(config.read_text().replace("  - 1000", "  - 999"))
+    with pytest.raises(
+        bags.UserError, match=r"other/tiny/bags: scored with test.bins=10,100,999, .*softmax with 10,10"
+    ):
+        check_comparable({"softmax": [rows / "softmax"], "bags": [other / "bags"]})
+
+
+def test_a_checkpoint_of_another_run_is_refused(moved):
+    """By train, and by weight_norms, which tables and report call."""
+    configs, overrides, rows, _ = moved
+    shutil.copy(rows / "bags/last.pth", rows / "softmax_retrained/last.pth")
+    words = r"softmax_retrained/last.pth: was trained with name=bags, .*retrained/config.yaml has softmax_retrained"
+    with pytest.raises(bags.UserError, match=words):
+        bags.train(configs / "softmax_retrained.yaml", overrides)
+    with pytest.raises(bags.UserError, match=words):
+        weight_norms({"softmax_retrained": [rows / "softmax_retrained"]})
+
+
+@pytest.fixture
+def moved(job, glyphs, tmp_path):
+    """A copy of the finished rows and of their dataset: (configs, overrides of the job, folder of the rows, data)."""
+    configs, runs, _ = job
+    rows, data = shutil.copytree(runs / "tiny", tmp_path / "tiny"), shutil.copytree(glyphs, tmp_path / "data")
+    for run in rows.glob("*/config.yaml"):
+        run.write_text(run.read_text().replace(str(glyphs), str(data)))
+    return configs, [f"output={tmp_path}", f"data.root={data}", "device=cpu"], rows, data
+
+
+def test_annotations_that_change_during_a_prediction_are_not_scored(moved, monkeypatch):
+    configs, overrides, rows, data = moved
+
+    def predict_and_edit(*arguments):
+        edit(data / "val.json", lambda content: content["annotations"].pop())
+        return predict(*arguments)
+
+    monkeypatch.setattr("bags.jobs.score.predict", predict_and_edit)
+    (rows / "softmax/metrics.json").unlink()
+    with pytest.raises(bags.UserError, match=r"val.json: has changed while this command was running: give the command"):
+        bags.train(configs / "softmax.yaml", overrides)
+    assert not (rows / "softmax/metrics.json").exists()
 
 
 def test_a_complete_run_with_a_damaged_checkpoint_heals(job, tmp_path):
@@ -153,6 +237,10 @@ def test_bad_input_is_one_line_and_exit_code_2(job, glyphs, tmp_path):
         (["tables", "--render", softmax, "--save", "x.json"], "--render takes only pages"),
         (["prepare_data", "glyphs-100", "--root", tmp_path / "g", "--workers", "-1"], "1 or more processes"),
         (["benchmark", "loss", "--repeats", "0"], "--repeats 0"),
+        (
+            ["tables", "--paper", "7", configs, "--save", softmax / "x.json"],
+            "softmax.yaml is not a folder: exp",
+        ),
         (["tables", "--paper", "7", configs], "--paper 7: expected one of 1, 2, 3, 4, fig4"),
         (["tables", "--paper", "4", configs], "expected one dataset"),
         (["prepare_data", "glyphs-100", "--root", glyphs], "not of this preset"),
