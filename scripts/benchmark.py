@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bags.cli.arguments import check_save
 from bags.core.errors import UserError, run_script
 
 NAMES = ("loss", "train_step", "throughput", "classifier_stage", "inference", "evaluation", "data")
@@ -37,6 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         raise UserError(f"--repeats {arguments.repeats}: expected 1 or more")
+    check_save(arguments.save)
     benchmark = importlib.import_module(f"scripts.benchmarks.{arguments.name}")
     results = getattr(benchmark, arguments.name)(arguments)
     if arguments.save:

@@ -20,6 +20,7 @@ import argparse
 import json
 from pathlib import Path
 
+from bags.cli.arguments import check_draws, check_output_folder
 from bags.core.errors import UserError
 from bags.jobs.evaluate import OF_RESULTS, compare_results, evaluate_checkpoint, evaluate_results
 
@@ -45,6 +46,9 @@ def main() -> None:
     for path in (arguments.output, *arguments.output.parents) if arguments.output else ():
         if path.exists() and not path.is_dir():
             raise UserError(f"--output {arguments.output}: {path} is a file, not a folder")
+    if arguments.output:
+        check_output_folder(arguments.output)
+    check_draws(arguments.draws)
     if arguments.compare:
         compare_results(arguments)
         return

@@ -15,6 +15,7 @@ predictions.json and drawings of the same names are replaced. Other drawings sta
 import argparse
 from pathlib import Path
 
+from bags.cli.arguments import check_output_folder
 from bags.core.errors import UserError
 from bags.jobs.predict import detect, image_files
 
@@ -39,6 +40,12 @@ def main() -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected pixels, 1 or more")
     if not 0 <= arguments.score <= 1:
         raise UserError(f"--score {arguments.score}: expected 0 to 1")
+    if arguments.min_size and arguments.max_size and arguments.min_size > arguments.max_size:
+        sizes = f"--min-size {arguments.min_size} --max-size {arguments.max_size}"
+        raise UserError(f"{sizes}: the shorter side cannot be the longer one")
+    check_output_folder(arguments.output)
+    if arguments.output.resolve() in {path.resolve() for path in arguments.images}:
+        raise UserError(f"--output {arguments.output}: is the folder of the images; choose another --output")
     files = image_files(arguments.images)
     from bags.assembly.models import load_detector
     from bags.core import distributed

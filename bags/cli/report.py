@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from bags.core.errors import UserError
-from bags.core.files import replacing
+from bags.core.files import read_bytes, replacing
 from bags.jobs.report import gather, read_runs
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     from bags.analysis.report import render
-    from bags.cli.arguments import split_arguments
+    from bags.cli.arguments import check_draws, split_arguments
 
     folders, overrides = split_arguments(arguments.runs)
     if not 1 <= len(folders) <= 2:
@@ -36,12 +36,13 @@ def main() -> None:
     wrong = next((override for override in overrides if not override.startswith("data.")), None)
     if wrong:
         raise UserError(f"override '{wrong}': a report takes data.* only: the run is shown as it is")
-    if arguments.draws < 0:
-        raise UserError(f"--draws {arguments.draws}: expected 0 or more")
+    check_draws(arguments.draws)
     output = arguments.output or folders[0] / "report.html"
     runs = read_runs(folders, overrides)
     if output.is_dir():
         raise UserError(f"{output}: is a folder; --output names a file")
+    if output.is_file() and not read_bytes(output).lstrip()[:9].lower() == b"<!doctype":
+        raise UserError(f"--output {output}: exists already, and is no report; choose another name")
     findings = gather(runs, arguments.draws)
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output, errors="replace") as file:

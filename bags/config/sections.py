@@ -273,6 +273,7 @@ class Config(Settings):
         """Check also what is no range. Raises ValueError, naming the key."""
         super().__post_init__()
         _need_folder_name("name", self.name)
+        need(self.name != "figures", "name", "another name: the dataset's figures are in that folder", self.name)
         _need_path("output", self.output)
 
     @property

@@ -104,8 +104,10 @@ def replacing(path: Path, mode: str = "w", **settings: Any) -> Iterator[IO]:
     """A temporary file beside `path` that takes its place at the end, and is removed after an error.
 
     settings: those of `open` (text is UTF-8). The temporary name is unique, so several processes may write one path
-    at once: each reader then sees the whole file of one of them.
+    at once: each reader then sees the whole file of one of them. Of a symbolic link, the file that it leads to is
+    replaced. A folder, pipe, socket or device in the file's place raises OSError.
     """
+    path = _replaceable(path)
     temporary = path.with_name(f"{path.name[:40]}.{secrets.token_hex(4)}.tmp")  # a name may have 255 bytes
     if "b" not in mode:
         settings = {"encoding": "utf-8", **settings}
@@ -116,6 +118,19 @@ def replacing(path: Path, mode: str = "w", **settings: Any) -> Iterator[IO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _replaceable(path: Path) -> Path:
+    """Follow links to the file that may be replaced, or made. Raises OSError for anything else."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return Path(os.path.realpath(path)) if path.is_symlink() else path
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise NotRegular(errno.EINVAL, "Not a regular file", str(path))
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 @contextlib.contextmanager

@@ -75,6 +75,8 @@ def make_coco_lt(
     instead the annotations of each category in its listed images. Raises UserError for a category
     without a target, and where there is less than a target asks for.
     """
+    if output.exists():
+        raise UserError(f"--output {output}: exists already: remove it, or choose another name")
     if not 0 <= seed < 2**31:
         raise UserError(f"seed: expected 0 <= seed < 2**31, got {seed}")
     image_ids = pack(source)["image_ids"]  # which refuses what is no annotation file
@@ -104,6 +106,7 @@ def make_coco_lt(
     in_images = Counter(category for _, category in {(a["image_id"], a["category_id"]) for a in kept})
     for category in content["categories"]:
         category |= {"instance_count": counts[category["id"]], "image_count": in_images[category["id"]]}
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, as_json(content, source))
     return {category: counts[category] for category in by_category}
 

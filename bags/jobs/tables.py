@@ -29,16 +29,19 @@ CROWDED = 25  # in an image with more boxes only tail categories are named
 def render_pages(paths: list[Path]) -> None:
     """Tables of Markdown pages, from the files beside them that they name."""
     from bags.analysis.results import render_page
-    from bags.core.files import write_text
+    from bags.core.files import decode, read_bytes, write_text
 
     pages = {}
     for path in paths:
         if not path.is_file() or path.suffix != ".md":
             raise UserError(f"{path}: no such page (a Markdown file, *.md)")
         try:
-            pages[path] = render_page(path.read_text(encoding="utf-8"), path.parent)
+            before = decode(path, read_bytes(path))
+            after = render_page(before, path.parent)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+        if after != before:
+            pages[path] = after
     for path, text in pages.items():
         write_text(path, text)
 

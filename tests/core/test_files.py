@@ -11,7 +11,7 @@ from conftest import run_script
 
 from bags.config.load import load_config
 from bags.core.errors import UserError
-from bags.core.files import encoding_problem, open_regular, read_bytes, read_text
+from bags.core.files import encoding_problem, open_regular, read_bytes, read_text, write_text
 from bags.data.checks import check_annotations
 from bags.data.findings import STOP
 from bags.data.index import AnnotationIndex
@@ -156,3 +156,19 @@ def test_results_with_numbers_of_many_digits(tmp_path, digits):
         (tmp_path / "r.json").write_text(json.dumps(content).replace('"BIG"', "9" * digits))
         words = refusal(read_results, tmp_path / "r.json", truth)
         assert (f"`{key}` (line 1, " if digits == 5000 else f"detection 0: {key}") in words and len(words) < 300
+
+
+def test_only_files_are_replaced(tmp_path):
+    """Pipes and folders stay; a link leads to the file that is replaced, or made; a link to itself is an error."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("pipe", "folder", "loop"):
+        with pytest.raises(OSError):
+            write_text(tmp_path / name, "new")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "loop").is_symlink()
+    (tmp_path / "link").symlink_to("file")
+    for text in ("made", "replaced"):
+        write_text(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link", "loop", "pipe"]

@@ -253,3 +253,33 @@ def test_bad_input_is_one_line_and_exit_code_2(job, glyphs, tmp_path):
         last_line = done.stderr.strip().splitlines()[-1]
         assert last_line.startswith("error: ") and words in last_line, (arguments, done.stderr)
         assert "Traceback" not in done.stderr
+
+
+def test_outputs_overwrite_nothing_else(job, glyphs, tmp_path):
+    """A run, its weights, the inputs of a command and files of another kind stay as they are."""
+    configs, runs, _ = job
+    run = shutil.copytree(runs / "tiny/bags", tmp_path / "bags")
+    images, targets = shutil.copytree(glyphs / "val", tmp_path / "images"), tmp_path / "targets.json"
+    truth = shutil.copy(glyphs / "val.json", tmp_path / "val.json")
+    targets.write_text('{"1": 1}')
+    (tmp_path / "page.md").write_bytes(b"\xff")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    found = run / "predictions.json"
+    cases = [
+        (["predict", run / "last.pth", images, "--output", run], "is the folder of a run"),
+        (["predict", run / "last.pth", images, "--output", images], "is the folder of the images"),
+        (["predict", run / "last.pth", images, "--min-size", "9", "--max-size", "8"], "--min-size 9 --max-size 8"),
+        (["evaluate", run / "last.pth", "test.max_detections=1", "--output", run], "is the folder of a run"),
+        (["evaluate", found, "--annotations", truth, "--output", run], "is the folder of a run"),
+        (["evaluate", "--compare", found, found, "--annotations", truth, "--draws", "9" * 9], "expected 0 to 100000"),
+        (["report", run, "--output", run / "last.pth"], "exists already, and is no report"),
+        (["tables", run.parent, "--save", truth], "exists already, and is not what --save writes"),
+        (["benchmark", "loss", "--save", truth], "exists already, and is not what --save writes"),
+        (["prepare_data", "coco_lt", "--source", truth, "--targets", targets, "--output", truth], "exists already"),
+        (["tables", "--render", tmp_path / "page.md"], "is not UTF-8 text"),
+        (["train", configs / "softmax.yaml", "name=figures"], "name: expected another name"),
+    ]
+    for arguments, words in cases:
+        done = run_script(*arguments)
+        assert done.returncode == 2 and words in done.stderr.splitlines()[-1], (arguments, done.stderr)
+    assert {path: path.read_bytes() for path in before} == before
