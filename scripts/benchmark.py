@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bags.cli.arguments import check_save
+from bags.cli.checks import check_save
 from bags.core.errors import UserError, run_script
 
 NAMES = ("loss", "train_step", "throughput", "classifier_stage", "inference", "evaluation", "data")

@@ -20,7 +20,7 @@ import argparse
 import json
 from pathlib import Path
 
-from bags.cli.arguments import check_draws, check_output_folder
+from bags.cli.checks import check_draws, check_output_folder
 from bags.core.errors import UserError
 from bags.jobs.evaluate import OF_RESULTS, compare_results, evaluate_checkpoint, evaluate_results
 

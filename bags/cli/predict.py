@@ -15,7 +15,7 @@ predictions.json and drawings of the same names are replaced. Other drawings sta
 import argparse
 from pathlib import Path
 
-from bags.cli.arguments import check_output_folder
+from bags.cli.checks import check_output_folder
 from bags.core.errors import UserError
 from bags.jobs.predict import detect, image_files
 

@@ -28,7 +28,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     from bags.analysis.report import render
-    from bags.cli.arguments import check_draws, split_arguments
+    from bags.cli.arguments import split_arguments
+    from bags.cli.checks import check_draws
 
     folders, overrides = split_arguments(arguments.runs)
     if not 1 <= len(folders) <= 2:

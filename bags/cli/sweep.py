@@ -14,7 +14,8 @@ are not run again. More values: the same command with more of them.
 import argparse
 from pathlib import Path
 
-from bags.cli.arguments import check_save, seeds_of, split_arguments
+from bags.cli.arguments import seeds_of, split_arguments
+from bags.cli.checks import check_save
 from bags.config.load import load_config, load_rows
 from bags.config.rows import rows_of
 from bags.core.errors import UserError

@@ -17,7 +17,8 @@ import argparse
 import os
 from pathlib import Path
 
-from bags.cli.arguments import check_save, seeds_of, split_arguments
+from bags.cli.arguments import seeds_of, split_arguments
+from bags.cli.checks import check_save
 from bags.core.errors import UserError
 from bags.jobs.tables import compare, paper_table, render_pages
 

@@ -265,7 +265,7 @@ def test_errors(folder, glyphs, tmp_path):
         ([softmax, f"data.root={renamed}"], "softmax/categories.csv: has 8 categories, not the 8 of"),
         ([softmax, "train.lr=1"], "override 'train.lr=1': a report takes data.* only"),
         ([softmax, "--output", tmp_path], "is a folder; --output names a file"),
-        ([bags, softmax, "--draws", "-1"], "--draws -1: expected 0 or more"),
+        ([bags, softmax, "--draws", "-1"], "--draws -1: expected 0 to 100000"),
     ):
         done = run_script("report", *arguments)
         assert done.returncode == 2 and message in done.stderr, (arguments, done.stderr)
