@@ -16,6 +16,8 @@ import pytest
 import yaml
 from conftest import ROOT, write_configs
 
+pytestmark = pytest.mark.slow
+
 FILE = r"`(?P<path>[\w./-]+)`\n\n(?P<blocks>(?:```\w+\n(?:.*\n)*?```\n\n?)+)"
 OURS = (
     "tests/test_house.py",

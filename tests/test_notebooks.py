@@ -66,6 +66,7 @@ def kept_texts(cells: list[dict]) -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 def test_custom_dataset(glyphs, tmp_path):
     """With another folder in its parameters: the check, three rows in its table, detections by name."""
     cells = read_cells("custom_dataset.ipynb")

@@ -205,6 +205,7 @@ def test_without_the_dataset(folder, glyphs, tmp_path):
         assert ("Means of boxes" in page.tables) == data.exists()
 
 
+@pytest.mark.slow
 def test_runs_with_masks_and_with_little(folder, job, tmp_path):
     """Columns and figures of masks where there are some; a run without a log, an environment or some numbers."""
     settings = "detector.framework=mask_rcnn", "train.epochs=1", f"output={tmp_path}"

@@ -338,6 +338,7 @@ def test_a_killed_loader_process_is_one_line(tmp_path, glyphs):
     assert re.search(rf"error: a loader process has ended \(.*{how}.*Fewer data.workers", error), error
 
 
+@pytest.mark.slow
 def test_one_rank_with_an_error_ends_the_other(tmp_path, glyphs):
     """An image that only one of two ranks meets: one line, one code, no hanging, nothing lost."""
     data, names = own_glyphs(tmp_path, glyphs, ("text",))
@@ -363,6 +364,7 @@ def started(command, log, **settings):
     return process
 
 
+@pytest.mark.slow
 def test_a_signal_to_everyone_below_make_saves(tmp_path, glyphs):
     """SIGTERM to the whole process group, which make passes on a second time: saved, with two loader processes."""
     configs, output = write_configs(tmp_path / "configs", glyphs), tmp_path / "runs"

@@ -69,6 +69,7 @@ def test_full_shared_memory_is_one_line(monkeypatch, capfd):
     assert line.startswith("error: the shared memory") and "--shm-size" in line and "data.workers=0" in line
 
 
+@pytest.mark.slow
 def test_a_really_full_shared_memory(glyphs, tmp_path):
     """A training whose /dev/shm has 100 kB, where this process may mount one."""
     can = ["unshare", "-m", "sh", "-c", "mount -t tmpfs -o size=100k none /dev/shm"]
@@ -136,6 +137,7 @@ def test_full_memory_is_one_line(capfd, allocate, workers):
     assert line.startswith("error: the memory is full: ") and "batch_size" in line and "data.workers" in line
 
 
+@pytest.mark.slow
 def test_full_memory_in_training_is_one_line(glyphs, tmp_path):
     """Images that are enlarged to 32767 pixels for the network, in 16 GB."""
     config = write_configs(tmp_path / "configs", glyphs) / "softmax.yaml"

@@ -162,6 +162,7 @@ def test_any_key_may_be_anything_that_scoring_can_do_with(row, kind):
             assert plain == expected, (section, key)
 
 
+@pytest.mark.slow
 def test_check_foresees_every_refusal(row):
     """For each odd value of each key: training's start refuses only what `check` stops at."""
     folder, write = row

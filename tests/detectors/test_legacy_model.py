@@ -20,6 +20,8 @@ from bags.engine.checkpoint import write_checkpoint
 from bags.engine.optim import train_mode
 from bags.jobs import import_weights
 
+pytestmark = pytest.mark.slow
+
 FRAMEWORKS = ("faster_rcnn", "mask_rcnn", "cascade_rcnn", "htc")
 COUNTS = (5, 2000, 60, 7, 150)  # training instances of the labels 1 to 5 ...
 BOUNDARIES, GROUPS = "[10, 100]", ((1, 4), (3,), (2, 5))  # ... and how they are grouped

@@ -79,6 +79,7 @@ def batch(masks=False):
         (fasterrcnn_mobilenet_v3_large_fpn, "faster_rcnn", "mobilenet_v3_large"),
     ],
 )
+@pytest.mark.slow
 def test_torchvisions_detector_comes_in_and_goes_out(tmp_path, categories, builder, framework, backbone):
     """Same weights: equal losses from the same seeds, equal detections; and the way back gives the same file."""
     torch.manual_seed(0)
@@ -388,6 +389,7 @@ def released_config(folder, framework, *lines):
 
 
 @pytest.mark.parametrize("framework", ["faster_rcnn", "mask_rcnn", "cascade_rcnn", "htc"])
+@pytest.mark.slow
 def test_a_released_file_becomes_a_checkpoint(tmp_path, categories, framework):
     """With groups; the tensors are where they belong, and the detector detects under the released conventions."""
     state = released_file(tmp_path / "released.pth", framework, logits=8)
@@ -447,6 +449,7 @@ class Malice:
         return (print, ("code from a file was run",))
 
 
+@pytest.mark.slow
 def test_bad_files(tmp_path, categories):
     config = released_config(tmp_path, "faster_rcnn")
     state = released_file(tmp_path / "good.pth", "faster_rcnn")

@@ -470,6 +470,7 @@ def test_without_a_home_nothing_is_fetched_to_tilde(tmp_path, monkeypatch):
 ODD = """-a "b" 'c' #2: 100% é 🎈 [x] {y}, *&!|>"""
 
 
+@pytest.mark.slow
 def test_a_whole_job_in_a_folder_with_an_odd_name(tmp_path, glyphs):
     """Baseline, store and retrained row, by paths that YAML, a shell or a pattern would read as something else."""
     place = tmp_path / ODD

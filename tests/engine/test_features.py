@@ -349,6 +349,7 @@ def test_a_job_that_needs_two_stores_in_one_place_is_not_begun(swept, tmp_path):
     assert done.returncode == 2 and "run the row nothing first" in done.stderr and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_one_pass_for_several_rows_gives_each_its_own_result(swept, tmp_path):
     configs, folder = swept
     for row in ("bags", "softmax_retrained"):
@@ -362,6 +363,7 @@ def test_one_pass_for_several_rows_gives_each_its_own_result(swept, tmp_path):
 
 
 @pytest.mark.parametrize("after", ["softmax/last.features/train/0.fc", "bags/log.jsonl", "softmax_retrained/last.pth"])
+@pytest.mark.slow
 def test_killed_anywhere_the_weights_are_the_same(swept, tmp_path, after):
     configs, folder = swept
     copy_softmax(folder, tmp_path)
@@ -380,6 +382,7 @@ def test_killed_anywhere_the_weights_are_the_same(swept, tmp_path, after):
         assert all(torch.equal(resumed[key], undisturbed[key]) for key in resumed)
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_same_store(swept, tmp_path):
     configs, folder = swept
     copy_softmax(folder, tmp_path)
@@ -395,6 +398,7 @@ def test_two_ranks_make_the_same_store(swept, tmp_path):
         torch.testing.assert_close(shared[key], alone[key], rtol=0, atol=0.1)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_scores_runs_the_detector_once(job, tmp_path):
     """Calibration of a trained detector: NorCal with gamma 0 is the detector itself; its limits are test's."""
     configs, runs, _ = job

@@ -48,6 +48,7 @@ def differences(a, b):
 # --------------------------------------------------------------------------- one step, whichever way
 
 
+@pytest.mark.slow
 def test_two_ranks_and_two_parts_take_the_steps_of_the_whole(tmp_path, glyphs, monkeypatch):
     """24 steps with the same proposals: a batch of 4, in 2 parts, and by 2 ranks with 2 images each."""
     config = tiny(tmp_path, glyphs, "train.epochs=4", "train.lr=0.02")
@@ -317,6 +318,7 @@ def test_frozen_statistics_keep_half_precision():
         assert half.dtype == dtype and torch.allclose(half.float(), plain(x.to(dtype)), rtol=0.01, atol=0.02)
 
 
+@pytest.mark.slow
 def test_a_run_through_the_script_stops_with_its_own_code(tmp_path, glyphs):
     """SIGTERM to torchrun and its whole group: both ranks finish the step, rank 0 saves; one rank goes on, over the
     same images. Loader processes leave the signal to their rank."""

@@ -14,6 +14,8 @@ from bags.classifiers.group_softmax import GroupSoftmaxSettings
 from bags.data.statistics import CategoryStats
 from bags.engine.metrics import Stopwatch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def table(job, glyphs, tmp_path_factory):

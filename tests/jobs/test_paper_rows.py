@@ -11,6 +11,8 @@ from conftest import metrics, read_lines, run_ranks, run_script, write_dataset
 from bags.analysis.paper import PAPER
 from bags.engine.checkpoint import load_checkpoint, weights_digest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def paper_job(job, glyphs, tmp_path_factory):

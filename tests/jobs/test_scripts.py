@@ -72,6 +72,7 @@ def test_finished_rows_are_not_run_again(job):
 
 
 @pytest.mark.parametrize("after", ["softmax/log.jsonl", "softmax/last.pth", "bags/last.pth"])
+@pytest.mark.slow
 def test_a_killed_job_ends_with_the_same_numbers(job, tmp_path, after):
     """SIGKILL when a file appears, then the same command again: equal metrics and weights."""
     configs, runs, _ = job
@@ -92,6 +93,7 @@ def test_a_killed_job_ends_with_the_same_numbers(job, tmp_path, after):
         assert steps[0] == steps[1]
 
 
+@pytest.mark.slow
 def test_two_ranks(job, tmp_path):
     """With gloo: every image is predicted once, losses are close to one rank's; validated between epochs."""
     configs, runs, _ = job
@@ -113,6 +115,7 @@ def test_two_ranks(job, tmp_path):
     assert json.loads(done.stdout) == pytest.approx(metrics(tmp_path, "softmax"))
 
 
+@pytest.mark.slow
 def test_mask_rcnn_by_one_key(job, tmp_path):
     """Boxes and masks are learnt, written, scored and drawn; BAGS starts from it, and moves its classifier alone."""
     configs, runs, _ = job
@@ -138,6 +141,7 @@ def test_mask_rcnn_by_one_key(job, tmp_path):
     assert json.loads(done.stdout) == pytest.approx(numbers)
 
 
+@pytest.mark.slow
 def test_validation_between_epochs(job, tmp_path):
     """It changes nothing of the run; the best weights are kept, and score what was noted."""
     configs, runs, _ = job
@@ -171,6 +175,7 @@ def test_the_best_weights_are_kept(tmp_path):
     assert [(entry["epoch"], entry["AP"]) for entry in noted] == [(1, 0.2), (2, 0.5), (3, 0.5), (4, None), (5, 0.6)]
 
 
+@pytest.mark.slow
 def test_seeds_give_mean_and_deviation(job, tmp_path):
     configs, runs, _ = job
     done = run_script("train", configs / "softmax.yaml", "--seeds", "0,1", "--deterministic", f"output={tmp_path}")
@@ -223,6 +228,7 @@ def test_results_are_scored_without_torch(job, glyphs, tmp_path):
     assert [row["bin"] for row in rows] == ["1", "1", "2", "2", "2", "3", "3", "3"] and "mask_AP50" in rows[0]
 
 
+@pytest.mark.slow
 def test_checkpoint_is_self_contained(job, glyphs, tmp_path):
     """Predict from the checkpoint alone, in a folder without configuration or dataset."""
     _, runs, _ = job

@@ -16,6 +16,7 @@ from bags.jobs.report import gather, read_runs
 from bags.jobs.tables import weight_norms
 
 
+@pytest.mark.slow
 def test_a_row_whose_baseline_was_trained_anew_is_refused(job, tmp_path):
     configs, runs, _ = job
     shutil.copytree(runs / "tiny", tmp_path / "tiny")
@@ -152,6 +153,7 @@ def edit(path, change):
     path.write_text(json.dumps(content))
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_exit_code_2(job, glyphs, tmp_path):
     """What a user gets wrong: a line on stderr that names it, never a traceback."""
     configs, runs, _ = job
