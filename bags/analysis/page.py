@@ -35,6 +35,7 @@ figcaption, .small { font-size: .85rem; color: #444; } pre { font-size: .8rem; w
   table { font-size: 8pt; } tr { break-inside: avoid; } th, td { padding: .1rem .3rem; }
 }
 """
+BEGINNING = '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>'  # of every report
 
 
 def text(value: object) -> str:
@@ -83,7 +84,7 @@ def document(title: str, lead: str, notes: Sequence[str], sections: dict[str, st
         for k, (name, content) in enumerate(sections.items())
     )
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
+        f"{BEGINNING}{text(title)}</title>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head>\n<body><header><h1>{text(title)}</h1>{lead}</header>\n"
         f"{remarks}<nav><ul>{links}</ul></nav>\n<main>{body}</main></body></html>\n"

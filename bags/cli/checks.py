@@ -31,6 +31,7 @@ def check_save(path: Path | None) -> None:
         except UserError:
             raise UserError(f"--save {path}: exists already, and is not what --save writes; choose another") from None
     parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir() or not parent.is_dir():
-        problem = "is a folder" if path.is_dir() else f"{parent} is not a folder"
+    if (path.exists() and not path.is_file()) or not parent.is_dir():
+        kind = "is a folder" if path.is_dir() else "is no regular file"
+        problem = kind if path.exists() else f"{parent} is not a folder"
         raise UserError(f"--save {path}: {problem}: expected a file, as in results/x.json")

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap (default 1000; 0: no intervals)")
     arguments = parser.parse_intermixed_args()
 
+    from bags.analysis.page import BEGINNING
     from bags.analysis.report import render
     from bags.cli.arguments import split_arguments
     from bags.cli.checks import check_draws
@@ -42,7 +43,7 @@ def main() -> None:
     runs = read_runs(folders, overrides)
     if output.is_dir():
         raise UserError(f"{output}: is a folder; --output names a file")
-    if output.is_file() and not read_bytes(output).lstrip()[:9].lower() == b"<!doctype":
+    if output.exists() and not (output.is_file() and read_bytes(output).startswith(BEGINNING.encode())):
         raise UserError(f"--output {output}: exists already, and is no report; choose another name")
     findings = gather(runs, arguments.draws)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """What a user gets wrong: one line on stderr that names it, exit code 2, never a traceback."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -265,6 +266,7 @@ def test_outputs_overwrite_nothing_else(job, glyphs, tmp_path):
     truth = shutil.copy(glyphs / "val.json", tmp_path / "val.json")
     targets.write_text('{"1": 1}')
     (tmp_path / "page.md").write_bytes(b"\xff")
+    os.mkfifo(tmp_path / "pipe")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     found = run / "predictions.json"
     cases = [
@@ -277,6 +279,8 @@ def test_outputs_overwrite_nothing_else(job, glyphs, tmp_path):
         (["report", run, "--output", run / "last.pth"], "exists already, and is no report"),
         (["tables", run.parent, "--save", truth], "exists already, and is not what --save writes"),
         (["benchmark", "loss", "--save", truth], "exists already, and is not what --save writes"),
+        (["tables", run.parent, "--save", tmp_path / "pipe"], "pipe: is no regular file"),
+        (["report", run, "--output", tmp_path / "pipe"], "exists already, and is no report"),
         (["prepare_data", "coco_lt", "--source", truth, "--targets", targets, "--output", truth], "exists already"),
         (["tables", "--render", tmp_path / "page.md"], "is not UTF-8 text"),
         (["train", configs / "softmax.yaml", "name=figures"], "name: expected another name"),
