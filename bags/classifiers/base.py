@@ -57,24 +57,23 @@ class TrainingCounts(Protocol):
     """The training counts that a classifier may use: C categories in label order, without the background.
 
     Entry c of each tuple belongs to label c + 1.
-
-    category_ids     [C] ids of the annotation file
-    instance_counts  [C] boxes of each category, 0 or more
-    image_counts     [C] images with at least one box of the category, 0 or more
-    num_categories   C
     """
 
     @property
-    def category_ids(self) -> tuple[int, ...]: ...
+    def category_ids(self) -> tuple[int, ...]:
+        """[C] ids of the annotation file."""
 
     @property
-    def instance_counts(self) -> tuple[int, ...]: ...
+    def instance_counts(self) -> tuple[int, ...]:
+        """[C] boxes of each category, 0 or more."""
 
     @property
-    def image_counts(self) -> tuple[int, ...]: ...
+    def image_counts(self) -> tuple[int, ...]:
+        """[C] images with at least one box of the category, 0 or more."""
 
     @property
-    def num_categories(self) -> int: ...
+    def num_categories(self) -> int:
+        """Number of categories C, without the background."""
 
 
 @dataclass(frozen=True)

@@ -4,103 +4,116 @@ from typing import Protocol
 
 
 class RPNSettings(Protocol):
-    """The region proposal network.
-
-    anchor_sizes     one tuple for each pyramid level, the finest first; pixels of the resized image
-    aspect_ratios    height / width of the anchors, above 0
-    batch_size       anchors of an image in the loss
-    train_proposals  most proposals of an image in training
-    test_proposals   most proposals of an image otherwise
-    """
+    """The region proposal network."""
 
     @property
-    def anchor_sizes(self) -> tuple[tuple[int, ...], ...]: ...
+    def anchor_sizes(self) -> tuple[tuple[int, ...], ...]:
+        """One tuple for each pyramid level, the finest first; pixels of the resized image."""
+
     @property
-    def aspect_ratios(self) -> tuple[float, ...]: ...
+    def aspect_ratios(self) -> tuple[float, ...]:
+        """Height / width of the anchors, above 0."""
+
     @property
-    def batch_size(self) -> int: ...
+    def batch_size(self) -> int:
+        """Anchors of an image in the loss."""
+
     @property
-    def train_proposals(self) -> int: ...
+    def train_proposals(self) -> int:
+        """Most proposals of an image in training."""
+
     @property
-    def test_proposals(self) -> int: ...
+    def test_proposals(self) -> int:
+        """Most proposals of an image otherwise."""
 
 
 class RoISettings(Protocol):
-    """The second stage, which classifies proposals and moves their boxes.
-
-    batch_size         proposals of an image in the loss
-    positive_fraction  largest part of them that is foreground, in 0..1
-    sampling_ratio     samples of RoIAlign per side of a bin; 0 adapts them to the proposal
-    fc                 width of the two layers of the box head
-    class_agnostic     one box regression for all categories
-    """
+    """The second stage, which classifies proposals and moves their boxes."""
 
     @property
-    def batch_size(self) -> int: ...
+    def batch_size(self) -> int:
+        """Proposals of an image in the loss."""
+
     @property
-    def positive_fraction(self) -> float: ...
+    def positive_fraction(self) -> float:
+        """Largest part of them that is foreground, in 0..1."""
+
     @property
-    def sampling_ratio(self) -> int: ...
+    def sampling_ratio(self) -> int:
+        """Samples of RoIAlign per side of a bin; 0 adapts them to the proposal."""
+
     @property
-    def fc(self) -> int: ...
+    def fc(self) -> int:
+        """Width of the two layers of the box head."""
+
     @property
-    def class_agnostic(self) -> bool: ...
+    def class_agnostic(self) -> bool:
+        """One box regression for all categories."""
 
 
 class DetectorSettings(Protocol):
-    """The network and the size of its images.
-
-    framework    faster_rcnn, mask_rcnn, cascade_rcnn, cascade_mask_rcnn or htc
-    has_masks    the framework has a mask branch
-    is_cascade   the framework has three stages of classification
-    conventions  a name in `CONVENTIONS`
-    rpn          the region proposal network
-    roi          the second stage, or each stage of a cascade
-    min_size     pixels of the shorter side after resizing, unless the longer side would exceed max_size
-    max_size     largest number of pixels of the longer side after resizing
-    image_mean   [3] of red, green and blue in 0..1
-    image_std    [3] of red, green and blue, on the same scale
-    """
+    """The network and the size of its images."""
 
     @property
-    def framework(self) -> str: ...
+    def framework(self) -> str:
+        """Faster_rcnn, mask_rcnn, cascade_rcnn, cascade_mask_rcnn or htc."""
+
     @property
-    def has_masks(self) -> bool: ...
+    def has_masks(self) -> bool:
+        """The framework has a mask branch."""
+
     @property
-    def is_cascade(self) -> bool: ...
+    def is_cascade(self) -> bool:
+        """The framework has three stages of classification."""
+
     @property
-    def conventions(self) -> str: ...
+    def conventions(self) -> str:
+        """A name in `CONVENTIONS`."""
+
     @property
-    def rpn(self) -> RPNSettings: ...
+    def rpn(self) -> RPNSettings:
+        """The region proposal network."""
+
     @property
-    def roi(self) -> RoISettings: ...
+    def roi(self) -> RoISettings:
+        """The second stage, or each stage of a cascade."""
+
     @property
-    def min_size(self) -> int: ...
+    def min_size(self) -> int:
+        """Pixels of the shorter side after resizing, unless the longer side would exceed max_size."""
+
     @property
-    def max_size(self) -> int: ...
+    def max_size(self) -> int:
+        """Largest number of pixels of the longer side after resizing."""
+
     @property
-    def image_mean(self) -> tuple[float, ...]: ...
+    def image_mean(self) -> tuple[float, ...]:
+        """[3] of red, green and blue in 0..1."""
+
     @property
-    def image_std(self) -> tuple[float, ...]: ...
+    def image_std(self) -> tuple[float, ...]:
+        """[3] of red, green and blue, on the same scale."""
 
 
 class SelectionSettings(Protocol):
-    """The detections that are kept; see `select_detections`.
-
-    score_threshold   scores in 0..1 at or below it are dropped
-    nms_threshold     IoU in 0..1 above which the lower score of two boxes is suppressed
-    max_detections    most detections of an image
-    max_per_category  most detections of each category in an image; 0 sets no limit
-    agnostic_nms      boxes of different categories suppress each other, too
-    """
+    """The detections that are kept; see `select_detections`."""
 
     @property
-    def score_threshold(self) -> float: ...
+    def score_threshold(self) -> float:
+        """Scores in 0..1 at or below it are dropped."""
+
     @property
-    def nms_threshold(self) -> float: ...
+    def nms_threshold(self) -> float:
+        """IoU in 0..1 above which the lower score of two boxes is suppressed."""
+
     @property
-    def max_detections(self) -> int: ...
+    def max_detections(self) -> int:
+        """Most detections of an image."""
+
     @property
-    def max_per_category(self) -> int: ...
+    def max_per_category(self) -> int:
+        """Most detections of each category in an image; 0 sets no limit."""
+
     @property
-    def agnostic_nms(self) -> bool: ...
+    def agnostic_nms(self) -> bool:
+        """Boxes of different categories suppress each other, too."""
