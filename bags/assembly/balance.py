@@ -204,7 +204,7 @@ def _new_classifier(
     images: tuple[int, ...],
     keep_weights: bool,
 ) -> ProposalClassifier:
-    kinds = {key: kind for key, kind in classifier_settings().items() if not kind.fitted}
+    kinds = {key: kind for key, kind in classifier_settings().items() if not kind.fitted and key != "average"}
     if name not in kinds:
         raise ValueError(f"classifier: expected a classifier or one of {', '.join(sorted(kinds))}, got {name!r}")
     if kinds[name].on_softmax and not keep_weights:

@@ -1,11 +1,15 @@
 """The weights that a detector starts from, and what must fit together."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from bags.config.load import check_config, config_from_dict
 from bags.config.sections import Config, DetectorConfig
-from bags.core.errors import UserError
+from bags.core.errors import UserError, one_line
 from bags.core.tensor_files import check_finite
 from bags.data.findings import REMAP
 from bags.data.index import AnnotationIndex
@@ -63,6 +67,51 @@ def initialise(detector: FasterRCNN, config: Config, index: AnnotationIndex, sta
             f"({len(foreign)} tensors in all); use the same {section} as the run it comes from"
         )
     return new
+
+
+def with_members(config: Config) -> tuple[Config, list[dict]]:
+    """Read the checkpoints that the classifier is made of: (the configuration with their settings, the checkpoints).
+
+    Other classifiers than `average` are made of none. Raises UserError for a file that cannot be used.
+    """
+    checkpoints, members = [], []
+    for path in map(config.source_file, config.classifier.sources):
+        checkpoints.append(load_checkpoint(path))
+        check_finite(checkpoints[-1]["model"], path)
+        source = f"{path}: config"
+        members.append(check_config(config_from_dict(checkpoints[-1]["config"], source), source).classifier)
+    try:
+        return dataclasses.replace(config, classifier=config.classifier.made_of(members)), checkpoints
+    except ValueError as error:
+        raise UserError(f"{config.name}: classifier.{error}") from None
+
+
+def load_members(detector: FasterRCNN, config: Config, checkpoints: list[dict]) -> None:
+    """Load the classifiers of an average from the checkpoints of `with_members`.
+
+    Raises UserError for one that was trained on another detector than that of `init_from`, which is loaded already.
+    """
+    paths = map(config.source_file, config.classifier.sources)
+    prefixes, state = detector.prefixes(detector.classifiers()), detector.state_dict()
+    for number, (path, checkpoint) in enumerate(zip(paths, checkpoints, strict=True)):
+        members: dict[str, Tensor] = {}
+        for name, value in checkpoint["model"].items():
+            prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+            if prefix:
+                members[f"{prefix}members.{number}.{name.removeprefix(prefix)}"] = value
+            elif name not in state or not torch.equal(value, state[name]):
+                raise UserError(
+                    f"{path}: was trained on another detector than {config.init_file} ({name} differs): only "
+                    "classifiers of one detector can be averaged"
+                )
+        try:
+            wanted = {n for n in state if n.startswith(tuple(f"{prefix}members.{number}." for prefix in prefixes))}
+            missing = wanted - members.keys()
+            if missing:
+                raise RuntimeError(f"{min(missing)} is missing")
+            detector.load_state_dict(members, strict=False)
+        except RuntimeError as error:
+            raise UserError(f"{path}: its classifier does not fit ({one_line(error)})") from None
 
 
 def _check_same_images(theirs: DetectorConfig, ours: DetectorConfig, path: Path) -> None:

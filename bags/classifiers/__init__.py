@@ -9,6 +9,7 @@ if typing.TYPE_CHECKING:
 
 CLASSIFIERS = {  # name of the class, as in `bags.ACSL`: its file in this folder
     "ACSL": "acsl",
+    "Average": "average",
     "BalancedSigmoid": "balanced_sigmoid",
     "ClassBalancedSigmoid": "class_balanced",
     "DropLoss": "drop_loss",

@@ -25,6 +25,14 @@ class BoxFeatures(NamedTuple):
     fc: Tensor  # [R, in_features]  after the box head
 
 
+class Affine(NamedTuple):
+    """Logits as a matrix product with the features: `fc @ weight.T + bias`."""
+
+    weight: Tensor  # [D, in_features]
+    bias: Tensor  # [D]
+    unit: bool  # of features that are scaled to length 1 first
+
+
 class ProposalClassifier(nn.Module, ABC):
     """A layer with its loss and its scores. Subclasses set `num_categories`."""
 
@@ -45,6 +53,13 @@ class ProposalClassifier(nn.Module, ABC):
     @abstractmethod
     def weight_norms(self) -> Tensor:
         """Return the norm of the weight vector that scores each label, [C+1]; entry 0 is the background."""
+
+    def affine(self) -> "Affine | None":
+        """Give the layer as one matrix, if the logits are an affine map of `fc`; None if they are anything else.
+
+        An average of classifiers computes such members in one product. For others it calls `forward`.
+        """
+        return None
 
     def fit(self, batches: Iterable[tuple[BoxFeatures, Tensor]]) -> None:
         """Learn without gradients, in one pass over (features, labels [R]) of training proposals.
@@ -85,6 +100,15 @@ class ClassifierSettings(Settings, ABC):
     trained = True  # False: no gradients; a configuration then needs train.part=none
     on_softmax = False  # works on, or beside, the layer of a softmax that is trained already
     fitted = False  # `ProposalClassifier.fit` must see training proposals, pooled features included
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Other runs whose classifiers it is made of, as `row:NAME` or the path of a checkpoint: here none."""
+        return ()
+
+    def made_of(self, members: "Sequence[ClassifierSettings]") -> "ClassifierSettings":
+        """The same settings with those of the classifiers of `sources`, in that order."""
+        return self
 
     @abstractmethod
     def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> ProposalClassifier:
@@ -137,6 +161,13 @@ class CosineLinear(nn.Linear):
     def forward(self, features: Tensor) -> Tensor:
         """Map [R, in_features] to [R, outputs]."""
         return F.linear(self.scale * F.normalize(features, dim=1), F.normalize(self.weight, dim=1), self.bias)
+
+
+def affine_of(layer: nn.Linear) -> Affine:
+    """Describe a linear or a cosine layer as one matrix."""
+    if isinstance(layer, CosineLinear):
+        return Affine(layer.scale * F.normalize(layer.weight, dim=1), layer.bias, True)
+    return Affine(layer.weight, layer.bias, False)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

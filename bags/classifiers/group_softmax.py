@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bags.classifiers.base import (
+    Affine,
     BoxFeatures,
     ClassifierSettings,
     CosineLinear,
     ProposalClassifier,
     TrainingCounts,
+    affine_of,
     at_least_float32,
     checked_weights,
     new_linear,
@@ -171,6 +173,10 @@ class GroupSoftmax(ProposalClassifier):
     def forward(self, features: BoxFeatures) -> Tensor:
         """Compute logits [R, D]; D = L = C + 2 + N with `others` and `background_group`, else fewer."""
         return self.linear(features.fc)
+
+    def affine(self) -> Affine:
+        """Give the layer as one matrix."""
+        return affine_of(self.linear)
 
     def full_layout(self, logits: Tensor) -> Tensor:
         """Spread logits [R, D] over the columns of the full layout, [R, L], at least float32."""

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bags.classifiers.base import (
+    Affine,
     BoxFeatures,
     ClassifierSettings,
     ProposalClassifier,
     TrainingCounts,
+    affine_of,
     at_least_float32,
     new_linear,
 )
@@ -62,6 +64,10 @@ class Sigmoid(ProposalClassifier):
     def forward(self, features: BoxFeatures) -> Tensor:
         """Compute logits [R, C]."""
         return self.linear(features.fc)
+
+    def affine(self) -> Affine:
+        """Give the layer as one matrix."""
+        return affine_of(self.linear)
 
     def element_weights(self, targets: Tensor, labels: Tensor) -> Tensor:
         """Weigh each element: factors broadcast to [R, C]; here 1. targets [R, C] are 0 or 1; labels [R]."""

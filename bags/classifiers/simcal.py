@@ -12,7 +12,15 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from bags.classifiers.base import BoxFeatures, ClassifierSettings, TrainingCounts, checked_counts, new_linear
+from bags.classifiers.base import (
+    Affine,
+    BoxFeatures,
+    ClassifierSettings,
+    TrainingCounts,
+    affine_of,
+    checked_counts,
+    new_linear,
+)
 from bags.classifiers.softmax import Softmax
 from bags.core.settings import Range
 
@@ -62,6 +70,12 @@ class SimCal(Softmax):
     def forward(self, features: BoxFeatures) -> Tensor:
         """Compute the logits of both layers, [R, 2 * (C+1)]."""
         return torch.cat([self.linear(features.fc), self.calibrated(features.fc)], dim=1)
+
+    def affine(self) -> Affine:
+        """Give both layers as one matrix."""
+        original, calibrated = affine_of(self.linear), affine_of(self.calibrated)
+        weight = torch.cat([original.weight, calibrated.weight])
+        return Affine(weight, torch.cat([original.bias, calibrated.bias]), False)
 
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Average the cross entropy of the calibrated layer over the R proposals."""

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bags.classifiers.base import (
+    Affine,
     BoxFeatures,
     ClassifierSettings,
     ProposalClassifier,
     TrainingCounts,
+    affine_of,
     at_least_float32,
     new_linear,
 )
@@ -42,6 +44,10 @@ class Softmax(ProposalClassifier):
     def forward(self, features: BoxFeatures) -> Tensor:
         """Compute logits [R, C+1]."""
         return self.linear(features.fc)
+
+    def affine(self) -> Affine:
+        """Give the layer as one matrix."""
+        return affine_of(self.linear)
 
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Average the cross entropy over the R proposals (Eq. 1), at least in float32; 0 for R = 0."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bags.classifiers.base import BoxFeatures, ClassifierSettings, TrainingCounts
+from bags.classifiers.base import Affine, BoxFeatures, ClassifierSettings, TrainingCounts
 from bags.classifiers.softmax import Softmax
 from bags.core.settings import Range, need
 
@@ -79,6 +79,11 @@ class TauNorm(Softmax):
         """Compute plain and normalised logits, [R, 2 * (C+1)]."""
         normalised = F.linear(features.fc, self.normalised_weight(), self.linear.bias)
         return torch.cat([self.linear(features.fc), normalised], dim=1)
+
+    def affine(self) -> Affine:
+        """Give the plain and the normalised layer as one matrix."""
+        weight = torch.cat([self.linear.weight, self.normalised_weight()])
+        return Affine(weight, self.linear.bias.repeat(2), False)
 
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Compute the loss of the plain classifier."""

@@ -57,16 +57,17 @@ def load_rows(
         raise UserError("no configuration: expected a dataset, DATASET/METHOD, a YAML file or a folder of them")
     waiting = [load_config(row, overrides) for row in rows]
     for row, config in zip(rows, waiting, strict=False) if methods else ():  # grows with the rows that are added
-        if config.init_row and config.init_row not in {other.name for other in waiting}:
-            rows.append(row_beside(row, config.init_row))
-            waiting.append(load_config(rows[-1], overrides))
+        for name in config.source_rows:
+            if name not in {other.name for other in waiting}:
+                rows.append(row_beside(row, name))
+                waiting.append(load_config(rows[-1], overrides))
     if seed is not None:
         seeded = [f"seed={seed}", f"output={waiting[0].output}/seed{seed}"]
         waiting = [load_config(row, [*overrides, *seeded]) for row in rows]
     ordered: list[Config] = []
     while waiting:
         names = {config.name for config in waiting}
-        ready = [config for config in waiting if config.init_row not in names]
+        ready = [config for config in waiting if names.isdisjoint(config.source_rows)]
         if not ready:
             raise UserError(f"rows start from each other in a circle: {', '.join(sorted(names))}")
         ordered.append(ready[0])
@@ -160,6 +161,9 @@ def _check_sources(config: Config) -> None:
     row = config.init_row
     need(row != config.name, "detector.init_from", "another row than this one")
     need(row is None or (bool(row) and not set(row) & set("/\\")), "detector.init_from", f"row:NAME, got row:{row}")
+    for row in config.source_rows:
+        is_name = bool(row) and not set(row) & set("/\\")
+        need(is_name and row != config.name, "classifier.of", f"row:NAME of another row, got row:{row}")
 
 
 def _check_classifier(config: Config) -> None:

@@ -307,9 +307,28 @@ class Config(Settings):
     @property
     def init_file(self) -> Path | None:
         """The checkpoint that the weights come from, else None."""
-        if self.init_row is not None:
-            return self.run_folder.with_name(self.init_row) / "last.pth"
-        return Path(self.detector.init_from) if self.detector.init_from else None
+        return self.source_file(self.detector.init_from) if self.detector.init_from else None
+
+    @property
+    def source_rows(self) -> tuple[str, ...]:
+        """The rows that must be trained before this one: that of `init_from`, and those of an average."""
+        rows = [source.removeprefix("row:") for source in self._sources if source.startswith("row:")]
+        return tuple(dict.fromkeys(rows))
+
+    @property
+    def source_files(self) -> tuple[Path, ...]:
+        """The checkpoints that the weights come from: that of `init_from`, and those of an average."""
+        return tuple(map(self.source_file, self._sources))
+
+    @property
+    def _sources(self) -> tuple[str, ...]:
+        return (*([self.detector.init_from] if self.detector.init_from else []), *self.classifier.sources)
+
+    def source_file(self, source: str) -> Path:
+        """The checkpoint of `row:NAME`, which is a run beside this one, or of a path."""
+        if source.startswith("row:"):
+            return self.run_folder.with_name(source.removeprefix("row:")) / "last.pth"
+        return Path(source)
 
 
 def _need_folder_name(key: str, name: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import inspect
 import reprlib
 import types
 import typing
@@ -137,7 +138,8 @@ def convert(value: Any, kind: Any, key: str, source: str) -> Any:
     """`value` as `kind` (dataclass, union, tuple, Literal or scalar), or UserError."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return _convert_section(value, kind, key, source)
+        chosen = _chosen(value, _named_below(kind), key, source) if inspect.isabstract(kind) else kind
+        return _convert_section(value, chosen, key, source)
     if origin in (typing.Union, types.UnionType):
         named: list[Any] = [k for k in arguments if dataclasses.is_dataclass(k)]
         sections = {k.name: k for k in named}
@@ -262,6 +264,12 @@ def _chosen(value: Any, sections: dict, key: str, source: str) -> type:
         hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(sections)}"
         raise UserError(f"{source}: {key}.name: unknown name {shown(name)}; {hint}")
     return sections[name]
+
+
+def _named_below(kind: Any) -> dict[str, Any]:
+    """The sections that an abstract one stands for: all that derive from it and have a name."""
+    below = {name: k for child in kind.__subclasses__() for name, k in _named_below(child).items()}
+    return {**({kind.name: kind} if kind.name else {}), **below}
 
 
 def _describe(kind: Any) -> str:

@@ -44,7 +44,7 @@ class FasterRCNN(GeneralizedRCNN):
 
     def classifiers(self) -> list[ProposalClassifier]:
         """The classifier of each stage, in order."""
-        return [module for module in self.roi_heads.modules() if isinstance(module, ProposalClassifier)]
+        return [stage.classifier for stage in self.roi_heads.box_stages]
 
     def semantic_layers(self) -> list[nn.Module]:
         """The layer that predicts HTC's label maps; none in other frameworks."""

@@ -165,6 +165,12 @@ def weights_digest(checkpoint: dict) -> str:
     return digest.hexdigest()
 
 
+def sources_digest(paths: Sequence[Path]) -> str | None:
+    """Digest of the weights of checkpoints: of one its own (`weights_digest`), of several one of theirs, else None."""
+    digests = [weights_digest(load_checkpoint(path)) for path in paths]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest() if len(digests) > 1 else next(iter(digests), None)
+
+
 def load_weights(model: nn.Module, checkpoint: dict, skip: Sequence[str] = ()) -> list[str]:
     """Copies the parameters that fit by name and shape; returns the names of those that stay new.
 

@@ -20,7 +20,7 @@ from bags.core.errors import UserError
 from bags.core.files import read_text, write_text
 from bags.data.index import AnnotationIndex
 from bags.data.statistics import CategoryStats
-from bags.engine.checkpoint import load_checkpoint, load_latest, weights_digest
+from bags.engine.checkpoint import load_checkpoint, load_latest, sources_digest
 
 
 def is_complete(folder: Path, config: Config) -> bool:
@@ -39,15 +39,17 @@ def is_complete(folder: Path, config: Config) -> bool:
             "repeat the overrides of that run, give new ones to one row only (DATASET/METHOD with name=), "
             "set output= to keep both, or remove the folder"
         )
-    latest, source = load_latest(folder), config.init_file
+    latest, sources = load_latest(folder), config.source_files
     assert latest is not None  # a file of it is there
     check_checkpoint(folder, config_from_dict(latest["config"], f"{folder / 'last.pth'}: config"))
     data = Path(config.data.root, config.data.train)
     if data.exists() and latest["stats"] != CategoryStats.from_index(open_index(config, "train")).to_dict():
         raise UserError(f"{folder}: {data} has changed since this run was trained: remove the folder, or set output=")
-    if source and source.exists() and latest.get("init") != weights_digest(load_checkpoint(source)):
+    there = bool(sources) and all(source.exists() for source in sources)
+    if there and latest.get("init") != sources_digest(sources):
+        names = " and ".join(map(str, sources))
         raise UserError(
-            f"{folder}: this run started from other weights than {source} holds now: "
+            f"{folder}: this run started from other weights than {names} holds now: "
             "remove the folder, or set output= to keep both"
         )
     try:

@@ -152,10 +152,10 @@ def paper_table(
         raise UserError(f"{path}: name is {wrong}; a row of a table keeps the name of its method: remove `name`")
     waiting = list(configs)
     while waiting:
-        source = waiting.pop().init_row
-        if source and source not in rows:
-            rows[source] = row_beside(next(iter(rows.values())), source)
-            waiting.append(load_config(rows[source], overrides))
+        for source in waiting.pop().source_rows:
+            if source not in rows:
+                rows[source] = row_beside(next(iter(rows.values())), source)
+                waiting.append(load_config(rows[source], overrides))
     published = table.foreign or configs[0].data.name.startswith("lvis")
     jobs = [load_rows(list(rows.values()), overrides, seed) for seed in seeds]
     run_jobs(jobs, lambda folders: _show_table(table, folders, published, save))

@@ -13,7 +13,7 @@ import torch
 
 from bags.analysis.run_files import without_nan, write_metrics, write_scored_on, write_scores
 from bags.assembly import stored
-from bags.assembly.initialise import initialise
+from bags.assembly.initialise import initialise, load_members, with_members
 from bags.assembly.loaders import build_train_loader, build_val_dataset, open_index
 from bags.assembly.models import build_detector
 from bags.config.load import config_to_dict, load_rows
@@ -29,7 +29,7 @@ from bags.data.plausibility import implausible_boxes
 from bags.data.statistics import CategoryStats, disagreement
 from bags.detectors.faster_rcnn import FasterRCNN
 from bags.engine import train as training
-from bags.engine.checkpoint import keep_best, load_checkpoint, weights_digest
+from bags.engine.checkpoint import keep_best, sources_digest
 from bags.engine.train import Run
 from bags.jobs import preflight
 from bags.jobs.folders import describe, is_complete, is_finished
@@ -91,9 +91,10 @@ def check_rows(configs: list[Config]) -> list[Path]:
         folders[config.run_folder] = config
         if not is_complete(config.run_folder, config):
             unfinished.append(config.run_folder)
-        source = config.init_file.parent if config.init_row and config.init_file else None
-        if source and source not in folders and not is_finished(source):
-            raise UserError(f"{source}: no finished run; run the row {config.init_row} first")
+        for row in config.source_rows:
+            source = config.source_file(f"row:{row}").parent
+            if source not in folders and not is_finished(source):
+                raise UserError(f"{source}: no finished run; run the row {row} first")
         if config.is_cached:
             other = stores.setdefault(stored.store_folder(config), config)
             if stored.store_settings(other) != stored.store_settings(config):
@@ -107,6 +108,7 @@ def check_rows(configs: list[Config]) -> list[Path]:
 def _share_a_pass(first: Config, other: Config) -> bool:
     """Whether both rows are trained on (if at all) and scored from the same features, batch by batch."""
     both = first.shares_features and other.shares_features
+    both = both and not (first.classifier.sources or other.classifier.sources)  # made of rows that run before them
     return both and stored.shared_settings(first) == stored.shared_settings(other)
 
 
@@ -200,13 +202,14 @@ def note_data(index: AnnotationIndex, stats: CategoryStats) -> None:
 def begin(config: Config, index: AnnotationIndex, stats: CategoryStats, device: torch.device) -> Run:
     """The detector of a row with the weights that it starts from, and its run folder."""
     torch.manual_seed(config.seed)
+    config, members = with_members(config)
     detector = build_detector(config, stats)
     with distributed.main_first():  # it may fetch weights
         initialise(detector, config, index, stats)
+    load_members(detector, config, members)
     detector.to(device, memory_format=torch.channels_last)
     distributed.on_main(lambda: describe(config))
-    init = weights_digest(load_checkpoint(config.init_file)) if config.init_file else None
-    about = {"config": config_to_dict(config), "stats": stats.to_dict(), "init": init}
+    about = {"config": config_to_dict(config), "stats": stats.to_dict(), "init": sources_digest(config.source_files)}
     schedule = dataclasses.replace(config.train, accumulate=1) if config.is_cached else config.train  # no detector runs
     return Run(detector, schedule, config.run_folder, config.seed, config.name, about)
 

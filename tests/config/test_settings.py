@@ -92,7 +92,7 @@ def test_what_a_range_allows():
     assert Example(half_open=0, share=1, closed=4, natural=2**62, positive=1e300, kept=True).closed == 4
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("name", sorted(CLASSIFIERS.keys() - {"Average"}))  # which is made of others
 def test_defaults_and_ranges_stand_in_the_settings_only(name):
     """The arguments of a constructor have the defaults of the settings, and meet the check of a YAML file."""
     classifier = getattr(bags, name)
