@@ -21,6 +21,7 @@ from bags.classifiers.base import (
     ProposalClassifier,
     TrainingCounts,
     at_least_float32,
+    checked_weights,
 )
 from bags.core.settings import NO_RESULT, Range, need
 
@@ -91,13 +92,21 @@ class Average(ProposalClassifier):
         settings = AverageSettings(of=names, weights=tuple(weights))
         self.num_categories = numbers[0]
         self.members = nn.ModuleList(members)
-        shares = torch.tensor(settings.weights or [1.0] * len(members), dtype=torch.float64)
-        self.register_buffer("shares", shares / shares.sum(), persistent=False)
-        self.widths: list[int] = []  # logits of each member, known after the first call
+        self.register_buffer("shares", torch.zeros(len(members), dtype=torch.float64), persistent=False)
+        self.mix(settings.weights or [1.0] * len(members))
+        self.widths: list[int] = []  # logits of each used member, known after the first call
+
+    def mix(self, weights: Sequence[float]) -> None:
+        """Give the members other weights [M]. Those of 0 are not computed."""
+        values = checked_weights("weights", weights, len(self.members)).double()
+        need(bool(values.sum() > 0), "weights", "one above 0 or more", list(weights))
+        self.shares.copy_(values / values.sum())
+        self.used = [number for number, weight in enumerate(values.tolist()) if weight > 0]
 
     def forward(self, features: BoxFeatures) -> Tensor:
         """Compute the logits of all members, [R, D]."""
-        affine = {k: _affine(member) for k, member in enumerate(self._members())}
+        used = dict(zip(self.used, self._members(), strict=True))
+        affine = {k: _affine(member) for k, member in used.items()}
         maps = {k: one for k, one in affine.items() if one is not None}
         logits: dict[int, Tensor] = {}
         if maps:
@@ -107,13 +116,13 @@ class Average(ProposalClassifier):
             parts = product.split([len(one.weight) for one in maps.values()], dim=1)
             for (k, one), part in zip(maps.items(), parts, strict=True):
                 logits[k] = (part / norm if one.unit else part) + one.bias
-        ordered = [logits[k] if k in logits else member(features) for k, member in enumerate(self._members())]
+        ordered = [logits[k] if k in logits else member(features) for k, member in used.items()]
         self.widths = [part.shape[1] for part in ordered]
         return torch.cat(ordered, dim=1)
 
     def probs(self, logits: Tensor) -> Tensor:
         """Average the members' scores: [R, C+1], column 0 the background. Rows sum to 1 if all members' do."""
-        parts = zip(self.shares, self._members(), logits.split(self.widths, dim=1), strict=True)
+        parts = zip(self.shares[self.used], self._members(), logits.split(self.widths, dim=1), strict=True)
         return torch.stack([share * member.probs(part) for share, member, part in parts]).sum(0)
 
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -123,11 +132,12 @@ class Average(ProposalClassifier):
 
     def weight_norms(self) -> Tensor:
         """Average the members' norms, [C+1]; entry 0 is the background."""
-        pairs = zip(self.shares, self._members(), strict=True)
+        pairs = zip(self.shares[self.used], self._members(), strict=True)
         return torch.stack([share * member.weight_norms() for share, member in pairs]).sum(0)
 
     def _members(self) -> list[ProposalClassifier]:
-        return [cast(ProposalClassifier, member) for member in self.members]
+        """Those with a weight above 0."""
+        return [cast(ProposalClassifier, self.members[number]) for number in self.used]
 
 
 def _affine(member: ProposalClassifier) -> Affine | None:

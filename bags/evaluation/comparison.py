@@ -5,6 +5,7 @@ scored on each draw. A draw is a weight for each image (how often it was drawn),
 counts: the same number as from a dataset in which images are repeated.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +15,9 @@ from tqdm import tqdm
 
 from bags.core.errors import UserError
 from bags.data.statistics import training_of
-from bags.evaluation.detection_ap import match
+from bags.evaluation.detection_ap import default_limit, match
 from bags.evaluation.results_file import Results, read_results
-from bags.evaluation.truth import Truth, read_truth
+from bags.evaluation.truth import LARGEST_AREA, NEGATIVE, PARTIAL, Truth, read_truth
 
 RECALLS = np.linspace(0, 1, 101)
 IOUS = 10  # thresholds 0.5, 0.55, ..., 0.95
@@ -29,6 +30,7 @@ class Detections(NamedTuple):
     image: np.ndarray  # int64 [D] position of the image
     hit: np.ndarray  # bool [T, D] matched to an object that counts
     counted: np.ndarray  # bool [T, D] not to be ignored
+    score: np.ndarray  # float64 [D]
 
 
 class Comparison(NamedTuple):
@@ -60,25 +62,21 @@ def compare(
     if draws < 0:
         raise UserError(f"draws={draws}: expected 0 or more")
     truth = annotations if isinstance(annotations, Truth) else read_truth(annotations)
-    labels = {key: k for k, key in enumerate(truth.category_ids.tolist())}
-    ids = truth.image_ids.tolist()
-    images = {ids[image["id"] - 1]: k for k, image in enumerate(truth.content["images"])}  # in the file's order
     files: list[list[Detections | None]] = []
     objects: list[np.ndarray] = []
     names: list[str] = []
     for source in (first, second):
         results = source if isinstance(source, Results) else read_results(source, truth)
         names.append(results.path.name)
-        entries = match(truth, results, iou_type, max_detections)
-        objects = objects or objects_of(entries, labels, images)  # those of any file: entries without detections, too
-        files.append(detections_of(entries, labels, images))
-        del entries  # a kilobyte for each detection
+        file, objects = matched(truth, results, iou_type, max_detections)  # the objects of any file are the same
+        files.append(file)
     training = training_of({"categories": truth.category_counts()}, instance_counts, image_counts, boundaries)
-    sets = {"AP": np.ones(len(labels), bool), **training.sets()}
+    sets = {"AP": np.ones(len(truth.names), bool), **training.sets()}
 
-    whole = [ap_of(file, objects, np.ones((1, len(images)))) for file in files]
+    whole = [ap_of(file, objects, np.ones((1, len(truth.image_ids)))) for file in files]
     numbers = [{name: float(values[0]) for name, values in means(ap, sets).items()} for ap in whole]
-    weights = np.random.default_rng(seed).multinomial(len(images), np.full(len(images), 1 / len(images)), draws)
+    images = len(truth.image_ids)
+    weights = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), draws)
     weights = weights.astype(np.int16)
     intervals = {}
     if draws:
@@ -86,7 +84,7 @@ def compare(
         before, after = (means(ap, sets) for ap in drawn)
         intervals = {name: interval(after[name] - before[name]) for name in before}
     rows = []
-    for key, k in labels.items():
+    for k, key in enumerate(truth.category_ids.tolist()):
         a, b = (float(ap[0, :, k].mean()) for ap in whole)
         counts = {} if training.instances is None else {"training_instances": training.instances[k]}
         if a == a:
@@ -101,37 +99,89 @@ def changed_most(rows: list[dict], most: int) -> tuple[list[dict], list[dict]]:
     return gained, [row for row in ordered[:most] if row["difference"] < 0]
 
 
-def objects_of(entries: list[dict], labels: dict[int, int], images: dict[int, int]) -> list[np.ndarray]:
-    """Of each category int64 [K, 2]: the images that hold objects of it that count, and how many."""
-    of_label: list[list] = [[] for _ in labels]
+class Matches(NamedTuple):
+    """A results file matched with the ground truth."""
+
+    file: list[Detections | None]  # of each category; None for one without detections
+    objects: list[np.ndarray]  # of each category int64 [K, 2]: images with objects of it that count, and how many
+
+
+def matched(
+    truth: Truth, results: Results, iou_type: str = "bbox", max_detections: int | None = None, most: int | None = None
+) -> Matches:
+    """Match detections with objects, as the engine does.
+
+    Only where an image holds objects of a category is there something to match, so only that is given to the engine,
+    whose answer is a kilobyte for each detection. Elsewhere all detections are false; in LVIS they count if the
+    category is listed as absent from the image, and are ignored if nothing is known about it.
+    max_detections: of an image, by default the protocol's; most: of a category in all images together.
+    """
+    if iou_type == "segm":
+        truth.check_masks()
+        results.check_masks(truth)
+    images = {image["id"]: k for k, image in enumerate(truth.content["images"])}  # in the file's order
+    results = results.take(_within_limits(truth, results, max_detections or default_limit(truth), most))
+    pairs = results.images * (len(truth.names) + 1) + results.categories
+    held = {(annotation["image_id"], annotation["category_id"]) for annotation in truth.content["annotations"]}
+    hit, counted = np.zeros((IOUS, len(results)), bool), np.ones((IOUS, len(results)), bool)
+    counted[:, results.boxes[:, 2:].prod(1) > LARGEST_AREA] = False  # ignored unless matched
+    partial = {(image["id"], key) for image in truth.content["images"] for key in image.get(PARTIAL, ())}
+    counted[:, np.isin(pairs, _numbers(partial, truth))] = False
+    rows = np.flatnonzero(np.isin(pairs, _numbers(held, truth)))
+    entries = match(truth, results.take(rows), iou_type, max_detections)
+    rows = rows[np.argsort(pairs[rows], kind="stable")]
+    starts = dict(zip(*np.unique(pairs[rows], return_index=True), strict=True))
+    objects: list[list] = [[] for _ in truth.names]
     for entry in entries:
+        image, category = entry["image_rank"], entry["category_rank"]
         number = len(entry["gtIgnore"]) - sum(entry["gtIgnore"])
         if number:
-            of_label[labels[entry["category_id"]]].append((images[entry["image_id"]], number))
-    return [np.array(pairs, np.int64).reshape(-1, 2) for pairs in of_label]
-
-
-def detections_of(entries: list[dict], labels: dict[int, int], images: dict[int, int]) -> list[Detections | None]:
-    """The matched detections of each category; None for a category without any."""
-    parts: list[list[dict]] = [[] for _ in labels]
-    order = {image: k for k, image in enumerate(sorted(images))}  # equal scores: by image id, as the engines
-    for entry in sorted(entries, key=lambda entry: order[entry["image_id"]]):
+            objects[category - 1].append((images[image], number))
         if len(entry["dtScores"]):
-            parts[labels[entry["category_id"]]].append(entry)
-    detections: list[Detections | None] = []
-    for part in parts:
-        if not part:
-            detections.append(None)
-            continue
-        scores = np.concatenate([entry["dtScores"] for entry in part])
-        best_first = np.argsort(-scores, kind="stable")
-        image = np.concatenate([np.full(len(entry["dtScores"]), images[entry["image_id"]]) for entry in part])
-        matched, ignored = (
-            np.concatenate([np.array(entry[key], bool) for entry in part], 1)[:, best_first]
-            for key in ("dtMatched", "dtIgnore")
-        )
-        detections.append(Detections(image[best_first], matched & ~ignored, ~ignored))
-    return detections
+            start = starts[image * (len(truth.names) + 1) + category]
+            own = rows[start : start + len(entry["dtScores"])]
+            ignored = np.array(entry["dtIgnore"], bool)
+            hit[:, own], counted[:, own] = np.array(entry["dtMatched"], bool) & ~ignored, ~ignored
+    places = np.zeros(len(images) + 1, np.int64)
+    places[list(images)] = list(images.values())
+    order = np.argsort(results.categories, kind="stable")
+    bounds = np.searchsorted(results.categories[order], np.arange(1, len(truth.names) + 2))
+    file: list[Detections | None] = []
+    for first, last in itertools.pairwise(bounds.tolist()):
+        own = order[first:last]
+        of_category = Detections(places[results.images[own]], hit[:, own], counted[:, own], results.scores[own])
+        file.append(of_category if len(own) else None)
+    return Matches(file, [np.array(numbers, np.int64).reshape(-1, 2) for numbers in objects])
+
+
+def _numbers(pairs: set[tuple[int, int]], truth: Truth) -> np.ndarray:
+    """One number for each pair of an image and a category."""
+    return np.array([image * (len(truth.names) + 1) + category for image, category in pairs], np.int64)
+
+
+def _within_limits(truth: Truth, results: Results, limit: int, most: int | None) -> np.ndarray:
+    """Rows that the protocol looks at: the best of each image (LVIS) or of each image and category (COCO).
+
+    In LVIS these are only categories that are known to be in the image, or not to be.
+    """
+    pairs = results.images * (len(truth.names) + 1) + results.categories
+    kept = _rank_within(results.images if truth.lvis else pairs) < limit
+    if most is not None:
+        kept &= _rank_within(np.where(kept, results.categories, 0)) < most
+    if truth.lvis:
+        held = {(annotation["image_id"], annotation["category_id"]) for annotation in truth.content["annotations"]}
+        absent = {(image["id"], key) for image in truth.content["images"] for key in image[NEGATIVE]}
+        kept &= np.isin(pairs, _numbers(held | absent, truth))
+    return np.flatnonzero(kept)
+
+
+def _rank_within(groups: np.ndarray) -> np.ndarray:
+    """The place, from 0, of each member [D] among those of its group."""
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    ranks = np.empty(len(groups), np.int64)
+    ranks[order] = np.arange(len(groups)) - np.repeat(starts, np.diff([*starts, len(groups)]))
+    return ranks
 
 
 def ap_of(
@@ -139,7 +189,7 @@ def ap_of(
 ) -> np.ndarray:
     """AP [draws, T, C] with images weighted by `weights` [draws, I]; NaN where a draw has no object.
 
-    objects: see `objects_of`. title: of the progress bar; None shows none.
+    objects: see `Matches`. title: of the progress bar; None shows none.
     """
     result = np.full((len(weights), IOUS, len(file)), np.nan)
     for label, detections in enumerate(tqdm(file, desc=title, unit="category", disable=title is None)):

@@ -6,6 +6,7 @@ equal those of the official `lvis` and `pycocotools`.
 """
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -117,7 +118,8 @@ def match(
 ) -> list[dict]:
     """Matches of each image and category.
 
-    An entry holds image_id, category_id, dtScores [D] (falling), dtMatched and dtIgnore [10 IoUs][D], gtIgnore [G],
+    An entry holds image_id, category_id, their ranks from 1 on (image_rank, category_rank), dtScores [D] (falling),
+    dtMatched and dtIgnore [10 IoUs][D] and gtIgnore [G],
     as pycocotools' evalImgs do, of objects of any size. Raises UserError for a file that cannot be used.
     """
     truth, results, limit = _inputs(annotations, predictions, iou_type, max_detections)
@@ -128,6 +130,7 @@ def match(
         entries = [entry for entry in evaluation.eval_imgs if entry is not None]
     image_ids, category_ids = truth.image_ids.tolist(), truth.category_ids.tolist()
     for entry in entries:
+        entry["image_rank"], entry["category_rank"] = entry["image_id"], entry["category_id"]
         entry["image_id"] = image_ids[entry["image_id"] - 1]
         entry["category_id"] = category_ids[entry["category_id"] - 1]
     return entries
@@ -142,7 +145,12 @@ def _inputs(
     if iou_type == "segm":
         truth.check_masks()
         results.check_masks(truth)
-    return truth, results, max_detections or (300 if truth.lvis else 100)
+    return truth, results, max_detections or default_limit(truth)
+
+
+def default_limit(truth: Truth) -> int:
+    """Detections of an image that the protocol looks at: 300 in LVIS, 100 in COCO."""
+    return 300 if truth.lvis else 100
 
 
 def notes_of(
@@ -199,6 +207,7 @@ def per_category_ap(precision: np.ndarray) -> np.ndarray:
     return np.where(valid.any((0, 1)), total / np.maximum(valid.sum((0, 1)), 1), np.nan)
 
 
+@functools.lru_cache(maxsize=1)  # many results are matched with the same truth, whose identity is the key
 def _engine_truth(truth: Truth, iou_type: str) -> hotcoco.COCO:
     with _quiet():
         return hotcoco.COCO(truth.engine_content(iou_type == "segm"))
@@ -235,7 +244,7 @@ def _evaluation(
     if lvis:  # over all categories; ties stay in canonical order
         detections = detections.cap_detections_per_image(limit)
     evaluation = hotcoco.COCOeval(engine_truth, detections, iou_type, lvis_style=lvis)
-    evaluation.params.max_dets = [limit] if lvis else [1, 10, limit]
+    evaluation.params.max_dets = [limit]
     return evaluation
 
 

@@ -46,7 +46,7 @@ def _coco(annotations: str, entries: list[dict], iou_type: Any, limit: int) -> t
 
     truth = COCO(annotations)
     evaluation = COCOeval(truth, truth.loadRes(entries), iou_type)
-    evaluation.params.maxDets = [1, 10, limit]
+    evaluation.params.maxDets = [limit]
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation.eval["precision"][..., -1], evaluation.eval["recall"][..., -1]

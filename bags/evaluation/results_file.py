@@ -129,6 +129,17 @@ def read_results(path: str | Path, truth: Truth) -> Results:
     return Results(path, ids[:, 0], ids[:, 1], boxes, scores, masks, order, tied, notes.all())
 
 
+def results_of(path: Path, ids: np.ndarray, boxes: np.ndarray, scores: np.ndarray) -> Results:
+    """Detections that are in memory, as if they had been read from `path`.
+
+    ids: int64 [D, 2] ranks of image and category from 1 on; boxes: float64 [D, 4] x, y, width, height in pixels;
+    scores: float64 [D].
+    """
+    order, _ = canonical_order(ids, boxes, scores)
+    tied = _tied(ids[order, 1], scores[order])
+    return Results(path, ids[order, 0], ids[order, 1], boxes[order], scores[order], None, order, tied, [])
+
+
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     """Parsed JSON has no reference cycles, and looking for them takes a quarter of the time."""

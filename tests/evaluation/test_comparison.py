@@ -7,12 +7,16 @@ import math
 import numpy as np
 import pytest
 from conftest import run_script
+from test_engines import detections_of as object_detections
+from test_engines import federated
 
 import bags
 from bags.data.statistics import training_of
 from bags.evaluation import comparison
-from bags.evaluation.comparison import ap_of, compare, detections_of, interval, means, objects_of
+from bags.evaluation.comparison import ap_of, compare, interval, matched, means
 from bags.evaluation.detection_ap import match
+from bags.evaluation.results_file import read_results
+from bags.evaluation.truth import read_truth
 
 IMAGES, CATEGORIES = 12, 5
 
@@ -101,18 +105,64 @@ def test_few_images_and_no_detections(tmp_path):
 @pytest.mark.parametrize("lvis", [True, False])
 def test_a_weighted_image_is_a_repeated_one(tmp_path, lvis):
     content, results = write_case(tmp_path, lvis)
-    entries = match(tmp_path / "truth.json", tmp_path / "a.json", max_detections=100)
-    labels = {c["id"]: k for k, c in enumerate(content["categories"])}
-    images = {image["id"]: k for k, image in enumerate(content["images"])}
+    truth = read_truth(tmp_path / "truth.json")
+    file, objects = matched(truth, read_results(tmp_path / "a.json", truth), max_detections=100)
     weights = np.random.default_rng(0).multinomial(IMAGES, np.full(IMAGES, 1 / IMAGES), 6)
     weights = np.concatenate([weights, np.ones((1, IMAGES), int)])
-    ap = ap_of(detections_of(entries, labels, images), objects_of(entries, labels, images), weights)
+    ap = ap_of(file, objects, weights)
     found = means(ap, {"AP": np.ones(CATEGORIES, bool), **training_of(content).sets()})
     for draw, times in enumerate(weights.tolist()):
         expected = repeated(tmp_path, content, results[0], times)
         for name, values in found.items():
             assert values[draw] == pytest.approx(expected[name], abs=1e-12, nan_ok=True), (name, times)
     assert np.isnan(ap[:, :, CATEGORIES - 1]).all()  # no object of it anywhere
+
+
+def slow_matches(truth, results, iou_type, limit):
+    """Of each category: sorted (-score, image, hits, counted) of all detections that the engine reports, and objects."""
+    ranks = {key: k for k, key in enumerate(truth.category_ids.tolist())}
+    positions = {truth.image_ids[image["id"] - 1]: k for k, image in enumerate(truth.content["images"])}
+    detections, objects = [[] for _ in ranks], [[] for _ in ranks]
+    for entry in match(truth, results, iou_type, limit):
+        place, label = positions[entry["image_id"]], ranks[entry["category_id"]]
+        number = sum(not ignored for ignored in entry["gtIgnore"])
+        objects[label] += [(place, number)] if number else []
+        columns = zip(
+            entry["dtScores"], *(zip(*entry[key], strict=True) for key in ("dtMatched", "dtIgnore")), strict=True
+        )
+        for score, hits, ignored in columns:
+            hits = [bool(hit) and not drop for hit, drop in zip(hits, ignored, strict=True)]
+            detections[label].append((-score, place, hits, [not drop for drop in ignored]))
+    return [sorted(rows) for rows in detections], [sorted(pairs) for pairs in objects]
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+@pytest.mark.parametrize("lvis", [True, False])
+@pytest.mark.parametrize("limit", [300, 5, 1])
+def test_matches_are_those_of_the_engine(tmp_path, iou_type, lvis, limit):
+    """Also where the engine is not asked: categories that an image does not hold, huge boxes, crowds."""
+    content, rng = federated(tmp_path, limit)
+    if not lvis:
+        for image in content["images"]:
+            del image["neg_category_ids"], image["not_exhaustive_category_ids"]
+        for annotation in content["annotations"][::4]:
+            annotation["iscrowd"] = 1
+    entries = object_detections(content, rng, 6, limit == 5)
+    if iou_type == "bbox":
+        entries += [{**entry, "bbox": [0, 0, 2e5, 2e5], "score": entry["score"] / 2} for entry in entries[::5]]
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    (tmp_path / "found.json").write_text(json.dumps(entries))
+    truth = read_truth(tmp_path / "truth.json")
+    results = read_results(tmp_path / "found.json", truth)
+    file, objects = matched(truth, results, iou_type, limit)
+    slow, slow_objects = slow_matches(truth, results, iou_type, limit)
+    assert [sorted(map(tuple, pairs.tolist())) for pairs in objects] == slow_objects
+    for found, expected in zip(file, slow, strict=True):
+        columns = found and [-found.score, found.image, found.hit.T, found.counted.T]
+        rows = [list(row) for row in zip(*(column.tolist() for column in columns or ()), strict=True)]
+        assert sorted(rows) == [list(row) for row in expected]
+        assert found is None or (np.diff(found.score) <= 0).all()
+    assert any(found is not None and found.hit.any() for found in file)
 
 
 def test_large_categories_are_taken_in_parts(tmp_path, monkeypatch):
