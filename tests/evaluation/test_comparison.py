@@ -119,7 +119,7 @@ def test_a_weighted_image_is_a_repeated_one(tmp_path, lvis):
 
 
 def slow_matches(truth, results, iou_type, limit):
-    """Of each category: sorted (-score, image, hits, counted) of all detections that the engine reports, and objects."""
+    """Of each category: sorted (-score, image, hits, counted) of all detections that the engine has, and objects."""
     ranks = {key: k for k, key in enumerate(truth.category_ids.tolist())}
     positions = {truth.image_ids[image["id"] - 1]: k for k, image in enumerate(truth.content["images"])}
     detections, objects = [[] for _ in ranks], [[] for _ in ranks]

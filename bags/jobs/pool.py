@@ -1,0 +1,114 @@
+"""The rows that `choose` chooses from: methods of a dataset, also trained for longer, by AdamW or with other settings."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from bags.config.load import KEY, load_config
+from bags.config.rows import find_dataset, row_beside
+from bags.config.sections import Config
+from bags.core.errors import UserError
+
+CONTROL = "softmax_retrained"
+# METHOD, then in any order: xN (N times the epochs of the dataset's stage), adamw, and section.key=value.
+QUICK = (
+    CONTROL,
+    f"{CONTROL} x4",
+    f"{CONTROL} x4 adamw",
+    "bags",
+    "bags_cosine",
+    "reweight_cls",
+    "seesaw",
+    "simcal",
+    "norcal",
+)
+FULL = (
+    *QUICK,
+    f"{CONTROL} x12",
+    f"{CONTROL} adamw",
+    f"{CONTROL} x12 adamw",
+    "bags x4",
+    "bags x12",
+    "bags adamw",
+    "bags x4 adamw",
+    "bags classifier.others_ratio=1",
+    "bags classifier.others_ratio=all",
+    "bags_cosine x4",
+    "bags_cosine classifier.scale=10",
+    "bags_cosine classifier.scale=40",
+    "reweight_cls x4",
+    "seesaw x4",
+    "softmax_balanced",
+    "logit_adjustment",
+    "logit_adjustment classifier.tau=0.5",
+    "acsl",
+    "eql",
+    "eql_v2",
+    "drop_loss",
+    "federated",
+    "class_balanced",
+    "balanced_sigmoid",
+    "sigmoid",
+    "sigmoid x4",
+    "focal_cls",
+    "logit_adjustment_scores",
+    "norcal classifier.gamma=0.3",
+    "tau_norm",
+    "tau_norm_select",
+)
+POOLS = {"quick": QUICK, "full": FULL}
+ADAMW_RATE = 2.56  # divided by the width of the features: a step then moves logits as far for any width
+
+
+def pool_rows(path: Path, overrides: Sequence[str], entries: Sequence[str]) -> list[Config]:
+    """The configurations of a pool, the control first.
+
+    path: of a dataset. Raises UserError for an entry that is no row, or not one that trains or calibrates only the
+    classifier.
+    """
+    dataset = find_dataset(path)
+    if dataset is None:
+        raise UserError(f"{path}: expected a dataset to choose for, as configs/glyphs-100")
+    entries = list(dict.fromkeys([CONTROL, *entries]))
+    rows = [_row(dataset.name, entry, overrides) for entry in entries]
+    for entry, config in zip(entries, rows, strict=True):
+        if not config.shares_features or config.classifier.sources:
+            raise UserError(
+                f"{entry}: expected a row that trains or calibrates only the classifier of {rows[0].init_row}"
+            )
+        if config.source_files != rows[0].source_files:
+            raise UserError(
+                f"{entry}: starts from {config.detector.init_from}, {CONTROL} from {rows[0].detector.init_from}"
+            )
+    return rows
+
+
+def baseline_of(path: Path, overrides: Sequence[str], rows: Sequence[Config]) -> list[Config]:
+    """The configuration of the row that all rows of a pool start from; none where that is a checkpoint."""
+    dataset = find_dataset(path)
+    if dataset is None or rows[0].init_row is None:
+        return []
+    return [load_config(row_beside(dataset.name / CONTROL, rows[0].init_row), overrides)]
+
+
+def _row(dataset: Path, entry: str, overrides: Sequence[str]) -> Config:
+    """The configuration of a pool's entry, with a name that tells its variants apart."""
+    method, *words = entry.split()
+    config = load_config(dataset / method, overrides)
+    given, name = [], [method]
+    for word in words:
+        times = re.fullmatch("x([1-9][0-9]*)", word)
+        if times:
+            milestones = [milestone * int(times[1]) for milestone in config.train.milestones]
+            given += [f"train.epochs={config.train.epochs * int(times[1])}", f"train.milestones={milestones}"]
+        elif word == "adamw":
+            given += ["train.optimizer=adamw", f"train.lr={ADAMW_RATE / config.detector.roi.fc:g}"]
+        elif not KEY.fullmatch(word.partition("=")[0]):
+            raise UserError(f"{entry}: {word}: expected xN, adamw or section.key=value")
+        else:
+            given.append(word)
+            word = word.rpartition(".")[2].replace("/", "_")
+        name.append(word)
+    config = load_config(dataset / method, [*overrides, *given])
+    return dataclasses.replace(config, name=",".join(name))
