@@ -89,9 +89,10 @@ def check_rows(configs: list[Config]) -> list[Path]:
         if config.run_folder in folders:
             raise UserError(f"{config.run_folder}: two rows of this job would share it: give each a name of its own")
         folders[config.run_folder] = config
-        if not is_complete(config.run_folder, config):
+        complete = is_complete(config.run_folder, config)
+        if not complete:
             unfinished.append(config.run_folder)
-        for row in config.source_rows:
+        for row in config.source_rows if not complete else ():
             source = config.source_file(f"row:{row}").parent
             if source not in folders and not is_finished(source):
                 raise UserError(f"{source}: no finished run; run the row {row} first")
