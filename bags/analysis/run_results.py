@@ -15,6 +15,7 @@ from bags.analysis.run_files import read_categories, read_log, read_metrics, rea
 from bags.config.load import config_to_dict, load_config, override_config
 from bags.config.sections import Config
 from bags.core.errors import UserError
+from bags.core.settings import NO_RESULT, marks
 
 
 @dataclass
@@ -71,8 +72,9 @@ def about(run: RunResults) -> dict[str, str]:
 
 
 def _choice(section: Any) -> str:
-    """The name of a section's choice, and its settings that differ from the defaults."""
-    settings = {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if f.name != "name"}
+    """The name of a section's choice, and its settings that differ from the defaults and can change a result."""
+    left_out = {"name", *(key for key, notes in marks(type(section)).items() if NO_RESULT in notes)}
+    settings = {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if f.name not in left_out}
     changed = [f"{key}={value}" for key, value in settings.items() if value != getattr(type(section)(), key)]
     return ", ".join([section.name, *changed])
 

@@ -21,7 +21,7 @@ from torchvision.models.detection import roi_heads as torchvision_roi_heads
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from bags.classifiers import classifier_settings
-from bags.classifiers.base import ProposalClassifier, checked_counts
+from bags.classifiers.base import ProposalClassifier, checked_counts, feature_widths
 from bags.data.statistics import CategoryStats
 from bags.detectors.conventions import CONVENTIONS, Transform
 from bags.detectors.roi_heads import RoIHeads
@@ -68,8 +68,7 @@ def balance(
         classifier = _new_classifier(classifier, in_features, boundaries, counts, images, keep_weights)
     if classifier.num_categories != labels - 1:
         raise ValueError(f"classifier: has {classifier.num_categories} categories, the detector {labels - 1}")
-    width = getattr(getattr(classifier, "linear", None), "in_features", in_features)
-    if width != in_features:
+    for width in feature_widths(classifier) - {in_features}:
         raise ValueError(f"classifier: takes {width} features, the detector's box head gives {in_features}")
     if keep_weights:
         _copy_layer(predictor.cls_score, classifier)
@@ -204,7 +203,7 @@ def _new_classifier(
     images: tuple[int, ...],
     keep_weights: bool,
 ) -> ProposalClassifier:
-    kinds = {key: kind for key, kind in classifier_settings().items() if not kind.fitted and key != "average"}
+    kinds = {key: kind for key, kind in classifier_settings().items() if not kind.fitted and not kind.combines}
     if name not in kinds:
         raise ValueError(f"classifier: expected a classifier or one of {', '.join(sorted(kinds))}, got {name!r}")
     if kinds[name].on_softmax and not keep_weights:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from bags.config.load import check_config, config_from_dict
 from bags.config.sections import Config, DetectorConfig
-from bags.core.errors import UserError, one_line
+from bags.core.errors import UserError
 from bags.core.tensor_files import check_finite
 from bags.data.findings import REMAP
 from bags.data.index import AnnotationIndex
@@ -17,6 +18,8 @@ from bags.data.statistics import CategoryStats
 from bags.detectors.backbones import load_backbone_weights
 from bags.detectors.faster_rcnn import FasterRCNN
 from bags.engine.checkpoint import load_checkpoint, load_weights
+
+COUNTERS = ".num_batches_tracked"  # only some kinds of batch normalisation have them, and no result depends on them
 
 
 def initialise(detector: FasterRCNN, config: Config, index: AnnotationIndex, stats: CategoryStats) -> list[str]:
@@ -46,8 +49,7 @@ def initialise(detector: FasterRCNN, config: Config, index: AnnotationIndex, sta
         check_categories(saved_stats, index, path)
     if config.train.part != "all":
         _check_same_images(saved_config.detector, config.detector, path)
-    counters = ".num_batches_tracked"  # only some kinds of batch normalisation have them, and no result depends on them
-    new = [name for name in load_weights(detector, checkpoint, skip) if not name.endswith(counters)]
+    new = [name for name in load_weights(detector, checkpoint, skip) if not name.endswith(COUNTERS)]
     keeps = "two heads" if config.classifier.on_softmax else None
     keeps = "train.part=none" if config.train.part == "none" else keeps
     layers = (m for c in detector.classifiers() for name, m in c.named_children() if name == "linear")
@@ -58,7 +60,7 @@ def initialise(detector: FasterRCNN, config: Config, index: AnnotationIndex, sta
             f"{saved.name} {'are reset by detector.reset_classifier' if same else 'are of another kind'}"
         )
     unused = [name for name in checkpoint["model"] if name not in detector.state_dict()]
-    foreign = [n for n in (*new, *unused) if not n.endswith(counters) and not n.startswith(classifiers + skip)]
+    foreign = [n for n in (*new, *unused) if not n.endswith(COUNTERS) and not n.startswith(classifiers + skip)]
     if foreign:
         maps = foreign[0].startswith(semantic)
         section = "data.train_semantic and data.semantic_classes" if maps else "detector section"
@@ -79,11 +81,32 @@ def with_members(config: Config) -> tuple[Config, list[dict]]:
         checkpoints.append(load_checkpoint(path))
         check_finite(checkpoints[-1]["model"], path)
         source = f"{path}: config"
-        members.append(check_config(config_from_dict(checkpoints[-1]["config"], source), source).classifier)
+        saved = check_config(config_from_dict(checkpoints[-1]["config"], source), source)
+        if saved.classifier.fitted or not saved.classifier.layers:
+            why = "needs to be fitted" if saved.classifier.fitted else "has no classifier.members"
+            raise UserError(f"{path}: its classifier {saved.classifier.name} {why}, so it cannot be averaged")
+        _check_same_images(saved.detector, config.detector, path)
+        members.append(saved.classifier)
     try:
         return dataclasses.replace(config, classifier=config.classifier.made_of(members)), checkpoints
     except ValueError as error:
         raise UserError(f"{config.name}: classifier.{error}") from None
+
+
+def check_members(config: Config, checkpoints: list[dict], index: AnnotationIndex, stats: CategoryStats) -> None:
+    """Refuse members that were trained on other annotations. Raises UserError, naming the file.
+
+    Groups and calibrations are made from the training counts, and a checkpoint's weights do not contain them.
+    """
+    for path, checkpoint in zip(map(config.source_file, config.classifier.sources), checkpoints, strict=True):
+        saved = CategoryStats.from_dict(checkpoint["stats"], path)
+        try:
+            config_from_dict(checkpoint["config"]).classifier.columns(saved)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        check_categories(saved, index, path)
+        if saved != stats:
+            raise UserError(f"{path}: was trained on other annotations than {index.path}: train it again on these")
 
 
 def load_members(detector: FasterRCNN, config: Config, checkpoints: list[dict]) -> None:
@@ -93,25 +116,51 @@ def load_members(detector: FasterRCNN, config: Config, checkpoints: list[dict]) 
     """
     paths = map(config.source_file, config.classifier.sources)
     prefixes, state = detector.prefixes(detector.classifiers()), detector.state_dict()
+    frozen = {name: value for name, value in state.items() if not name.startswith(prefixes)}
     for number, (path, checkpoint) in enumerate(zip(paths, checkpoints, strict=True)):
         members: dict[str, Tensor] = {}
+        rest: dict[str, Tensor] = {}
         for name, value in checkpoint["model"].items():
             prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
             if prefix:
                 members[f"{prefix}members.{number}.{name.removeprefix(prefix)}"] = value
-            elif name not in state or not torch.equal(value, state[name]):
-                raise UserError(
-                    f"{path}: was trained on another detector than {config.init_file} ({name} differs): only "
-                    "classifiers of one detector can be averaged"
-                )
-        try:
-            wanted = {n for n in state if n.startswith(tuple(f"{prefix}members.{number}." for prefix in prefixes))}
-            missing = wanted - members.keys()
-            if missing:
-                raise RuntimeError(f"{min(missing)} is missing")
-            detector.load_state_dict(members, strict=False)
-        except RuntimeError as error:
-            raise UserError(f"{path}: its classifier does not fit ({one_line(error)})") from None
+            else:
+                rest[name] = value
+        if different := _first_difference(rest, frozen):
+            raise UserError(
+                f"{path}: was trained on another detector than {config.init_file} ({different} differs): only "
+                "classifiers of one detector can be averaged"
+            )
+        places = tuple(f"{prefix}members.{number}." for prefix in prefixes)
+        wanted = {name: value for name, value in state.items() if name.startswith(places)}
+        _load_exactly(detector, members, wanted, path)
+
+
+def _first_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str | None:
+    """Name of the first tensor that only one state has, or that differs; counters of batches do not matter."""
+    for name in sorted(ours.keys() | theirs.keys()):
+        both = name in ours and name in theirs
+        if not name.endswith(COUNTERS) and not (both and torch.equal(ours[name], theirs[name])):
+            return name
+    return None
+
+
+def _load_exactly(detector: FasterRCNN, given: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
+    """Copy a member's tensors to their places. Raises UserError, naming the file, for others than are wanted."""
+    kinds = {name for name in given.keys() & wanted.keys() if _kind(given[name]) != _kind(wanted[name])}
+    for words, names in (
+        ("is missing", wanted.keys() - given.keys()),
+        ("is not expected", given.keys() - wanted.keys()),
+        ("has another shape or type", kinds),
+    ):
+        if names:
+            name = re.sub(r"members\.[0-9]+\.", "", min(names), count=1)  # as the file has it
+            raise UserError(f"{path}: its weights are not those of its own classifier ({name} {words})")
+    detector.load_state_dict(given, strict=False)
+
+
+def _kind(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.is_floating_point()
 
 
 def _check_same_images(theirs: DetectorConfig, ours: DetectorConfig, path: Path) -> None:

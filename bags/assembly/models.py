@@ -57,16 +57,16 @@ def build_detector(config: Config, stats: CategoryStats) -> FasterRCNN:
     return model
 
 
-def least_bytes(detector: DetectorConfig, num_categories: int) -> int:
+def least_bytes(detector: DetectorConfig, num_categories: int, layers: int = 1) -> int:
     """Bytes of the float32 weights of a detector's largest layers: fewer than it has, most of what a large one has.
 
-    num_categories: without the background.
+    num_categories: without the background. layers: of the classifier, see `ClassifierSettings.layers`.
     """
     channels, fc, stages = detector.fpn_channels, detector.roi.fc, 3 if detector.is_cascade else 1
     boxes = 4 * (1 if detector.roi.class_agnostic else num_categories)
     masks = channels * num_categories if detector.has_masks else 0
     pyramid = 2 * 9 * channels**2  # one convolution of the pyramid, one of the proposal network
-    return 4 * (pyramid + stages * (49 * channels * fc + fc**2 + fc * (num_categories + boxes) + masks))
+    return 4 * (pyramid + stages * (49 * channels * fc + fc**2 + fc * (layers * num_categories + boxes) + masks))
 
 
 def check_memory(config: Config, stats: CategoryStats) -> None:
@@ -75,8 +75,8 @@ def check_memory(config: Config, stats: CategoryStats) -> None:
     A third, because training keeps their gradients and momenta beside them, and a checkpoint is read before it is
     copied to a detector.
     """
-    needed, memory = least_bytes(config.detector, stats.num_categories), os.sysconf("SC_PAGE_SIZE")
-    memory *= os.sysconf("SC_PHYS_PAGES")
+    needed = least_bytes(config.detector, stats.num_categories, config.classifier.layers)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 3 * needed > memory:
         raise UserError(
             f"{config.name}: detector.roi.fc={config.detector.roi.fc}, "
@@ -105,7 +105,10 @@ def load_detector(
     config = override_config(check_config(config_from_dict(checkpoint["config"], source), source), overrides)
     stats = CategoryStats.from_dict(checkpoint["stats"], path)
     check_finite(checkpoint["model"], path)
-    if least_bytes(config.detector, stats.num_categories) > 8 * Path(path).stat().st_size:  # weights may be float16
+    if not config.classifier.layers:
+        raise UserError(f"{source}: classifier.members: expected the settings of the classifiers that it is made of")
+    needed = least_bytes(config.detector, stats.num_categories, config.classifier.layers)
+    if needed > 8 * Path(path).stat().st_size:  # weights may be float16
         raise UserError(
             f"{path}: holds fewer weights than its own configuration and {stats.num_categories} categories need"
         )

@@ -21,16 +21,18 @@ from bags.classifiers.base import (
     ProposalClassifier,
     TrainingCounts,
     at_least_float32,
-    checked_weights,
+    feature_widths,
 )
 from bags.core.settings import NO_RESULT, Range, need
+
+MOST_CLASSIFIERS, MOST_DEPTH = 100, 8  # in an average; of averages of averages
 
 
 @dataclass(frozen=True)
 class AverageSettings(ClassifierSettings):
     """The mean of the scores of classifiers that were trained on the same frozen detector."""
 
-    trained = False
+    trained, combines = False, True
 
     name: Literal["average"] = "average"
     of: tuple[str, ...] = ()  # the runs that they come from: row:NAME, or checkpoints
@@ -46,7 +48,25 @@ class AverageSettings(ClassifierSettings):
         words = f"none, or one for each of the {len(self.of)} runs"
         need(len(self.weights) in (0, len(self.of)), "weights", words, list(self.weights))
         need(not self.weights or sum(self.weights) > 0, "weights", "one above 0 or more", list(self.weights))
-        need(len(self.members) in (0, len(self.of)), "members", "one for each run", len(self.members))
+        words = f"none, since they are read from the runs, or one for each of the {len(self.of)} runs of `of`"
+        need(len(self.members) in (0, len(self.of)), "members", words, len(self.members))
+        words = f"at most {MOST_CLASSIFIERS} classifiers in all"
+        need(max(len(self.of), self.layers) <= MOST_CLASSIFIERS, "of", words, max(len(self.of), self.layers))
+        known = all(member.layers for member in self.members)
+        need(known, "members", "averages with members of their own")
+        fitted = ", ".join(member.name for member in self.members if member.fitted)
+        need(not fitted, "of", "runs whose classifiers need no fitting", fitted)
+        need(self.depth <= MOST_DEPTH, "members", f"averages of averages at most {MOST_DEPTH} deep")
+
+    @property
+    def layers(self) -> int:
+        """Those of all members; 0 where these are not known."""
+        return sum(member.layers for member in self.members)
+
+    @property
+    def depth(self) -> int:
+        """1 for an average of other classifiers, 2 for an average of such averages, and so on."""
+        return 1 + max((member.depth for member in self.members if isinstance(member, AverageSettings)), default=0)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -55,8 +75,6 @@ class AverageSettings(ClassifierSettings):
 
     def made_of(self, members: Sequence[ClassifierSettings]) -> "AverageSettings":
         """The same settings with their members. Raises ValueError for one that cannot be averaged."""
-        names = [member.name for member in members]
-        need(not any(member.fitted for member in members), "of", "classifiers with a layer of their own", names)
         return dataclasses.replace(self, members=tuple(members))
 
     def columns(self, training: TrainingCounts) -> tuple:
@@ -65,7 +83,7 @@ class AverageSettings(ClassifierSettings):
 
     def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "Average":
         """Make the members, whose weights are still to be loaded. Raises ValueError where they are not known."""
-        need(bool(self.members), "of", "one run or more, with its classifier's settings in `members`", list(self.of))
+        need(bool(self.members), "members", "the settings of the classifiers of all runs of `of`, got none")
         members = [member.build(in_features, pooled_features, training) for member in self.members]
         return Average(members, self.weights)
 
@@ -76,37 +94,40 @@ class Average(ProposalClassifier):
     members  classifiers of the same categories and features, trained
     weights  a factor of 0 or more for each member, of any sum above 0, which is divided by; empty: equal
 
-    Members that are an affine map of the features are computed together, in one matrix product. Shape shorthand:
-    R proposals, C categories; logits [R, D] are those of all members side by side. Raises ValueError for members
-    of different numbers of categories, and for weights that are not one for each.
+    Members that are an affine map of the features are computed together, in one matrix product. A member of weight 0
+    changes nothing. Shape shorthand: R proposals, C categories; logits [R, D] are those of all members side by side, as
+    `forward` made them last. Raises ValueError for members of different numbers of categories or widths of
+    features, and for weights that are not one for each.
     """
-
-    shares: Tensor  # [M], sum 1
 
     def __init__(self, members: Sequence[ProposalClassifier], weights: Sequence[float] = AverageSettings.weights):
         super().__init__()
         need(len(members) > 0, "members", "one classifier or more", 0)
         numbers = [member.num_categories for member in members]
         need(len(set(numbers)) == 1, "members", "classifiers of the same categories", numbers)
-        names = tuple(map(str, range(len(members))))
-        settings = AverageSettings(of=names, weights=tuple(weights))
+        widths = sorted(set().union(*map(feature_widths, members)))
+        need(len(widths) <= 1, "members", "classifiers of features of one width", widths)
         self.num_categories = numbers[0]
         self.members = nn.ModuleList(members)
-        self.register_buffer("shares", torch.zeros(len(members), dtype=torch.float64), persistent=False)
-        self.mix(settings.weights or [1.0] * len(members))
         self.widths: list[int] = []  # logits of each used member, known after the first call
+        self.mix(weights)
 
     def mix(self, weights: Sequence[float]) -> None:
-        """Give the members other weights [M]. Those of 0 are not computed."""
-        values = checked_weights("weights", weights, len(self.members)).double()
-        need(bool(values.sum() > 0), "weights", "one above 0 or more", list(weights))
-        self.shares.copy_(values / values.sum())
-        self.used = [number for number, weight in enumerate(values.tolist()) if weight > 0]
+        """Give the members other weights; those of 0 are not computed. Raises ValueError as the constructor."""
+        settings = AverageSettings(of=tuple(map(str, range(len(self.members)))), weights=tuple(weights))
+        factors = [weight / max(settings.weights) for weight in settings.weights] or [1.0] * len(self.members)
+        self.shares = [factor / sum(factors) for factor in factors]  # of each member, sum 1
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Average":
+        """Switch gradients, as each member does; some keep a layer without."""
+        for member in self.members:
+            member.requires_grad_(requires_grad)
+        return self
 
     def forward(self, features: BoxFeatures) -> Tensor:
         """Compute the logits of all members, [R, D]."""
-        used = dict(zip(self.used, self._members(), strict=True))
-        affine = {k: _affine(member) for k, member in used.items()}
+        members = self._used()
+        affine = {k: _affine(member) for k, member in members.items()}
         maps = {k: one for k, one in affine.items() if one is not None}
         logits: dict[int, Tensor] = {}
         if maps:
@@ -116,14 +137,15 @@ class Average(ProposalClassifier):
             parts = product.split([len(one.weight) for one in maps.values()], dim=1)
             for (k, one), part in zip(maps.items(), parts, strict=True):
                 logits[k] = (part / norm if one.unit else part) + one.bias
-        ordered = [logits[k] if k in logits else member(features) for k, member in used.items()]
+        ordered = [logits[k] if k in logits else member(features) for k, member in members.items()]
         self.widths = [part.shape[1] for part in ordered]
         return torch.cat(ordered, dim=1)
 
     def probs(self, logits: Tensor) -> Tensor:
         """Average the members' scores: [R, C+1], column 0 the background. Rows sum to 1 if all members' do."""
-        parts = zip(self.shares[self.used], self._members(), logits.split(self.widths, dim=1), strict=True)
-        return torch.stack([share * member.probs(part) for share, member, part in parts]).sum(0)
+        need(logits.shape[1] == sum(self.widths), "logits", "those of `forward`", tuple(logits.shape))
+        parts = zip(self._used().items(), logits.split(self.widths, dim=1), strict=True)
+        return torch.stack([self.shares[k] * member.probs(part) for (k, member), part in parts]).sum(0)
 
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Average -log of the labels' scores over the R proposals, to watch; nothing is trained with it."""
@@ -132,12 +154,11 @@ class Average(ProposalClassifier):
 
     def weight_norms(self) -> Tensor:
         """Average the members' norms, [C+1]; entry 0 is the background."""
-        pairs = zip(self.shares[self.used], self._members(), strict=True)
-        return torch.stack([share * member.weight_norms() for share, member in pairs]).sum(0)
+        return torch.stack([self.shares[k] * member.weight_norms() for k, member in self._used().items()]).sum(0)
 
-    def _members(self) -> list[ProposalClassifier]:
-        """Those with a weight above 0."""
-        return [cast(ProposalClassifier, self.members[number]) for number in self.used]
+    def _used(self) -> dict[int, ProposalClassifier]:
+        """The members whose weight is not 0, by their place."""
+        return {k: cast(ProposalClassifier, self.members[k]) for k, share in enumerate(self.shares) if share > 0}
 
 
 def _affine(member: ProposalClassifier) -> Affine | None:

@@ -100,11 +100,17 @@ class ClassifierSettings(Settings, ABC):
     trained = True  # False: no gradients; a configuration then needs train.part=none
     on_softmax = False  # works on, or beside, the layer of a softmax that is trained already
     fitted = False  # `ProposalClassifier.fit` must see training proposals, pooled features included
+    combines = False  # made of the classifiers of other runs, the `sources`
 
     @property
     def sources(self) -> tuple[str, ...]:
         """Other runs whose classifiers it is made of, as `row:NAME` or the path of a checkpoint: here none."""
         return ()
+
+    @property
+    def layers(self) -> int:
+        """How many layers it has, at least, with a row for each category. Its memory is estimated from them."""
+        return 1
 
     def made_of(self, members: "Sequence[ClassifierSettings]") -> "ClassifierSettings":
         """The same settings with those of the classifiers of `sources`, in that order."""
@@ -163,11 +169,19 @@ class CosineLinear(nn.Linear):
         return F.linear(self.scale * F.normalize(features, dim=1), F.normalize(self.weight, dim=1), self.bias)
 
 
-def affine_of(layer: nn.Linear) -> Affine:
-    """Describe a linear or a cosine layer as one matrix."""
-    if isinstance(layer, CosineLinear):
+def affine_of(layer: nn.Module) -> Affine | None:
+    """Describe a linear or a cosine layer as one matrix; None for any other layer, of which nothing is known."""
+    if type(layer) is CosineLinear:
         return Affine(layer.scale * F.normalize(layer.weight, dim=1), layer.bias, True)
-    return Affine(layer.weight, layer.bias, False)
+    if type(layer) is nn.Linear and layer.bias is not None:
+        return Affine(layer.weight, layer.bias, False)
+    return None
+
+
+def feature_widths(classifier: nn.Module) -> set[int]:
+    """Numbers per proposal that the layers called `linear` of a classifier, or of its members, are made for."""
+    layers = (getattr(module, "linear", None) for module in classifier.modules())
+    return {layer.in_features for layer in layers if isinstance(layer, nn.Linear)}
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

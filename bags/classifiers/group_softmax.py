@@ -174,7 +174,7 @@ class GroupSoftmax(ProposalClassifier):
         """Compute logits [R, D]; D = L = C + 2 + N with `others` and `background_group`, else fewer."""
         return self.linear(features.fc)
 
-    def affine(self) -> Affine:
+    def affine(self) -> Affine | None:
         """Give the layer as one matrix."""
         return affine_of(self.linear)
 

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bags.classifiers.base import (
+    Affine,
     BoxFeatures,
     ClassifierSettings,
     CosineLinear,
     ProposalClassifier,
     TrainingCounts,
+    affine_of,
     at_least_float32,
     new_linear,
     sum_over_ranks,
@@ -82,6 +84,10 @@ class Seesaw(ProposalClassifier):
     def forward(self, features: BoxFeatures) -> Tensor:
         """Compute logits [R, 2 + C]."""
         return self.linear(features.fc)
+
+    def affine(self) -> Affine | None:
+        """Give the layer as one matrix."""
+        return affine_of(self.linear)
 
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Compute the losses of the categories and of the objectness, to be added up."""

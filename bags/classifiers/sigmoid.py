@@ -65,7 +65,7 @@ class Sigmoid(ProposalClassifier):
         """Compute logits [R, C]."""
         return self.linear(features.fc)
 
-    def affine(self) -> Affine:
+    def affine(self) -> Affine | None:
         """Give the layer as one matrix."""
         return affine_of(self.linear)
 

@@ -71,11 +71,13 @@ class SimCal(Softmax):
         """Compute the logits of both layers, [R, 2 * (C+1)]."""
         return torch.cat([self.linear(features.fc), self.calibrated(features.fc)], dim=1)
 
-    def affine(self) -> Affine:
+    def affine(self) -> Affine | None:
         """Give both layers as one matrix."""
         original, calibrated = affine_of(self.linear), affine_of(self.calibrated)
+        if original is None or calibrated is None or original.unit != calibrated.unit:
+            return None
         weight = torch.cat([original.weight, calibrated.weight])
-        return Affine(weight, torch.cat([original.bias, calibrated.bias]), False)
+        return Affine(weight, torch.cat([original.bias, calibrated.bias]), original.unit)
 
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Average the cross entropy of the calibrated layer over the R proposals."""

@@ -45,7 +45,7 @@ class Softmax(ProposalClassifier):
         """Compute logits [R, C+1]."""
         return self.linear(features.fc)
 
-    def affine(self) -> Affine:
+    def affine(self) -> Affine | None:
         """Give the layer as one matrix."""
         return affine_of(self.linear)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bags.classifiers.base import Affine, BoxFeatures, ClassifierSettings, TrainingCounts
+from bags.classifiers.base import Affine, BoxFeatures, ClassifierSettings, TrainingCounts, affine_of
 from bags.classifiers.softmax import Softmax
 from bags.core.settings import Range, need
 
@@ -80,10 +80,12 @@ class TauNorm(Softmax):
         normalised = F.linear(features.fc, self.normalised_weight(), self.linear.bias)
         return torch.cat([self.linear(features.fc), normalised], dim=1)
 
-    def affine(self) -> Affine:
+    def affine(self) -> Affine | None:
         """Give the plain and the normalised layer as one matrix."""
-        weight = torch.cat([self.linear.weight, self.normalised_weight()])
-        return Affine(weight, self.linear.bias.repeat(2), False)
+        plain = affine_of(self.linear)
+        if plain is None or plain.unit:
+            return None
+        return Affine(torch.cat([plain.weight, self.normalised_weight()]), plain.bias.repeat(2), False)
 
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Compute the loss of the plain classifier."""

@@ -158,6 +158,9 @@ def _check_sources(config: Config) -> None:
     need(not detector.other_categories or train.part in parts, "train.part", words, train.part)
     words = "live: data.short_sides draws sizes anew each time, which cannot be stored"
     need(train.features != "cached" or not data.short_sides, "train.features", words)
+    for path in config.classifier.sources:
+        words = f"a path without ~, which only a shell expands, got {path!r}"
+        need(path.split("/")[0] != "~", "classifier.of", words)
     row = config.init_row
     need(row != config.name, "detector.init_from", "another row than this one")
     need(row is None or (bool(row) and not set(row) & set("/\\")), "detector.init_from", f"row:NAME, got row:{row}")
@@ -169,6 +172,7 @@ def _check_sources(config: Config) -> None:
 def _check_classifier(config: Config) -> None:
     """The classifier and the sampler fit the trained part."""
     classifier, part = config.classifier, config.train.part
+    need(bool(classifier.sources) or not classifier.combines, "classifier.of", "one run or more, such as [row:bags]")
     if not classifier.trained:
         need(part == "none", "train.part", f"none: {classifier.name} trains nothing", part)
     elif classifier.on_softmax:

@@ -18,6 +18,8 @@ NULLS = ("", "~", "null", "Null", "NULL")  # the spellings of null in YAML
 MERGE = "tag:yaml.org,2002:merge"
 MOST_MERGED = 10_000  # keys of a file that come from merge keys
 MOST_ITEMS = 1_000_000  # of a list, or of its lists together
+MOST_SECTIONS = 100  # of a list of sections
+DEEPEST = 12  # sections in each other
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -158,8 +160,9 @@ def convert(value: Any, kind: Any, key: str, source: str) -> Any:
     elif origin is tuple:
         if isinstance(value, (list, tuple)):
             items = sum(len(v) if isinstance(v, (list, tuple)) else 1 for v in value)
-            if items > MOST_ITEMS:  # aliases of aliases are many
-                raise UserError(f"{source}: {key}: {items} values, expected at most {MOST_ITEMS}")
+            most = MOST_SECTIONS if dataclasses.is_dataclass(arguments[0]) else MOST_ITEMS
+            if items > most:  # aliases of aliases are many
+                raise UserError(f"{source}: {key}: {items} values, expected at most {most}")
             return tuple(convert(v, arguments[0], key, source) for v in value)
     elif kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
@@ -240,6 +243,8 @@ def _as_list(value: Any, kind: Any) -> str:
 def _convert_section(value: Any, kind: type, key: str, source: str) -> Any:
     if not isinstance(value, dict):
         raise UserError(f"{source}: {key}: expected a section of keys, got {shown(value)}")
+    if key.count(".") >= DEEPEST:
+        raise UserError(f"{source}: {key}: expected at most {DEEPEST} sections in each other")
     hints, prefix = typing.get_type_hints(kind), f"{key}." if key else ""
     for name in value:
         if name not in hints:
@@ -269,7 +274,7 @@ def _chosen(value: Any, sections: dict, key: str, source: str) -> type:
 def _named_below(kind: Any) -> dict[str, Any]:
     """The sections that an abstract one stands for: all that derive from it and have a name."""
     below = {name: k for child in kind.__subclasses__() for name, k in _named_below(child).items()}
-    return {**({kind.name: kind} if kind.name else {}), **below}
+    return {**below, **({kind.name: kind} if kind.name else {})}
 
 
 def _describe(kind: Any) -> str:
@@ -280,5 +285,7 @@ def _describe(kind: Any) -> str:
         return "one of " + ", ".join(map(repr, arguments))
     if origin is tuple:
         return f"a list of ({_describe(arguments[0])})"
+    if dataclasses.is_dataclass(kind):
+        return "sections of keys"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return names.get(kind, str(kind))

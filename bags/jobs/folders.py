@@ -12,6 +12,7 @@ import torch
 from bags.analysis.results import environment
 from bags.analysis.run_files import AGAIN_METRICS, read_metrics, read_scored_on
 from bags.analysis.run_results import differences
+from bags.assembly.initialise import with_members
 from bags.assembly.loaders import open_index
 from bags.config.load import config_from_dict, load_config, result_settings, save_config
 from bags.config.sections import Config
@@ -41,17 +42,19 @@ def is_complete(folder: Path, config: Config) -> bool:
         )
     latest, sources = load_latest(folder), config.source_files
     assert latest is not None  # a file of it is there
-    check_checkpoint(folder, config_from_dict(latest["config"], f"{folder / 'last.pth'}: config"))
+    trained = config_from_dict(latest["config"], f"{folder / 'last.pth'}: config")
+    check_checkpoint(folder, trained)
     data = Path(config.data.root, config.data.train)
     if data.exists() and latest["stats"] != CategoryStats.from_index(open_index(config, "train")).to_dict():
         raise UserError(f"{folder}: {data} has changed since this run was trained: remove the folder, or set output=")
-    there = bool(sources) and all(source.exists() for source in sources)
-    if there and latest.get("init") != sources_digest(sources):
-        names = " and ".join(map(str, sources))
-        raise UserError(
-            f"{folder}: this run started from other weights than {names} holds now: "
-            "remove the folder, or set output= to keep both"
-        )
+    if sources and all(source.exists() for source in sources):
+        differ = "weights" if latest.get("init") != sources_digest(sources) else ""
+        differ = differ or "classifiers" * (with_members(config)[0].classifier != trained.classifier)
+        if differ:
+            raise UserError(
+                f"{folder}: this run started from other {differ} than {' and '.join(map(str, sources))} "
+                f"hold{'s' * (len(sources) == 1)} now: remove the folder, or set output= to keep both"
+            )
     try:
         load_checkpoint(folder / "last.pth")
     except UserError:

@@ -1,4 +1,4 @@
-"""The rows that `choose` chooses from: methods of a dataset, also trained for longer, by AdamW or with other settings."""
+"""The rows that `choose` chooses from: methods, also trained for longer, by AdamW or with other settings."""
 
 import dataclasses
 import re

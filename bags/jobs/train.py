@@ -13,7 +13,7 @@ import torch
 
 from bags.analysis.run_files import without_nan, write_metrics, write_scored_on, write_scores
 from bags.assembly import stored
-from bags.assembly.initialise import initialise, load_members, with_members
+from bags.assembly.initialise import check_members, initialise, load_members, with_members
 from bags.assembly.loaders import build_train_loader, build_val_dataset, open_index
 from bags.assembly.models import build_detector
 from bags.config.load import config_to_dict, load_rows
@@ -66,7 +66,7 @@ def run_jobs(jobs: list[list[Config]], show: Callable[[dict[str, list[Path]]], N
             locks.enter_context(distributed.locked(folder, "set output="))
         while waiting:
             config = waiting[0]
-            together = [other for other in waiting if other is config or _share_a_pass(config, other)]
+            together = [other for other in waiting if other is config or _share_a_pass(config, other, waiting)]
             waiting = [other for other in waiting if other not in together]
             run(together, device)
         if distributed.is_main():
@@ -89,9 +89,10 @@ def check_rows(configs: list[Config]) -> list[Path]:
         if config.run_folder in folders:
             raise UserError(f"{config.run_folder}: two rows of this job would share it: give each a name of its own")
         folders[config.run_folder] = config
-        if not is_complete(config.run_folder, config):
+        complete = is_complete(config.run_folder, config)
+        if not complete:
             unfinished.append(config.run_folder)
-        for row in config.source_rows:
+        for row in config.source_rows if not complete else ():
             source = config.source_file(f"row:{row}").parent
             if source not in folders and not is_finished(source):
                 raise UserError(f"{source}: no finished run; run the row {row} first")
@@ -105,10 +106,14 @@ def check_rows(configs: list[Config]) -> list[Path]:
     return sorted(unfinished)
 
 
-def _share_a_pass(first: Config, other: Config) -> bool:
-    """Whether both rows are trained on (if at all) and scored from the same features, batch by batch."""
+def _share_a_pass(first: Config, other: Config, waiting: list[Config]) -> bool:
+    """Whether both rows are trained on (if at all) and scored from the same features, batch by batch.
+
+    waiting: the rows that are still to be run, which cannot yet be averaged.
+    """
+    later = {config.run_folder for config in waiting}
     both = first.shares_features and other.shares_features
-    both = both and not (first.classifier.sources or other.classifier.sources)  # made of rows that run before them
+    both = both and later.isdisjoint(file.parent for file in map(other.source_file, other.classifier.sources))
     return both and stored.shared_settings(first) == stored.shared_settings(other)
 
 
@@ -203,6 +208,7 @@ def begin(config: Config, index: AnnotationIndex, stats: CategoryStats, device: 
     """The detector of a row with the weights that it starts from, and its run folder."""
     torch.manual_seed(config.seed)
     config, members = with_members(config)
+    check_members(config, members, index, stats)
     detector = build_detector(config, stats)
     with distributed.main_first():  # it may fetch weights
         initialise(detector, config, index, stats)

@@ -241,6 +241,38 @@ class Batches:
         return iter([batch()] * (self.number - self.first))
 
 
+def test_an_average_of_classifiers(small):
+    """Members of the library's own: all weight on one of them detects what that one does; both can be trained on."""
+    torch.manual_seed(0)
+    width = small.roi_heads.box_predictor.cls_score.in_features
+    members = [bags.Seesaw(width, 4), bags.SimCal(width, COUNTS)]
+    expected = []
+    for member in members:
+        expected.append(detect(bags.balance(small, COUNTS, classifier=member)))
+        bags.unbalance(small)
+    for weights, detections in zip(((1, 0), (0, 1)), expected, strict=True):
+        found = detect(bags.balance(small, COUNTS, classifier=bags.Average(members, weights)))
+        for ours, theirs in zip(found, detections, strict=True):
+            assert torch.equal(ours["labels"], theirs["labels"])
+            torch.testing.assert_close(ours["scores"], theirs["scores"])
+        bags.unbalance(small)
+    bags.balance(small, COUNTS, classifier=bags.Average(members, (1, 2)))
+    assert not members[1].linear.weight.requires_grad  # simcal's first layer is never trained
+    losses = small.train()(*batch())
+    assert losses["loss_classifier"].isfinite()
+    bags.unbalance(small)
+    for classifier, words in (
+        (bags.Average([bags.Softmax(width, 3)]), "has 3 categories, the detector 4"),
+        (bags.Average([bags.Average([bags.Softmax(width + 1, 4)])]), f"takes {width + 1} features"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            bags.balance(small, COUNTS, classifier=classifier)
+    with pytest.raises(ValueError, match="keep_weights: the layer of Average is not a softmax's"):
+        bags.balance(small, COUNTS, classifier=bags.Average(members), keep_weights=True)
+    with pytest.raises(ValueError, match="classifier: expected a classifier or one of .*, got 'average'"):
+        bags.balance(small, COUNTS, classifier="average")
+
+
 def test_with_our_engine(small, tmp_path):
     """Part `cls` with AdamW, killed in between: resumed to the same weights; all but the classifier bit-equal."""
     config = TrainConfig(
