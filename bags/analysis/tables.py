@@ -57,10 +57,50 @@ def render_table(rows: dict[str, list[dict[str, float]]], columns: Sequence[str]
     for name, runs in rows.items():
         cells = (_cell([run.get(column, math.nan) for run in runs], column, decimals) for column in columns)
         table.append([printable(name).replace("|", "\\|"), *cells])
+    return _markdown(table)
+
+
+def _markdown(table: list[list[str]]) -> str:
+    """A table whose first line is its head; all columns but the first are aligned to the right."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = ["| " + " | ".join(_pad(row, widths)) + " |" for row in table]
     lines.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
     return "\n".join(lines)
+
+
+def render_choice(content: dict) -> str:
+    """The table and the sentences of `choose.json`: rows by their number, then the choice, and what it says."""
+    number, metric, control = content["number"], content["metric"], content["control"]
+    rows = sorted(content["rows"].items(), key=lambda row: -(row[1]["numbers"][number] or 0))
+    lines = [*rows, ("chosen, on the same images", content["optimistic"]), ("chosen, on others", content["honest"])]
+    columns = [c for c in COLUMNS if any(line["numbers"].get(c) is not None for _, line in lines)]
+    columns = [c for c in columns if c not in ("APr", "APc", "APf", "AP50") or c == number]
+    table = [["row", *map(column_title, columns), f"{column_title(number)} - control", "95 %"]]
+    for name, line in lines:
+        cells = ["-" if line["numbers"][c] is None else f"{100 * line['numbers'][c]:.1f}" for c in columns]
+        table.append([printable(name).replace("|", "\\|"), *cells, *_gain(line["gain"][number], name == control)])
+    text = _markdown(table)
+    shares = " + ".join(f"{share:.0%} {printable(name)}" for name, share in content["mixture"].items())
+    gain, low, high = (100 * value if value is not None else math.nan for value in content["honest"]["gain"][number])
+    text += (
+        f"\n\nThe scores of {len(content['mixture'])} of {len(rows)} rows, averaged: {shares}."
+        f"\nOn images that it was not chosen with, {column_title(metric)} is {gain:+.1f} against {control} "
+        f"(95 %: {low:+.1f} to {high:+.1f})."
+    )
+    if not content["better_than_control"]:
+        text += f"\nThe validation images cannot tell it from {control}, which is recommended: the simplest row."
+    if "test" in content:
+        gain, low, high = (math.nan if v is None else 100 * v for v in content["test"]["gain"]["AP"])
+        text += f"\nOn {content['test']['annotations']}: mAP {gain:+.1f} against {control} ({low:+.1f} to {high:+.1f})."
+    return text
+
+
+def _gain(gain: Sequence[float | None], is_control: bool) -> list[str]:
+    """A difference in percent, and its interval."""
+    if is_control or any(value is None for value in gain):
+        return ["", ""]
+    value, low, high = (100 * (part or 0) for part in gain)
+    return [f"{value:+.1f}", f"{low:+.1f} to {high:+.1f}"]
 
 
 def _cell(values: list[float], column: str, decimals: int) -> str:

@@ -8,6 +8,7 @@ from bags.core.errors import run_script
 
 VERBS = {
     "train": "train the rows of a dataset, and compare them",
+    "choose": "find the best classifier for a dataset",
     "evaluate": "score a checkpoint or a results file, or compare two results files",
     "predict": "detect objects in any images",
     "prepare-data": "make, fetch and check datasets",
@@ -20,6 +21,7 @@ VERBS = {
 AGAIN = {  # what the same command does after it was stopped; the other verbs start over
     "train": "goes on from the last checkpoint",
     "sweep": "goes on from the last checkpoint",
+    "choose": "goes on from the last checkpoint, or the last mixture",
     "tables": "starts over, but rows in training go on from the last checkpoint",
     "evaluate": "starts over, but keeps the predictions of a checkpoint so far",
     "prepare-data": "starts over; what was made or downloaded so far is kept",

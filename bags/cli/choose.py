@@ -1,0 +1,64 @@
+"""Find the best classifier for a dataset: a row, or the mean of several rows' scores, and what it gains.
+
+    bags choose configs/glyphs-100                             # about 9 rows on one frozen detector
+    bags choose configs/glyphs-100 --pool full                 # about 40
+    bags choose configs/glyphs-100 --rows seesaw "bags x4" "bags_cosine classifier.scale=10"
+    bags choose configs/custom data.root=mine --metric AP_tail
+    bags choose configs/muscima --test test.json --test-images tiles/test    # scored once, at the end
+
+In a checkout, `python scripts/choose.py` is the same command. The detector is trained if it is missing; then each row
+takes seconds to minutes from the same stored features. A row is METHOD, and behind it xN (for N times as long),
+adamw, or settings. The m best rows are averaged, and m is chosen; the whole choice is repeated without each part of
+the validation images and scored on that part. This estimate, its interval and the gain over the control
+softmax_retrained are printed. Where the interval of the gain includes 0, the control is recommended.
+
+What is written: the folder `choose` beside the rows: last.pth, for predict, evaluate, report and --export;
+choose.json, with every row, its seconds and its numbers; and all that other run folders hold. Repeat the command to go
+on after it was stopped; a finished choice is printed again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from bags.cli.arguments import split_arguments
+from bags.cli.checks import check_draws
+from bags.core.errors import UserError
+from bags.jobs.choose import choose, show
+from bags.jobs.pool import POOLS
+
+
+def main() -> None:
+    """Parse the command line; rows, the choice, then the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="+", help="a dataset, and section.key=value overrides for all rows")
+    parser.add_argument("--pool", default="quick", help=f"{' or '.join(POOLS)} (default quick)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="rows instead of a pool's; the control is added")
+    parser.add_argument("--metric", default="AP", help="AP (default), AP50, AP_tail, AP1, APr, AP_fixed, ...")
+    parser.add_argument(
+        "--folds", type=int, default=5, help="parts of the images that are left out in turn (default 5)"
+    )
+    parser.add_argument("--draws", type=int, default=500, help="of the bootstrap over images (default 500)")
+    parser.add_argument("--test", type=Path, metavar="JSON", help="annotations that nothing is chosen with")
+    parser.add_argument("--test-images", type=Path, metavar="FOLDER", help="their images; default: data.val_images")
+    parser.add_argument("--json", action="store_true", help="print choose.json")
+    arguments = parser.parse_intermixed_args()
+    paths, overrides = split_arguments(arguments.config)
+    if len(paths) != 1:
+        raise UserError(f"{', '.join(map(str, paths)) or 'no configuration'}: expected one dataset")
+    if arguments.pool not in POOLS:
+        raise UserError(f"--pool {arguments.pool}: expected one of {', '.join(POOLS)}")
+    check_draws(arguments.draws)
+    if arguments.draws < 100:
+        raise UserError(f"--draws {arguments.draws}: expected 100 or more, for an interval of 95 %")
+    content = choose(
+        paths[0],
+        overrides,
+        arguments.rows or arguments.pool,
+        arguments.metric,
+        arguments.folds,
+        arguments.draws,
+        arguments.test,
+        arguments.test_images,
+    )
+    print(json.dumps(content)) if arguments.json else show(content)

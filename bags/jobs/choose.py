@@ -1,0 +1,324 @@
+"""The best classifier for a dataset: rows trained from one store, their means scored, one of them chosen honestly."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from bags.analysis.results import environment, this_command
+from bags.analysis.run_files import read_seconds, without_nan
+from bags.analysis.tables import render_choice
+from bags.assembly.loaders import open_index
+from bags.assembly.mixtures import Mixtures
+from bags.config.load import config_to_dict, load_config
+from bags.config.rows import find_dataset
+from bags.config.sections import Config, UniformConfig
+from bags.core import locks
+from bags.core.errors import UserError
+from bags.core.files import read_text, write_text
+from bags.data import glyphs
+from bags.data.statistics import CategoryStats, training_of
+from bags.engine.checkpoint import sources_digest
+from bags.evaluation import selection
+from bags.evaluation.comparison import compare, matched
+from bags.evaluation.detection_ap import FIXED
+from bags.evaluation.selection import Choice, Estimate, File, Mixture, Validation
+from bags.evaluation.truth import Truth, read_truth
+from bags.jobs.evaluate import evaluate_checkpoint
+from bags.jobs.pool import POOLS, baseline_of, pool_rows
+from bags.jobs.train import run_jobs
+
+NAME = "choose"  # of the run folder
+MEMORY = 2e9  # bytes of matched detections that are kept for their second use
+
+
+def choose(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    pool: str | Sequence[str] = "quick",
+    metric: str = "AP",
+    folds: int = 5,
+    draws: int = 500,
+    test: str | Path | None = None,
+    test_images: str | Path | None = None,
+) -> dict:
+    """Choose the classifier of a dataset: a row of the pool, or the mean of several.
+
+    config, overrides: as on the command line, a dataset. pool: "quick", "full", or rows as `METHOD [xN] [adamw]
+    [section.key=value]`. metric: AP, AP50, AP75, APr, APc, APf, AP1, ..., AP_tail, AP_head or AP_fixed of boxes.
+    test, test_images: annotations and images that nothing is chosen with, scored once at the end.
+
+    Returns what `choose/choose.json` in the dataset's run folder holds; `choose/last.pth` is the chosen checkpoint.
+    What is finished is not done again. Raises UserError for what cannot be used.
+    """
+    path = Path(config)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("choose runs in one process; to use several GPUs, train the rows first, with scripts/train.py")
+    rows = pool_rows(path, overrides, POOLS[pool] if isinstance(pool, str) else pool)
+    data = rows[0].data
+    if data.glyphs:
+        glyphs.make_glyphs(data.root, glyphs.PRESETS[data.glyphs])
+    truth = read_truth(Path(data.root, data.val))
+    _check(rows, truth, metric, folds)
+    run_jobs([[*baseline_of(path, overrides, rows), *rows]], lambda _: None)
+    folder = rows[0].run_folder.with_name(NAME)
+    key = _key(rows, metric, folds, draws)
+    with locks.alone(folder, "set output="):
+        content = _finished(folder, key)
+        if content is None:
+            _clear(folder)
+            content = _select(path, overrides, rows, truth, (metric, folds, draws), folder, key)
+            write_text(folder / "choose.json", json.dumps(content, indent=1))
+    chosen = _chosen_row(path, overrides, rows, content["chosen"])
+    run_jobs([[chosen]], lambda _: None)
+    if test is not None:
+        content["test"] = _score_test(rows[0], chosen, Path(test), test_images, draws, content.get("test"))
+        write_text(folder / "choose.json", json.dumps(content, indent=1))
+    return content
+
+
+def show(content: dict) -> None:
+    """Print the table of a choice, and what it says."""
+    print(f"\n{render_choice(content)}")
+
+
+def _check(rows: Sequence[Config], truth: Truth, metric: str, folds: int) -> None:
+    """Raise UserError, before anything is trained, for a metric or a number of folds that cannot be used."""
+    known = [*_sets(truth, rows[0]), "AP50", "AP75", "AP_fixed"]
+    if metric not in known:
+        raise UserError(f"--metric {metric}: expected one of {', '.join(known)}")
+    if metric in _sets(truth, rows[0]):
+        held = {annotation["category_id"] for annotation in truth.content["annotations"]}
+        inside = _sets(truth, rows[0])[metric]
+        if not any(inside[category - 1] for category in held):
+            raise UserError(f"--metric {metric}: {truth.path} holds no object of its categories: choose another")
+    if not 2 <= folds <= len(truth.image_ids):
+        raise UserError(f"--folds {folds}: expected 2 to {len(truth.image_ids)}, the images of {truth.path}")
+
+
+def _sets(truth: Truth, config: Config) -> dict[str, np.ndarray]:
+    """Which categories [C] enter which mean."""
+    counts = _counts(truth, config)
+    training = training_of({"categories": truth.category_counts()}, **counts, boundaries=config.test.bins)
+    return {"AP": np.ones(len(truth.names), bool), **training.sets()}
+
+
+def _counts(truth: Truth, config: Config) -> dict[str, Any]:
+    """Training boxes and images of each category. Raises UserError where train and val have other categories."""
+    stats = CategoryStats.from_index(open_index(config, "train"))
+    return truth.training_counts(stats, Path(config.data.root, config.data.train))
+
+
+def _key(rows: Sequence[Config], *settings: object) -> str:
+    """A digest of all that a choice depends on."""
+    weights = [sources_digest([row.run_folder / "last.pth"]) for row in rows]
+    about = [(row.name, config_to_dict(row)["classifier"]) for row in rows]
+    text = repr((weights, about, open_index(rows[0], "val").sha256, repr(rows[0].test), settings))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _finished(folder: Path, key: str) -> dict | None:
+    """The content of `choose.json` if it is of the same rows, images and settings."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(read_text(folder / "choose.json"))
+        if isinstance(content, dict) and content.get("key") == key:
+            return content
+    return None
+
+
+def _clear(folder: Path) -> None:
+    """Remove an older choice, but not what was found out about mixtures. Raises UserError for another run's folder."""
+    files = {file.name for file in folder.iterdir()} if folder.exists() else set()
+    if "config.yaml" in files and not files & {"choose.json", "mixtures.jsonl"}:
+        raise UserError(f"{folder}: is the folder of another run: rename it, or set output=")
+    for name in files - {"mixtures.jsonl"}:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not name.startswith("."):
+            path.unlink()
+
+
+def _select(
+    path: Path,
+    overrides: Sequence[str],
+    rows: Sequence[Config],
+    truth: Truth,
+    settings: tuple[str, int, int],
+    folder: Path,
+    key: str,
+) -> dict:
+    """Score the rows and their means, and say what is best."""
+    metric, folds, draws = settings
+    device = torch.device("cuda" if torch.cuda.is_available() and rows[0].device != "cpu" else "cpu")
+    mixtures = Mixtures(_average(path, overrides, rows, [1.0] * len(rows)), truth, device)
+    limits = (rows[0].test.max_detections, FIXED if metric == "AP_fixed" else None)
+    detect = _Detect(mixtures, truth, limits)
+    name = "AP" if metric == "AP_fixed" else metric
+    validation = Validation(detect.objects(len(rows)), len(truth.image_ids), _sets(truth, rows[0]), name)
+    memory = _Memory(folder / "mixtures.jsonl", key, [row.name for row in rows])
+    choice = selection.choose(detect, len(rows), validation, folds, draws, rows[0].seed, memory.values)
+    return _content(choice, rows, settings, name, key)
+
+
+class _Detect:
+    """The matched detections of mixtures; those that were made last are kept."""
+
+    def __init__(self, mixtures: Mixtures, truth: Truth, limits: tuple[int, int | None]):
+        self.mixtures, self.truth, self.limits = mixtures, truth, limits
+        self.kept: dict[Mixture, File] = {}
+
+    def objects(self, rows: int) -> list[np.ndarray]:
+        """The objects of the validation images; see `comparison.Matches`."""
+        return matched(self.truth, self.mixtures(selection.single(0, rows)), "bbox", *self.limits).objects
+
+    def __call__(self, mixture: Mixture) -> File:
+        if mixture not in self.kept:
+            file = matched(self.truth, self.mixtures(mixture), "bbox", *self.limits).file
+            size = sum(array.nbytes for detections in file if detections for array in detections)
+            while self.kept and (len(self.kept) + 1) * size > MEMORY:
+                del self.kept[next(iter(self.kept))]
+            self.kept[mixture] = file
+        return self.kept[mixture]
+
+
+class _Memory:
+    """The values of mixtures on disk, so that a choice that was killed goes on where it was."""
+
+    def __init__(self, file: Path, key: str, names: Sequence[str]):
+        self.file, self.names = file, names
+        self.known: dict[Mixture, np.ndarray] = {}
+        header = json.dumps({"key": key})
+        lines = read_text(file, "replace").splitlines() if file.exists() else []
+        if lines[:1] != [header]:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, header + "\n")
+            return
+        for line in lines[1:]:
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # the last line of a killed run
+                entry = json.loads(line)
+                self.known[tuple(map(float, entry["shares"]))] = np.array(entry["values"], np.float64)
+
+    def values(self, mixtures: Iterable[Mixture], value: Callable[[Mixture], np.ndarray]) -> list[np.ndarray]:
+        """The value of each mixture, with a progress bar for those that are not known."""
+        mixtures = list(mixtures)
+        bar = tqdm([m for m in mixtures if m not in self.known], desc="choose", unit="mixture")
+        with self.file.open("a") as file:
+            for mixture in bar:
+                self.known[mixture] = value(mixture)
+                file.write(json.dumps({"shares": mixture, "values": self.known[mixture].tolist()}) + "\n")
+                file.flush()
+        return [self.known[mixture] for mixture in mixtures]
+
+
+def _content(choice: Choice, rows: Sequence[Config], settings: tuple[str, int, int], name: str, key: str) -> dict:
+    """The choice as JSON."""
+    control, (metric, folds, draws) = choice.rows[0], settings
+
+    def numbers(estimate: Estimate) -> dict:
+        """Values, and gains over the control with their intervals."""
+        gains = {key: estimate.gain(control, key) for key in estimate.values}
+        return {
+            "numbers": without_nan(estimate.values),
+            "gain": {key: [None if v != v else v for v in gain] for key, gain in gains.items()},
+        }
+
+    def named(mixture: Mixture) -> dict[str, float]:
+        """The shares of the rows that are in a mixture."""
+        return {row.name: share for row, share in zip(rows, mixture, strict=True) if share}
+
+    gain, low, _ = choice.honest.gain(control, name)
+    certain = gain > 0 and low > 0
+    return {
+        "key": key,
+        "command": this_command(),
+        "environment": environment(),
+        "metric": metric,
+        "number": name,
+        "folds": folds,
+        "draws": draws,
+        "seed": rows[0].seed,
+        "images": len(open_index(rows[0], "val").image_ids),
+        "control": rows[0].name,
+        "rows": {
+            row.name: {**numbers(estimate), "seconds": _or_none(read_seconds(row.run_folder))}
+            for row, estimate in zip(rows, choice.rows, strict=True)
+        },
+        "mixture": named(choice.mixture),
+        "without_fold": [named(mixture) for mixture in choice.without],
+        "optimistic": numbers(choice.optimistic),
+        "honest": numbers(choice.honest),
+        "better_than_control": certain,
+        "chosen": named(choice.mixture) if certain else {rows[0].name: 1.0},
+    }
+
+
+def _or_none(number: float) -> float | None:
+    return None if number != number else number
+
+
+def _average(path: Path, overrides: Sequence[str], rows: Sequence[Config], weights: Sequence[float]) -> Config:
+    """The configuration of an average of rows, as a run beside them."""
+    dataset = find_dataset(path)
+    assert dataset is not None  # as `pool_rows` has checked
+    sources = json.dumps([f"row:{row.name}" for row in rows])
+    given = [f"classifier={{name: average, of: {sources}, weights: {json.dumps(list(weights))}}}", f"name={NAME}"]
+    config = load_config(dataset.name / "average", [*overrides, *given])
+    detector = dataclasses.replace(config.detector, init_from=rows[0].detector.init_from)
+    return dataclasses.replace(config, detector=detector)
+
+
+def _chosen_row(path: Path, overrides: Sequence[str], rows: Sequence[Config], chosen: dict[str, float]) -> Config:
+    """The configuration of what was chosen: one row as it is, or the mean of several."""
+    by_name = {row.name: row for row in rows}
+    if len(chosen) > 1:
+        return _average(path, overrides, [by_name[name] for name in chosen], list(chosen.values()))
+    row = by_name[next(iter(chosen))]
+    if row.classifier.on_softmax and row.classifier.trained:  # trained beside a softmax, so it is not loaded alone
+        return _average(path, overrides, [row], [1.0])
+    if row.train.part == "none":
+        return dataclasses.replace(row, name=NAME)
+    return dataclasses.replace(
+        row,
+        name=NAME,
+        detector=dataclasses.replace(row.detector, init_from=f"row:{row.name}", reset_classifier=False),
+        sampler=UniformConfig(),
+        train=dataclasses.replace(row.train, part="none", features=None),
+    )
+
+
+def _score_test(
+    control: Config, chosen: Config, test: Path, images: str | Path | None, draws: int, before: dict | None
+) -> dict:
+    """The numbers of the control and of the choice on images that nothing was chosen with, and the difference."""
+    truth = read_truth(test)
+    digest = hashlib.sha256(test.read_bytes()).hexdigest()
+    if before and before.get("sha256") == digest:
+        print(f"{test}: was scored already", file=sys.stderr)
+        return before
+    folder, numbers = chosen.run_folder / "test", {}
+    given = [f"data.val={test.absolute()}", *([f"data.val_images={Path(images).absolute()}"] if images else [])]
+    for name, config in (("control", control), ("chosen", chosen)):
+        metrics, _ = evaluate_checkpoint(config.run_folder / "last.pth", given, folder / name)
+        numbers[name] = without_nan(metrics or {})
+    limit = control.test.max_detections
+    files = [folder / name / "predictions.json" for name in numbers]
+    result = compare(
+        truth, *files, draws=draws, boundaries=control.test.bins, max_detections=limit, **_counts(truth, control)
+    )
+    gains = {
+        name: [result.second[name] - value, *result.intervals.get(name, (None, None))]
+        for name, value in result.first.items()
+        if value == value
+    }
+    return {"annotations": str(test), "sha256": digest, **numbers, "gain": gains}
