@@ -311,11 +311,9 @@ def _score_test(
     for name, config in (("control", control), ("chosen", chosen)):
         metrics, _ = evaluate_checkpoint(config.run_folder / "last.pth", given, folder / name)
         numbers[name] = without_nan(metrics or {})
-    limit = control.test.max_detections
-    files = [folder / name / "predictions.json" for name in numbers]
-    result = compare(
-        truth, *files, draws=draws, boundaries=control.test.bins, max_detections=limit, **_counts(truth, control)
-    )
+    first, second = (folder / name / "predictions.json" for name in numbers)
+    counts, bins, limit = _counts(truth, control), control.test.bins, control.test.max_detections
+    result = compare(truth, first, second, draws=draws, boundaries=bins, max_detections=limit, **counts)
     gains = {
         name: [result.second[name] - value, *result.intervals.get(name, (None, None))]
         for name, value in result.first.items()
