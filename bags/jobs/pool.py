@@ -108,7 +108,8 @@ def _row(dataset: Path, entry: str, overrides: Sequence[str]) -> Config:
             raise UserError(f"{entry}: {word}: expected xN, adamw or section.key=value")
         else:
             given.append(word)
-            word = word.rpartition(".")[2].replace("/", "_")
+            key, _, value = word.partition("=")
+            word = f"{key.rpartition('.')[2]}={value}".replace("/", "_")
         name.append(word)
     config = load_config(dataset / method, [*overrides, *given])
     return dataclasses.replace(config, name=",".join(name))
