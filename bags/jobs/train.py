@@ -202,10 +202,11 @@ def begin(config: Config, index: AnnotationIndex, stats: CategoryStats, device: 
     torch.manual_seed(config.seed)
     detector = build_detector(config, stats)
     with distributed.main_first():  # it may fetch weights
-        initialise(detector, config, index, stats)
+        checkpoint = load_checkpoint(config.init_file) if config.init_file else None
+        initialise(detector, config, index, stats, checkpoint)
     detector.to(device, memory_format=torch.channels_last)
     distributed.on_main(lambda: describe(config))
-    init = weights_digest(load_checkpoint(config.init_file)) if config.init_file else None
+    init = weights_digest(checkpoint) if checkpoint else None
     about = {"config": config_to_dict(config), "stats": stats.to_dict(), "init": init}
     schedule = dataclasses.replace(config.train, accumulate=1) if config.is_cached else config.train  # no detector runs
     return Run(detector, schedule, config.run_folder, config.seed, config.name, about)

@@ -7,16 +7,14 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, ROWS, metrics, read_lines, run_ranks, run_script, start_script
+from conftest import ROOT, ROWS, killed_and_repeated, metrics, read_lines, run_ranks, run_script
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -76,15 +74,8 @@ def test_finished_rows_are_not_run_again(job):
 def test_a_killed_job_ends_with_the_same_numbers(job, tmp_path, after):
     """SIGKILL when a file appears, then the same command again: equal metrics and weights."""
     configs, runs, _ = job
-    process = start_script("train", configs, f"output={tmp_path}")
-    deadline = time.time() + 120
-    while not (tmp_path / "tiny" / after).exists() and time.time() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "tiny" / "softmax_retrained" / "metrics.json").exists(), "killed too late to test anything"
-    done = run_script("train", configs, f"output={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    places = {"after": tmp_path / "tiny" / after, "unfinished": tmp_path / "tiny/softmax_retrained/metrics.json"}
+    killed_and_repeated("train", configs, f"output={tmp_path}", **places)
     for row in ROWS:
         assert metrics(tmp_path, row) == metrics(runs, row)
         states = [torch.load(r / "tiny" / row / "last.pth", weights_only=True)["model"] for r in (runs, tmp_path)]
