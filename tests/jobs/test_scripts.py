@@ -228,8 +228,7 @@ def test_checkpoint_is_self_contained(job, glyphs, tmp_path):
     Image.new("RGB", (90, 70), "grey").save(tmp_path / "photos/plain.png")
     shutil.copy(glyphs / "val/00000001.jpg", tmp_path / "photos")
     (tmp_path / "photos/broken.jpg").write_bytes(b"no image")
-    command = [sys.executable, str(ROOT / "scripts/predict.py"), "model.pth", "photos", "--output", "out"]
-    done = subprocess.run([*command, "--score", "0.01"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = run_script("predict", "model.pth", "photos", "--output", "out", "--score", "0.01", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
     assert "broken.jpg: not a readable image" in done.stderr and "2 images (1 more left out)" in done.stdout
