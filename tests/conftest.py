@@ -57,6 +57,19 @@ def run_ranks(number: int, name: str | Path, *arguments, timeout: float = 240) -
     return [rank.wait() for rank in ranks]
 
 
+def killed_and_repeated(name: str | Path, *arguments, after: Path, unfinished: Path) -> subprocess.CompletedProcess:
+    """SIGKILL when the file `after` appears, before the file `unfinished` does; then the same command to its end."""
+    process, deadline = start_script(name, *arguments), time.monotonic() + 120
+    while not after.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not unfinished.exists(), "killed too late to test anything"
+    done = run_script(name, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:
     """The folder of a name that `make` fills for all workers: the first that needs it does."""
     base = tmp_path_factory.getbasetemp()

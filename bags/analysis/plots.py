@@ -30,8 +30,9 @@ def plot_weight_norms(
     path: Path | BinaryIO, norms: dict[str, np.ndarray], instance_counts: Sequence[int], boundaries: Sequence[int]
 ) -> None:
     """Save Figures 1 and 3 of the paper; see `draw_weight_norms`."""
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.5))
     draw_weight_norms(axes, norms, instance_counts, boundaries)
+    figure.subplots_adjust(left=0.08, right=0.9, bottom=0.11, top=0.97)
     _save(figure, path)
 
 
@@ -172,20 +173,17 @@ def plot_predictions(
     columns: title (ground truth, methods) -> for each image {"boxes": [K, 4] pixels, "names": K texts (empty: a box
     without a label), "scores": [K] in 0..1 or absent, "colours": K colours}.
     """
-    size = 4.2
-    figure, grid = plt.subplots(
-        len(images),
-        len(columns),
-        figsize=(size * len(columns), size * len(images)),
-        squeeze=False,
-        layout="constrained",
-    )
+    size, edge = 4.2, 0.5  # inches; titles and caption are in the edges
+    width, height = size * len(columns), size * len(images) + 2 * edge
+    figure, grid = plt.subplots(len(images), len(columns), figsize=(width, height), squeeze=False)
+    across = {"left": 0.05 / width, "right": 1 - 0.05 / width, "wspace": 0.02}
+    figure.subplots_adjust(**across, bottom=edge / height, top=1 - edge / height, hspace=0.02)
     for row, image in enumerate(images):
         for axes, (title, drawings) in zip(grid[row], columns.items(), strict=True):
             draw_boxes(axes, image, **drawings[row])
             if row == 0:
                 axes.set_title(title, fontsize=14)
-    figure.supxlabel(caption, fontsize=13)
+    figure.supxlabel(caption, fontsize=13, y=0.15 / height)
     _save(figure, path)
 
 

@@ -22,9 +22,12 @@ from bags.engine.checkpoint import load_checkpoint, load_weights
 COUNTERS = ".num_batches_tracked"  # only some kinds of batch normalisation have them, and no result depends on them
 
 
-def initialise(detector: FasterRCNN, config: Config, index: AnnotationIndex, stats: CategoryStats) -> list[str]:
+def initialise(
+    detector: FasterRCNN, config: Config, index: AnnotationIndex, stats: CategoryStats, checkpoint: dict | None = None
+) -> list[str]:
     """Load `detector.init_from`, if given, and return the names of the tensors that keep their new values.
 
+    checkpoint: the content of that file, where it is at hand.
     The classifier is loaded if its outputs stand for the same labels, in the same groups. With
     `detector.other_categories`, everything that depends on categories stays new.
     Raises UserError if the checkpoint has other categories or is of another detector.
@@ -34,7 +37,7 @@ def initialise(detector: FasterRCNN, config: Config, index: AnnotationIndex, sta
         if config.detector.backbone_weights:
             load_backbone_weights(detector.backbone, config.detector.backbone, config.detector.backbone_weights)
         return list(detector.state_dict())
-    checkpoint = load_checkpoint(path)
+    checkpoint = checkpoint or load_checkpoint(path)
     check_finite(checkpoint["model"], path)
     saved_stats = CategoryStats.from_dict(checkpoint["stats"], path)
     saved_config = check_config(config_from_dict(checkpoint["config"], f"{path}: config"), f"{path}: config")

@@ -1,8 +1,13 @@
 """Configuration -> detector, and checkpoint -> detector."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from bags.config.load import check_config, config_from_dict, override_config
 from bags.config.sections import Config, DetectorConfig
@@ -14,6 +19,23 @@ from bags.detectors.backbones import build_backbone
 from bags.detectors.conventions import CONVENTIONS
 from bags.detectors.faster_rcnn import FasterRCNN, faster_rcnn
 from bags.engine.checkpoint import load_checkpoint
+
+DRAWS = (init.kaiming_uniform_, init.uniform_, init.normal_, torch.Tensor.uniform_, torch.Tensor.normal_)
+
+
+class Undrawn(TorchFunctionMode):
+    """A context for models that a state dict fills: weights that would be drawn keep what their memory held."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if function in DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def build_undrawn(config: Config, stats: CategoryStats) -> FasterRCNN:
+    """`build_detector` for a state dict with every weight: nothing is drawn, which takes half of the time."""
+    with Undrawn():
+        return build_detector(config, stats)
 
 
 def build_detector(config: Config, stats: CategoryStats) -> FasterRCNN:
@@ -112,7 +134,7 @@ def load_detector(
         raise UserError(
             f"{path}: holds fewer weights than its own configuration and {stats.num_categories} categories need"
         )
-    detector = build_detector(config, stats)
+    detector = build_undrawn(config, stats)
     expected = detector.state_dict()
     for name, value in checkpoint["model"].items():
         if name in expected and value.is_floating_point() != expected[name].is_floating_point():

@@ -165,9 +165,9 @@ def weights_digest(checkpoint: dict) -> str:
     return digest.hexdigest()
 
 
-def sources_digest(paths: Sequence[Path]) -> str | None:
+def sources_digest(checkpoints: Sequence[dict]) -> str | None:
     """Digest of the weights of checkpoints: of one its own (`weights_digest`), of several one of theirs, else None."""
-    digests = [weights_digest(load_checkpoint(path)) for path in paths]
+    digests = [weights_digest(checkpoint) for checkpoint in checkpoints]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest() if len(digests) > 1 else next(iter(digests), None)
 
 

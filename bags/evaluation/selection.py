@@ -6,7 +6,9 @@ that they saw and not on others: docs/results/choosing.md.)
 
 The estimate is cross-fitted. The images are divided into folds. For each fold the whole procedure chooses without that
 fold's images, and detects in them with what it has chosen. The detections of all folds together give one AP, and no
-image has helped to choose the detections that are made in it.
+image has helped to choose the detections that are made in it. Scores of different mixtures are not on one scale (a mean
+of several is never as sure as one of them), so a detection counts by its place among all detections of its mixture and
+category, for which no label is needed.
 
 Detections in an image do not depend on what else is chosen, and AP on a part of the images is a weighted AP on all. So
 each mixture is detected with and matched once, for all folds.
@@ -123,7 +125,10 @@ def _each(mixtures: Iterable[Mixture], value: Callable[[Mixture], np.ndarray]) -
 
 
 def merge(parts: Sequence[tuple[File, np.ndarray]]) -> File:
-    """One file from several, of which each gives the detections in some images, bool [I]."""
+    """One file from several, of which each gives the detections in some images, bool [I].
+
+    They are ordered by their place, from 0, among the detections of their category in all images of their part.
+    """
     merged: File = []
     for of_category in zip(*(file for file, _ in parts), strict=True):
         taken = [
@@ -142,7 +147,7 @@ def merge(parts: Sequence[tuple[File, np.ndarray]]) -> File:
 
 
 def _in_images(detections: Detections, images: np.ndarray) -> Detections:
-    """One category's detections in some images, bool [I]."""
-    rows = np.flatnonzero(images[detections.image])
-    image, hit, counted, score = detections
-    return Detections(image[rows], hit[:, rows], counted[:, rows], score[rows])
+    """One category's detections in some images, bool [I]; their scores are now 0, -1, ... by place in all images."""
+    places = np.flatnonzero(images[detections.image])
+    image, hit, counted, _ = detections
+    return Detections(image[places], hit[:, places], counted[:, places], -places.astype(np.float64))

@@ -28,7 +28,7 @@ from bags.core.errors import UserError
 from bags.core.files import read_text, write_text
 from bags.data import glyphs
 from bags.data.statistics import CategoryStats, training_of
-from bags.engine.checkpoint import sources_digest
+from bags.engine.checkpoint import load_checkpoint, weights_digest
 from bags.evaluation import selection
 from bags.evaluation.comparison import compare, matched
 from bags.evaluation.detection_ap import FIXED
@@ -121,7 +121,7 @@ def _counts(truth: Truth, config: Config) -> dict[str, Any]:
 
 def _key(rows: Sequence[Config], *settings: object) -> str:
     """A digest of all that a choice depends on."""
-    weights = [sources_digest([row.run_folder / "last.pth"]) for row in rows]
+    weights = [weights_digest(load_checkpoint(row.run_folder / "last.pth")) for row in rows]
     about = [(row.name, config_to_dict(row)["classifier"]) for row in rows]
     text = repr((weights, about, open_index(rows[0], "val").sha256, repr(rows[0].test), settings))
     return hashlib.sha256(text.encode()).hexdigest()

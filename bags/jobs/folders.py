@@ -48,7 +48,9 @@ def is_complete(folder: Path, config: Config) -> bool:
     if data.exists() and latest["stats"] != CategoryStats.from_index(open_index(config, "train")).to_dict():
         raise UserError(f"{folder}: {data} has changed since this run was trained: remove the folder, or set output=")
     if sources and all(source.exists() for source in sources):
-        differ = "weights" if latest.get("init") != sources_digest(sources) else ""
+        differ = (
+            "weights" if latest.get("init") != sources_digest([load_checkpoint(source) for source in sources]) else ""
+        )
         differ = differ or "classifiers" * (with_members(config)[0].classifier != trained.classifier)
         if differ:
             raise UserError(

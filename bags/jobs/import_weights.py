@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torchvision
 
-from bags.assembly.models import build_detector, load_detector
+from bags.assembly.models import Undrawn, build_undrawn, load_detector
 from bags.config.load import config_to_dict, override_config
 from bags.config.sections import Config
 from bags.core.errors import UserError
@@ -69,7 +69,7 @@ def import_weights(source: str, config: Config, annotations: Path | None, eps: f
         lines.append(f"variances shifted: its batch normalisation has eps {eps:g}, ours 1e-5")
     keys = [f"detector.conventions={translated.origin}", "detector.init_from=null", "detector.backbone_weights=null"]
     config = override_config(config, [*keys, "detector.other_categories=false", "train.part=all"])
-    detector = build_detector(config, stats)
+    detector = build_undrawn(config, stats)
     state = detector.state_dict()
     _need_exact(
         source,
@@ -168,7 +168,9 @@ def export(checkpoint: Path, output: Path) -> None:
     try:
         state = to_torchvision(detector.state_dict(), stats.num_categories)
         builder = torchvision.models.get_model_builder(torchvision_model(config))
-        builder(weights=None, weights_backbone=None, **arguments).load_state_dict(state)
+        with Undrawn():
+            model = builder(weights=None, weights_backbone=None, **arguments)
+        model.load_state_dict(state)
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"{checkpoint}: does not fit torchvision's model ({' '.join(str(error).split())[:300]})"

@@ -29,7 +29,7 @@ from bags.data.plausibility import implausible_boxes
 from bags.data.statistics import CategoryStats, disagreement
 from bags.detectors.faster_rcnn import FasterRCNN
 from bags.engine import train as training
-from bags.engine.checkpoint import keep_best, sources_digest
+from bags.engine.checkpoint import keep_best, load_checkpoint, sources_digest
 from bags.engine.train import Run
 from bags.jobs import preflight
 from bags.jobs.folders import describe, is_complete, is_finished
@@ -211,11 +211,13 @@ def begin(config: Config, index: AnnotationIndex, stats: CategoryStats, device: 
     check_members(config, members, index, stats)
     detector = build_detector(config, stats)
     with distributed.main_first():  # it may fetch weights
-        initialise(detector, config, index, stats)
+        start = load_checkpoint(config.init_file) if config.init_file else None
+        initialise(detector, config, index, stats, start)
     load_members(detector, config, members)
     detector.to(device, memory_format=torch.channels_last)
     distributed.on_main(lambda: describe(config))
-    about = {"config": config_to_dict(config), "stats": stats.to_dict(), "init": sources_digest(config.source_files)}
+    init = sources_digest([*([start] if start else []), *members])
+    about = {"config": config_to_dict(config), "stats": stats.to_dict(), "init": init}
     schedule = dataclasses.replace(config.train, accumulate=1) if config.is_cached else config.train  # no detector runs
     return Run(detector, schedule, config.run_folder, config.seed, config.name, about)
 

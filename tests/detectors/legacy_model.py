@@ -216,9 +216,9 @@ class LegacyDetector:
         return torch.cat(boxes)[best]
 
     def pooled(self, maps: dict, image: int, boxes: Tensor, side: int) -> Tensor:
-        """[R, 256, side, side]: from the level of a box's size, and from the semantic branch."""
+        """[R, channels, side, side]: from the level of a box's size, and from the semantic branch."""
         levels = (box_sides(boxes).prod(1).sqrt() / 56 + 1e-6).log2().floor().clamp(0, 3)
-        result = boxes.new_zeros(len(boxes), 256, side, side)
+        result = boxes.new_zeros(len(boxes), maps["pyramid"][0].shape[1], side, side)
         for i, stride in enumerate(STRIDES[:4]):
             result[levels == i] = roi_align(maps["pyramid"][i][image], boxes[levels == i], stride, side)
         if self.is_htc:

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 FRAMEWORKS = ("faster_rcnn", "mask_rcnn", "cascade_rcnn", "htc")
 COUNTS = (5, 2000, 60, 7, 150)  # training instances of the labels 1 to 5 ...
+SIZES = {"channels": 64, "fc": 128}  # every layer is there, but the heads are smaller than released
 BOUNDARIES, GROUPS = "[10, 100]", ((1, 4), (3,), (2, 5))  # ... and how they are grouped
 CATEGORIES = [
     {"id": 10 * i, "name": f"thing {i}", "instance_count": n, "image_count": n} for i, n in enumerate(COUNTS, start=1)
@@ -98,7 +99,7 @@ def random_state(framework, logits):
     """A released state dict, not calibrated."""
     torch.manual_seed(0)
     state = {}
-    for key, shape in released_shapes(framework, "resnet50", logits, 1 + len(COUNTS)).items():
+    for key, shape in released_shapes(framework, "resnet50", logits, 1 + len(COUNTS), **SIZES).items():
         if len(shape) > 1:
             state[key] = torch.randn(shape) / math.sqrt(math.prod(shape[1:]))
         elif not key.endswith("tracked"):
@@ -123,10 +124,11 @@ def pair(request, tmp_path_factory):
         "detector": {
             "framework": framework,
             "frozen_batch_norm": True,
+            "fpn_channels": SIZES["channels"],
             "min_size": MIN_SIZE,
             "max_size": MAX_SIZE,
             "rpn": {"batch_size": 1_000_000, **limits},
-            "roi": {"batch_size": 1_000_000, "class_agnostic": cascade},
+            "roi": {"batch_size": 1_000_000, "class_agnostic": cascade, "fc": SIZES["fc"]},
         },
         "test": {"score_threshold": 0.01, "max_detections": detections},
         "device": "cpu",

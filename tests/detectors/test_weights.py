@@ -20,7 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import bags
 from bags.assembly.initialise import initialise
-from bags.assembly.models import build_detector, load_detector
+from bags.assembly.models import Undrawn, build_detector, build_undrawn, load_detector
 from bags.classifiers import classifier_settings
 from bags.config.load import config_to_dict
 from bags.data.checks import what_does_not_train, why_nothing_trains
@@ -74,7 +74,6 @@ def batch(masks=False):
 @pytest.mark.parametrize(
     "builder, framework, backbone",
     [
-        (fasterrcnn_resnet50_fpn, "faster_rcnn", "resnet50"),
         (maskrcnn_resnet50_fpn, "mask_rcnn", "resnet50"),
         (fasterrcnn_mobilenet_v3_large_fpn, "faster_rcnn", "mobilenet_v3_large"),
     ],
@@ -121,7 +120,8 @@ def test_torchvisions_detector_comes_in_and_goes_out(tmp_path, categories, build
     done = run_script("import_weights", "--export", tmp_path / "ours.pth", "--output", tmp_path / "back.pth")
     assert done.returncode == 0 and f"detection.{builder.__name__}(" in done.stdout, done.stderr
     back = torch.load(tmp_path / "back.pth", weights_only=True)
-    again = builder(weights=None, weights_backbone=None, num_classes=4)
+    with Undrawn():
+        again = builder(weights=None, weights_backbone=None, num_classes=4)
     again.load_state_dict(back)
     assert all(torch.equal(v, peer.state_dict()[k]) for k, v in back.items())
 
@@ -270,35 +270,38 @@ def pair(name, shape, outputs=None):
     return {f"{name}.weight": shape, f"{name}.bias": (outputs or shape[0],)}
 
 
-def released_shapes(framework, backbone, logits, labels, deformable=()):
-    """Every name and shape of a released checkpoint, from the documentation of its layout."""
+def released_shapes(framework, backbone, logits, labels, deformable=(), channels=256, fc=1024):
+    """Every name and shape of a released checkpoint, from the documentation of its layout.
+
+    channels, fc: of the pyramid and its heads, and of the classifiers' inputs, where they are smaller than released.
+    """
     blocks, groups = {"resnet50": ([3, 4, 6, 3], 1), "resnext101_64x4d": ([3, 4, 23, 3], 64)}[backbone]
     shapes = bottlenecks(blocks, groups, 4, deformable)
     for i, width in enumerate((256, 512, 1024, 2048)):
-        shapes |= pair(f"neck.lateral_convs.{i}.conv", (256, width, 1, 1))
-        shapes |= pair(f"neck.fpn_convs.{i}.conv", (256, 256, 3, 3))
-    shapes |= pair("rpn_head.rpn_conv", (256, 256, 3, 3)) | pair("rpn_head.rpn_cls", (3, 256, 1, 1))
-    shapes |= pair("rpn_head.rpn_reg", (12, 256, 1, 1))
+        shapes |= pair(f"neck.lateral_convs.{i}.conv", (channels, width, 1, 1))
+        shapes |= pair(f"neck.fpn_convs.{i}.conv", (channels, channels, 3, 3))
+    shapes |= pair("rpn_head.rpn_conv", (channels, channels, 3, 3)) | pair("rpn_head.rpn_cls", (3, channels, 1, 1))
+    shapes |= pair("rpn_head.rpn_reg", (12, channels, 1, 1))
     cascaded = framework in ("cascade_rcnn", "htc")
     for stage in ("0.", "1.", "2.") if cascaded else ("",):
-        shapes |= pair(f"bbox_head.{stage}shared_fcs.0", (1024, 12544))
-        shapes |= pair(f"bbox_head.{stage}shared_fcs.1", (1024, 1024))
-        shapes |= pair(f"bbox_head.{stage}fc_cls", (logits, 1024))
-        shapes |= pair(f"bbox_head.{stage}fc_reg", (4 if cascaded else 4 * labels, 1024))
+        shapes |= pair(f"bbox_head.{stage}shared_fcs.0", (fc, 49 * channels))
+        shapes |= pair(f"bbox_head.{stage}shared_fcs.1", (fc, fc))
+        shapes |= pair(f"bbox_head.{stage}fc_cls", (logits, fc))
+        shapes |= pair(f"bbox_head.{stage}fc_reg", (4 if cascaded else 4 * labels, fc))
         if framework in ("mask_rcnn", "htc"):
             for i in range(4):
-                shapes |= pair(f"mask_head.{stage}convs.{i}.conv", (256, 256, 3, 3))
-            shapes |= pair(f"mask_head.{stage}upsample", (256, 256, 2, 2))
-            shapes |= pair(f"mask_head.{stage}conv_logits", (labels, 256, 1, 1))
+                shapes |= pair(f"mask_head.{stage}convs.{i}.conv", (channels, channels, 3, 3))
+            shapes |= pair(f"mask_head.{stage}upsample", (channels, channels, 2, 2))
+            shapes |= pair(f"mask_head.{stage}conv_logits", (labels, channels, 1, 1))
         if framework == "htc":
-            shapes |= pair(f"mask_head.{stage}conv_res.conv", (256, 256, 1, 1))
+            shapes |= pair(f"mask_head.{stage}conv_res.conv", (channels, channels, 1, 1))
     if framework == "htc":
         for i in range(5):
-            shapes |= pair(f"semantic_head.lateral_convs.{i}.conv", (256, 256, 1, 1))
+            shapes |= pair(f"semantic_head.lateral_convs.{i}.conv", (channels, channels, 1, 1))
         for i in range(4):
-            shapes |= pair(f"semantic_head.convs.{i}.conv", (256, 256, 3, 3))
-        shapes |= pair("semantic_head.conv_embedding.conv", (256, 256, 1, 1))
-        shapes |= pair("semantic_head.conv_logits", (183, 256, 1, 1))
+            shapes |= pair(f"semantic_head.convs.{i}.conv", (channels, channels, 3, 3))
+        shapes |= pair("semantic_head.conv_embedding.conv", (channels, channels, 1, 1))
+        shapes |= pair("semantic_head.conv_logits", (183, channels, 1, 1))
     return shapes
 
 
@@ -362,9 +365,12 @@ def test_every_released_layout_fits_its_row(monkeypatch, row, framework, backbon
     )
 
 
-def released_file(path, framework, backbone="resnet50", logits=4, labels=4, **content):
+SMALL = {"channels": 32, "fc": 64}  # the heads of a released file are most of it
+
+
+def released_file(path, framework, backbone="resnet50", logits=4, labels=4, sizes=SMALL, **content):
     torch.manual_seed(0)
-    shapes = released_shapes(framework, backbone, logits, labels)
+    shapes = released_shapes(framework, backbone, logits, labels, **sizes)
     state = {
         key: torch.zeros((), dtype=torch.long)
         if key.endswith("tracked")
@@ -379,11 +385,11 @@ def released_file(path, framework, backbone="resnet50", logits=4, labels=4, **co
     return state
 
 
-def released_config(folder, framework, *lines):
-    sizes = "rpn: {anchor_sizes: [[32],[64],[128],[256],[512]]}"
-    agnostic = "roi: {class_agnostic: true}, " if framework in ("cascade_rcnn", "htc") else ""
-    limits = "frozen_batch_norm: true, min_size: 128, max_size: 160"
-    detector = f"detector: {{framework: {framework}, {limits}, {agnostic}{sizes}}}"
+def released_config(folder, framework, *lines, sizes=SMALL):
+    anchors = "rpn: {anchor_sizes: [[32],[64],[128],[256],[512]]}"
+    roi = f"{{fc: {sizes['fc']}, class_agnostic: {str(framework in ('cascade_rcnn', 'htc')).lower()}}}"
+    limits = f"frozen_batch_norm: true, min_size: 128, max_size: 160, fpn_channels: {sizes['channels']}"
+    detector = f"detector: {{framework: {framework}, {limits}, roi: {roi}, {anchors}}}"
     semantic = ["data: {train_semantic: maps}"] if framework == "htc" else []
     return write(folder, "c.yaml", "\n".join([detector, *semantic, "device: cpu", *lines]))
 
@@ -392,9 +398,12 @@ def released_config(folder, framework, *lines):
 @pytest.mark.slow
 def test_a_released_file_becomes_a_checkpoint(tmp_path, categories, framework):
     """With groups; the tensors are where they belong, and the detector detects under the released conventions."""
-    state = released_file(tmp_path / "released.pth", framework, logits=8)
+    sizes = {"channels": 256, "fc": 1024} if framework == "faster_rcnn" else SMALL
+    state = released_file(tmp_path / "released.pth", framework, logits=8, sizes=sizes)
     group = "classifier: {name: group_softmax, boundaries: [10, 100]}"
-    config = released_config(tmp_path, framework, group, "test: {score_threshold: 0.001, max_detections: 20}")
+    config = released_config(
+        tmp_path, framework, group, "test: {score_threshold: 0.001, max_detections: 20}", sizes=sizes
+    )
     files = ("--annotations", categories, "--output", tmp_path / "deep/ours.pth")
     done = run_script("import_weights", tmp_path / "released.pth", config, *files)
     assert done.returncode == 0, done.stderr
@@ -423,12 +432,12 @@ REFUSED = {
     "another classifier": (
         {},
         ["classifier.name=group_softmax"],
-        "linear.weight has shape [4, 1024], expected [9, 1024]",
+        "linear.weight has shape [4, 64], expected [9, 64]",
     ),
     "other categories": (
         {"labels": 9, "logits": 9},
         [],
-        "linear.weight has shape [9, 1024], expected [4, 1024]",
+        "linear.weight has shape [9, 64], expected [4, 64]",
     ),
 }
 
@@ -490,6 +499,24 @@ def test_bad_files(tmp_path, categories):
 def test_a_file_from_before_torch_1_6(tmp_path):
     torch.save({"state_dict": {"a": torch.arange(3)}}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert read_state(tmp_path / "old.pth")["a"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("row", ["softmax", "htc_dcn_bags", "cascade_bags"])
+def test_what_a_state_dict_fills_is_not_drawn(row):
+    """The drawn weights aside, the detector is the same, and the random numbers that follow are."""
+    stats = CategoryStats((1, 3, 4), ("a", "b", "c"), (5, 2000, 60), (3, 1001, 31))
+    backbone = ["detector.backbone=resnet50"] if row == "softmax" else ["detector.backbone=resnet18"]
+    backbone += ["detector.deformable_stages=[]"]
+    config = bags.load_config(ROOT / "configs/lvis_v0.5" / row, [*backbone, "detector.roi.fc=16"])
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    undrawn = build_undrawn(config, stats)
+    assert torch.equal(torch.rand(1), expected)
+    drawn = build_detector(config, stats)
+    buffers = dict(drawn.named_buffers())
+    assert undrawn.state_dict().keys() == drawn.state_dict().keys() and buffers
+    assert all(torch.equal(value, buffers[name]) for name, value in undrawn.named_buffers())
 
 
 # --------------------------------------------------------------------------- starting from other categories

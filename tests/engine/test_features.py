@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import signal
-import time
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import run_ranks, run_script, start_script, write_configs
+from conftest import killed_and_repeated, run_ranks, run_script, start_script, write_configs
 
 import bags
 from bags.analysis.results import load_results
@@ -368,15 +366,8 @@ def test_killed_anywhere_the_weights_are_the_same(swept, tmp_path, after):
     configs, folder = swept
     copy_softmax(folder, tmp_path)
     rows = [configs / "bags.yaml", configs / "softmax_retrained.yaml"]
-    process = start_script("train", *rows, f"output={tmp_path}", *RESIZED)
-    deadline = time.time() + 120
-    while not (tmp_path / "tiny" / after).exists() and time.time() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "tiny" / "softmax_retrained" / "metrics.json").exists(), "killed too late to test anything"
-    done = run_script("train", *rows, f"output={tmp_path}", *RESIZED)
-    assert done.returncode == 0, done.stderr
+    places = {"after": tmp_path / "tiny" / after, "unfinished": tmp_path / "tiny/softmax_retrained/metrics.json"}
+    killed_and_repeated("train", *rows, f"output={tmp_path}", *RESIZED, **places)
     for row in ("bags", "softmax_retrained"):
         resumed, undisturbed = weights(tmp_path / "tiny" / row), weights(folder / "tiny" / row)
         assert all(torch.equal(resumed[key], undisturbed[key]) for key in resumed)

@@ -7,16 +7,14 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, ROWS, metrics, read_lines, run_ranks, run_script, start_script
+from conftest import ROOT, ROWS, killed_and_repeated, metrics, read_lines, run_ranks, run_script
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -76,15 +74,8 @@ def test_finished_rows_are_not_run_again(job):
 def test_a_killed_job_ends_with_the_same_numbers(job, tmp_path, after):
     """SIGKILL when a file appears, then the same command again: equal metrics and weights."""
     configs, runs, _ = job
-    process = start_script("train", configs, f"output={tmp_path}")
-    deadline = time.time() + 120
-    while not (tmp_path / "tiny" / after).exists() and time.time() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "tiny" / "softmax_retrained" / "metrics.json").exists(), "killed too late to test anything"
-    done = run_script("train", configs, f"output={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    places = {"after": tmp_path / "tiny" / after, "unfinished": tmp_path / "tiny/softmax_retrained/metrics.json"}
+    killed_and_repeated("train", configs, f"output={tmp_path}", **places)
     for row in ROWS:
         assert metrics(tmp_path, row) == metrics(runs, row)
         states = [torch.load(r / "tiny" / row / "last.pth", weights_only=True)["model"] for r in (runs, tmp_path)]
@@ -237,8 +228,7 @@ def test_checkpoint_is_self_contained(job, glyphs, tmp_path):
     Image.new("RGB", (90, 70), "grey").save(tmp_path / "photos/plain.png")
     shutil.copy(glyphs / "val/00000001.jpg", tmp_path / "photos")
     (tmp_path / "photos/broken.jpg").write_bytes(b"no image")
-    command = [sys.executable, str(ROOT / "scripts/predict.py"), "model.pth", "photos", "--output", "out"]
-    done = subprocess.run([*command, "--score", "0.01"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = run_script("predict", "model.pth", "photos", "--output", "out", "--score", "0.01", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
     assert "broken.jpg: not a readable image" in done.stderr and "2 images (1 more left out)" in done.stdout
