@@ -58,7 +58,7 @@ def load_rows(
     waiting = [load_config(row, overrides) for row in rows]
     for row, config in zip(rows, waiting, strict=False) if methods else ():  # grows with the rows that are added
         for name in config.source_rows:
-            if name not in {other.name for other in waiting}:
+            if name not in {other.name for other in waiting} and not _is_only_a_run(config, row, name):
                 rows.append(row_beside(row, name))
                 waiting.append(load_config(rows[-1], overrides))
     if seed is not None:
@@ -73,6 +73,17 @@ def load_rows(
         ordered.append(ready[0])
         waiting.remove(ready[0])
     return ordered
+
+
+def _is_only_a_run(config: Config, row: Path, name: str) -> bool:
+    """Whether a row to start from has been trained, but is no method of the dataset, such as the row `choose`."""
+    if not config.source_file(f"row:{name}").exists():
+        return False
+    try:
+        compose(row_beside(row, name))
+    except UserError:
+        return True
+    return False
 
 
 def check_config(config: Config, source: str) -> Config:
