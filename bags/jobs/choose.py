@@ -70,6 +70,8 @@ def choose(
         glyphs.make_glyphs(data.root, glyphs.PRESETS[data.glyphs])
     truth = read_truth(Path(data.root, data.val))
     _check(rows, truth, metric, folds)
+    if test is not None:
+        _check_test(Path(test), rows[0], truth)
     run_jobs([[*baseline_of(path, overrides, rows), *rows]], lambda _: None)
     folder = rows[0].run_folder.with_name(NAME)
     key = _key(rows, metric, folds, draws)
@@ -104,6 +106,13 @@ def _check(rows: Sequence[Config], truth: Truth, metric: str, folds: int) -> Non
             raise UserError(f"--metric {metric}: {truth.path} holds no object of its categories: choose another")
     if not 2 <= folds <= len(truth.image_ids):
         raise UserError(f"--folds {folds}: expected 2 to {len(truth.image_ids)}, the images of {truth.path}")
+
+
+def _check_test(test: Path, config: Config, truth: Truth) -> None:
+    """Raise UserError, before anything is trained, for a test set that cannot be used, or is the validation set."""
+    _counts(read_truth(test), config)
+    if test.samefile(truth.path):
+        raise UserError(f"--test {test}: is the validation set, with which the choice is made: expected other images")
 
 
 def _sets(truth: Truth, config: Config) -> dict[str, np.ndarray]:
