@@ -1,6 +1,5 @@
 """YAML files -> nested values -> frozen dataclasses, with an error for everything that does not fit."""
 
-import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -17,22 +16,21 @@ from bags.core.errors import UserError
 CHOSEN_BY_NAME = ("classifier", "sampler")  # a new `name` replaces these sections
 NULLS = ("", "~", "null", "Null", "NULL")  # the spellings of null in YAML
 MERGE = "tag:yaml.org,2002:merge"
-READ_OTHERWISE = "\t?!"  # PyYAML's parser refuses some texts with these that libyaml's takes
 MOST_MERGED = 10_000  # keys of a file that come from merge keys
 MOST_ITEMS = 1_000_000  # of a list, or of its lists together
 MOST_SECTIONS = 100  # of a list of sections
 DEEPEST = 12  # sections in each other
 
 
-class _UniqueKeys(yaml.constructor.SafeConstructor):
+class _UniqueKeyLoader(yaml.SafeLoader):
     """A key given twice is an error; plain YAML would silently keep the last.
 
     Merge keys (`<<`) follow YAML's rule, which not every version of PyYAML does: the mapping's own keys come first,
     then those of the first mapping that is merged.
     """
 
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)  # type: ignore[call-arg]  # of the loader
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
         self.flat: set[yaml.Node] = set()  # mappings whose keys are checked and whose merge keys are resolved
         self.merged = 0
 
@@ -67,7 +65,7 @@ class _UniqueKeys(yaml.constructor.SafeConstructor):
             yield part
 
 
-def _whole(loader: _UniqueKeys, node: Any) -> int:
+def _whole(loader: _UniqueKeyLoader, node: Any) -> int:
     """Refuse whole numbers that YAML 1.1 reads as another number than they look: 010 as 8, and 1:30 as 90."""
     value, digits = loader.construct_yaml_int(node), node.value.replace("_", "").lstrip("+-")
     if ":" in digits or (len(digits) > 1 and digits.isdecimal() and digits[0] == "0"):
@@ -75,7 +73,7 @@ def _whole(loader: _UniqueKeys, node: Any) -> int:
     return value
 
 
-def _fraction(loader: _UniqueKeys, node: Any) -> float:
+def _fraction(loader: _UniqueKeyLoader, node: Any) -> float:
     """Refuse numbers of minutes and seconds, which YAML 1.1 reads in seconds."""
     value = loader.construct_yaml_float(node)
     if ":" in node.value:
@@ -83,17 +81,8 @@ def _fraction(loader: _UniqueKeys, node: Any) -> float:
     return value
 
 
-_UniqueKeys.add_constructor("tag:yaml.org,2002:int", _whole)  # type: ignore[type-var]
-_UniqueKeys.add_constructor("tag:yaml.org,2002:float", _fraction)  # type: ignore[type-var]
-
-
-class _Loader(_UniqueKeys, yaml.SafeLoader):
-    """Written in Python: slow, but its errors quote the line."""
-
-
-_FastLoader: Any = None
-if yaml.__with_libyaml__:  # ten times as fast
-    _FastLoader = type("_FastLoader", (_UniqueKeys, yaml.CSafeLoader), {})
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:int", _whole)
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:float", _fraction)
 
 
 def _refusal(node: yaml.Node, problem: str) -> yaml.YAMLError:
@@ -102,10 +91,7 @@ def _refusal(node: yaml.Node, problem: str) -> yaml.YAMLError:
 
 def parse_yaml(text: str) -> Any:
     """`yaml.safe_load`, but for keys given twice. Raises yaml.YAMLError, ValueError or RecursionError."""
-    if _FastLoader and text.isascii() and not any(character in text for character in READ_OTHERWISE):
-        with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):  # which the other says in full
-            return yaml.load(text, _FastLoader)
-    return yaml.load(text, _Loader)
+    return yaml.load(text, _UniqueKeyLoader)
 
 
 def merge(tree: dict, changes: dict) -> dict:
