@@ -2,6 +2,7 @@
 #
 #   CONFIG      a dataset (configs/NAME), a row or a YAML file       GPUS    processes (torchrun), one per GPU
 #   METHODS     rows of the dataset instead of its default ones, as METHODS="seesaw bags_cosine"
+#   POOL        the rows that choose chooses from: quick or full
 #   CHECKPOINT  what eval and predict use                            ARGS    section.key=value overrides, or flags
 #   IMAGES      what predict looks at                                RUNS    run folders that table compares
 #   RUN, OTHER  run folders: what report is about, and what it is compared with
@@ -17,6 +18,7 @@ OTHER ?=
 GPUS ?= 1
 ARGS ?=
 METHODS ?=
+POOL ?= quick
 TABLE ?=
 PYTHON ?= python3
 VENV ?= .venv
@@ -30,13 +32,16 @@ else
 LAUNCH = $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node $(GPUS)
 endif
 
-.PHONY: help train eval predict test lint table report clean
+.PHONY: help train choose eval predict test lint table report clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-9s %s\n", $$1, $$2}'
 
 train: $(READY)  ## Train CONFIG (default: softmax, its control and BAGS on the embedded dataset) and compare
 	$(LAUNCH) scripts/train.py $(CONFIG) $(if $(METHODS),--methods $(METHODS)) $(ARGS)
+
+choose: $(READY)  ## Find the best classifier for CONFIG, with an honest estimate of its gain; POOL=full tries more rows
+	$(BIN)/python scripts/choose.py $(CONFIG) --pool $(POOL) $(ARGS)
 
 eval: $(READY)  ## Evaluate CHECKPOINT on its validation set
 	$(LAUNCH) scripts/evaluate.py $(CHECKPOINT) $(ARGS)

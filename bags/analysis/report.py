@@ -8,6 +8,7 @@ import numpy as np
 import yaml
 
 from bags.analysis import plots
+from bags.analysis.choice import section
 from bags.analysis.examples import LEAST_SCORE, Example
 from bags.analysis.page import document, drawn, figure, percent, table, text
 from bags.analysis.run_results import RunResults, about, differences
@@ -29,6 +30,8 @@ class Findings:
     comparison: dict[str, Comparison] = field(default_factory=dict)  # from the other run to the first one
     tail: tuple[list[dict], list[dict]] = field(default_factory=lambda: ([], []))  # its best and worst rows
     examples: dict[int, Example] = field(default_factory=dict)  # by category id
+    choice: dict | None = None  # of choose.json, where the run is what `choose` has chosen
+    choice_rows: dict[str, list[dict]] = field(default_factory=dict)  # name -> rows of categories.csv, for its figure
     notes: list[str] = field(default_factory=list)  # what is missing, and how to mend it
 
 
@@ -46,6 +49,7 @@ def render(runs: list[RunResults], findings: Findings) -> str:
     title = f"{runs[0].label} on {runs[0].config.data.name}"
     sections = {
         "Results": _results(runs),
+        "How it was chosen": _chosen(runs[0], findings),
         f"Change from {runs[-1].label} to {runs[0].label}": _changes(runs, findings) if len(runs) > 1 else "",
         "AP and training instances": _by_instances(runs),
         "Precision and recall": _precision_recall(runs),
@@ -96,6 +100,10 @@ def _results(runs: list[RunResults]) -> str:
         accuracy = _metrics(runs, proposals, "Accuracy of proposals, by bin") if not prefix else ""
         parts.append(f'<div class="pair">{sizes}{accuracy}</div>')
     return "".join(parts)
+
+
+def _chosen(run: RunResults, findings: Findings) -> str:
+    return "" if findings.choice is None else section(findings.choice, findings.choice_rows, run.config.test.bins)
 
 
 def _metrics(runs: list[RunResults], columns: Sequence[str], caption: str) -> str:

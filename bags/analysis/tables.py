@@ -70,37 +70,58 @@ def _markdown(table: list[list[str]]) -> str:
 
 def render_choice(content: dict) -> str:
     """The table and the sentences of `choose.json`: rows by their number, then the choice, and what it says."""
-    number, metric, control = content["number"], content["metric"], content["control"]
+    number, control = content["metric"], content["control"]
     rows = sorted(content["rows"].items(), key=lambda row: -(row[1]["numbers"][number] or 0))
     lines = [*rows, ("chosen, on the same images", content["optimistic"]), ("chosen, on others", content["honest"])]
     columns = [c for c in COLUMNS if any(line["numbers"].get(c) is not None for _, line in lines)]
     columns = [c for c in columns if c not in ("APr", "APc", "APf", "AP50") or c == number]
+    columns += [number] * (number not in columns)
     table = [["row", *map(column_title, columns), f"{column_title(number)} - control", "95 %"]]
     for name, line in lines:
         cells = ["-" if line["numbers"][c] is None else f"{100 * line['numbers'][c]:.1f}" for c in columns]
-        table.append([printable(name).replace("|", "\\|"), *cells, *_gain(line["gain"][number], name == control)])
-    text = _markdown(table)
-    shares = " + ".join(f"{share:.0%} {printable(name)}" for name, share in content["mixture"].items())
-    gain, low, high = (100 * value if value is not None else math.nan for value in content["honest"]["gain"][number])
-    text += (
-        f"\n\nThe scores of {len(content['mixture'])} of {len(rows)} rows, averaged: {shares}."
-        f"\nOn images that it was not chosen with, {column_title(metric)} is {gain:+.1f} against {control} "
-        f"(95 %: {low:+.1f} to {high:+.1f})."
-    )
-    if not content["better_than_control"]:
-        text += f"\nThe validation images cannot tell it from {control}, which is recommended: the simplest row."
+        table.append([printable(name).replace("|", "\\|"), *cells, *gain_cells(line["gain"][number], name == control)])
+    return "\n".join([_markdown(table), "", *verdict(content)])
+
+
+def verdict(content: dict) -> list[str]:
+    """The sentences that a choice amounts to."""
+    control, mixture, title = printable(content["control"]), content["mixture"], column_title(content["metric"])
+    shares = " + ".join(f"{share:.0%} {printable(name)}" for name, share in mixture.items())
+    gain = gained(content["honest"]["gain"][content["metric"]])
+    lines = [
+        f"The scores of {len(mixture)} of {len(content['rows'])} rows, averaged: {shares}."
+        if len(mixture) > 1
+        else f"Best of {len(content['rows'])} rows and their means: {printable(next(iter(mixture)))}.",
+        f"On images that it was not chosen with, {title} is {gain} against {control}.",
+    ]
+    *_, high = content["honest"]["gain"][content["metric"]]
+    if not content["better_than_control"] and high is not None and high < 0:
+        lines.append(f"It is worse than {control}, which is recommended.")
+    elif not content["better_than_control"]:
+        lines.append(f"The validation images cannot tell it from {control}, which is recommended: the simplest row.")
     if "test" in content:
-        gain, low, high = (math.nan if v is None else 100 * v for v in content["test"]["gain"]["AP"])
-        text += f"\nOn {content['test']['annotations']}: mAP {gain:+.1f} against {control} ({low:+.1f} to {high:+.1f})."
-    return text
+        test = content["test"]
+        lines.append(f"On {printable(test['annotations'])}: mAP {gained(test['gain']['AP'])} against {control}.")
+    return lines
 
 
-def _gain(gain: Sequence[float | None], is_control: bool) -> list[str]:
-    """A difference in percent, and its interval."""
-    if is_control or any(value is None for value in gain):
+def gained(gain: list[float | None]) -> str:
+    """A difference in percent with its interval."""
+    value, low, high = gain
+    if value is None:
+        return "not known"
+    if low is None or high is None:
+        return f"{100 * value:+.1f} (the objects are too few for an interval)"
+    return f"{100 * value:+.1f} (95 %: {100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def gain_cells(gain: Sequence[float | None], is_control: bool = False) -> list[str]:
+    """A difference in percent, and its interval; empty for the control."""
+    value, low, high = gain
+    if is_control or value is None:
         return ["", ""]
-    value, low, high = (100 * (part or 0) for part in gain)
-    return [f"{value:+.1f}", f"{low:+.1f} to {high:+.1f}"]
+    spread = "-" if low is None or high is None else f"{100 * low:+.1f} to {100 * high:+.1f}"
+    return [f"{100 * value:+.1f}", spread]
 
 
 def _cell(values: list[float], column: str, decimals: int) -> str:

@@ -46,8 +46,6 @@ def main() -> None:
     paths, overrides = split_arguments(arguments.config)
     if len(paths) != 1:
         raise UserError(f"{', '.join(map(str, paths)) or 'no configuration'}: expected one dataset")
-    if arguments.pool not in POOLS:
-        raise UserError(f"--pool {arguments.pool}: expected one of {', '.join(POOLS)}")
     check_draws(arguments.draws)
     if arguments.draws < 100:
         raise UserError(f"--draws {arguments.draws}: expected 100 or more, for an interval of 95 %")

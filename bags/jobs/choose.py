@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from bags.analysis.choice import read_choice
 from bags.analysis.results import environment, this_command
 from bags.analysis.run_files import read_seconds, without_nan
 from bags.analysis.tables import render_choice
@@ -34,11 +35,13 @@ from bags.evaluation.comparison import compare, matched
 from bags.evaluation.detection_ap import FIXED
 from bags.evaluation.selection import Choice, Estimate, File, Mixture, Validation
 from bags.evaluation.truth import Truth, read_truth
+from bags.jobs import preflight
 from bags.jobs.evaluate import evaluate_checkpoint
 from bags.jobs.pool import POOLS, baseline_of, pool_rows
 from bags.jobs.train import run_jobs
 
 NAME = "choose"  # of the run folder
+PROCEDURE = 1  # to be raised when the same rows and images give another choice or estimate
 MEMORY = 2e9  # bytes of matched detections that are kept for their second use
 
 
@@ -64,19 +67,20 @@ def choose(
     path = Path(config)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("choose runs in one process; to use several GPUs, train the rows first, with scripts/train.py")
+    if isinstance(pool, str) and pool not in POOLS:
+        raise UserError(f"--pool {pool}: expected one of {', '.join(POOLS)}")
     rows = pool_rows(path, overrides, POOLS[pool] if isinstance(pool, str) else pool)
     data = rows[0].data
     if data.glyphs:
         glyphs.make_glyphs(data.root, glyphs.PRESETS[data.glyphs])
     truth = read_truth(Path(data.root, data.val))
     _check(rows, truth, metric, folds)
-    if test is not None:
-        _check_test(Path(test), rows[0], truth)
+    _check_test(rows[0], test, test_images)
     run_jobs([[*baseline_of(path, overrides, rows), *rows]], lambda _: None)
     folder = rows[0].run_folder.with_name(NAME)
     key = _key(rows, metric, folds, draws)
     with locks.alone(folder, "set output="):
-        content = _finished(folder, key)
+        content = _finished(folder, rows, key)
         if content is None:
             _clear(folder)
             content = _select(path, overrides, rows, truth, (metric, folds, draws), folder, key)
@@ -104,15 +108,30 @@ def _check(rows: Sequence[Config], truth: Truth, metric: str, folds: int) -> Non
         inside = _sets(truth, rows[0])[metric]
         if not any(inside[category - 1] for category in held):
             raise UserError(f"--metric {metric}: {truth.path} holds no object of its categories: choose another")
+    if len(truth.image_ids) < 2:
+        raise UserError(f"{truth.path}: holds one image: expected two or more to choose with")
     if not 2 <= folds <= len(truth.image_ids):
         raise UserError(f"--folds {folds}: expected 2 to {len(truth.image_ids)}, the images of {truth.path}")
 
 
-def _check_test(test: Path, config: Config, truth: Truth) -> None:
-    """Raise UserError, before anything is trained, for a test set that cannot be used, or is the validation set."""
-    _counts(read_truth(test), config)
-    if test.samefile(truth.path):
-        raise UserError(f"--test {test}: is the validation set, with which the choice is made: expected other images")
+def _check_test(control: Config, test: str | Path | None, images: str | Path | None) -> None:
+    """Raise UserError, before anything is trained, for a test set that cannot be used."""
+    if test is None:
+        if images is not None:
+            raise UserError(f"--test-images {images}: expected --test, the annotations of these images")
+        return
+    folder = Path(images) if images is not None else Path(control.data.root, control.data.val_images)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; --test-images says where the images of {test} are")
+    data = dataclasses.replace(control.data, val=str(Path(test).absolute()), val_images=str(folder.absolute()))
+    config = dataclasses.replace(control, data=data)
+    for split in ("train", "val"):
+        if open_index(config, "val").sha256 == open_index(control, split).sha256:
+            raise UserError(
+                f"--test {test}: is data.{split} itself, which the choice depends on: expected another file"
+            )
+    preflight.check_validation(config, CategoryStats.from_index(open_index(control, "train")))
+    preflight.check_present(open_index(config, "val"), folder)
 
 
 def _sets(truth: Truth, config: Config) -> dict[str, np.ndarray]:
@@ -132,30 +151,28 @@ def _key(rows: Sequence[Config], *settings: object) -> str:
     """A digest of all that a choice depends on."""
     weights = [weights_digest(load_checkpoint(row.run_folder / "last.pth")) for row in rows]
     about = [(row.name, config_to_dict(row)["classifier"]) for row in rows]
-    text = repr((weights, about, open_index(rows[0], "val").sha256, repr(rows[0].test), settings))
+    text = repr((PROCEDURE, weights, about, open_index(rows[0], "val").sha256, repr(rows[0].test), settings))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _finished(folder: Path, key: str) -> dict | None:
+def _finished(folder: Path, rows: Sequence[Config], key: str) -> dict | None:
     """The content of `choose.json` if it is of the same rows, images and settings."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        content = json.loads(read_text(folder / "choose.json"))
-        if isinstance(content, dict) and content.get("key") == key:
+    with contextlib.suppress(OSError, UserError):
+        content = read_choice(folder / "choose.json")
+        names = {row.name for row in rows}
+        if content["key"] == key and names == set(content["rows"]):
             return content
     return None
 
 
 def _clear(folder: Path) -> None:
     """Remove an older choice, but not what was found out about mixtures. Raises UserError for another run's folder."""
-    files = {file.name for file in folder.iterdir()} if folder.exists() else set()
-    if "config.yaml" in files and not files & {"choose.json", "mixtures.jsonl"}:
-        raise UserError(f"{folder}: is the folder of another run: rename it, or set output=")
+    files = {file.name for file in folder.iterdir() if not file.name.startswith(".")} if folder.exists() else set()
+    if files and not files & {"choose.json", "mixtures.jsonl"}:
+        raise UserError(f"{folder}: holds files that choose has not written: rename the folder, or set output=")
     for name in files - {"mixtures.jsonl"}:
         path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif not name.startswith("."):
-            path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _select(
@@ -174,8 +191,9 @@ def _select(
     limits = (rows[0].test.max_detections, FIXED if metric == "AP_fixed" else None)
     detect = _Detect(mixtures, truth, limits)
     name = "AP" if metric == "AP_fixed" else metric
-    validation = Validation(detect.objects(len(rows)), len(truth.image_ids), _sets(truth, rows[0]), name)
-    memory = _Memory(folder / "mixtures.jsonl", key, [row.name for row in rows])
+    order = np.array([image["id"] for image in truth.content["images"]])
+    validation = Validation(detect.objects(len(rows)), len(truth.image_ids), _sets(truth, rows[0]), name, order)
+    memory = _Memory(folder / "mixtures.jsonl", key, folds + 1)
     choice = selection.choose(detect, len(rows), validation, folds, draws, rows[0].seed, memory.values)
     return _content(choice, rows, settings, name, key)
 
@@ -204,19 +222,22 @@ class _Detect:
 class _Memory:
     """The values of mixtures on disk, so that a choice that was killed goes on where it was."""
 
-    def __init__(self, file: Path, key: str, names: Sequence[str]):
-        self.file, self.names = file, names
+    def __init__(self, file: Path, key: str, views: int):
+        self.file = file
         self.known: dict[Mixture, np.ndarray] = {}
         header = json.dumps({"key": key})
         lines = read_text(file, "replace").splitlines() if file.exists() else []
-        if lines[:1] != [header]:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, header + "\n")
-            return
-        for line in lines[1:]:
+        for line in lines[1:] if lines[:1] == [header] else ():
             with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # the last line of a killed run
                 entry = json.loads(line)
-                self.known[tuple(map(float, entry["shares"]))] = np.array(entry["values"], np.float64)
+                values = np.array(entry["values"], np.float64)
+                if values.shape == (views,) and np.isfinite(values).all():
+                    self.known[tuple(map(float, entry["shares"]))] = values
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, "\n".join([header, *map(self._line, self.known)]) + "\n")
+
+    def _line(self, mixture: Mixture) -> str:
+        return json.dumps({"shares": mixture, "values": self.known[mixture].tolist()})
 
     def values(self, mixtures: Iterable[Mixture], value: Callable[[Mixture], np.ndarray]) -> list[np.ndarray]:
         """The value of each mixture, with a progress bar for those that are not known."""
@@ -225,7 +246,7 @@ class _Memory:
         with self.file.open("a") as file:
             for mixture in bar:
                 self.known[mixture] = value(mixture)
-                file.write(json.dumps({"shares": mixture, "values": self.known[mixture].tolist()}) + "\n")
+                file.write(self._line(mixture) + "\n")
                 file.flush()
         return [self.known[mixture] for mixture in mixtures]
 
@@ -236,9 +257,10 @@ def _content(choice: Choice, rows: Sequence[Config], settings: tuple[str, int, i
 
     def numbers(estimate: Estimate) -> dict:
         """Values, and gains over the control with their intervals."""
-        gains = {key: estimate.gain(control, key) for key in estimate.values}
+        shown = {"AP_fixed": "AP"} if metric == "AP_fixed" else {key: key for key in estimate.values}
+        gains = {title: estimate.gain(control, key) for title, key in shown.items()}
         return {
-            "numbers": without_nan(estimate.values),
+            "numbers": without_nan({title: estimate.values[key] for title, key in shown.items()}),
             "gain": {key: [None if v != v else v for v in gain] for key, gain in gains.items()},
         }
 
@@ -253,7 +275,6 @@ def _content(choice: Choice, rows: Sequence[Config], settings: tuple[str, int, i
         "command": this_command(),
         "environment": environment(),
         "metric": metric,
-        "number": name,
         "folds": folds,
         "draws": draws,
         "seed": rows[0].seed,

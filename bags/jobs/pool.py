@@ -11,7 +11,7 @@ from bags.config.sections import Config
 from bags.core.errors import UserError
 
 CONTROL = "softmax_retrained"
-# METHOD, then in any order: xN (N times the epochs of the dataset's stage), adamw, and section.key=value.
+# METHOD, then in any order: xN (N times the epochs of the dataset's stage), adamw, and keys of SECTIONS with values.
 QUICK = (
     CONTROL,
     f"{CONTROL} x4",
@@ -58,6 +58,7 @@ FULL = (
     "tau_norm_select",
 )
 POOLS = {"quick": QUICK, "full": FULL}
+SECTIONS = ("classifier", "sampler", "train")  # that rows may differ in: all have the same images, detector and scoring
 ADAMW_RATE = 2.56  # divided by the width of the features: a step then moves logits as far for any width
 
 
@@ -70,7 +71,9 @@ def pool_rows(path: Path, overrides: Sequence[str], entries: Sequence[str]) -> l
     dataset = find_dataset(path)
     if dataset is None:
         raise UserError(f"{path}: expected a dataset to choose for, as configs/glyphs-100")
-    entries = list(dict.fromkeys([CONTROL, *entries]))
+    if any(override.startswith("name=") for override in overrides):
+        raise UserError("name=: each row of the pool has a name of its own: leave it out")
+    entries = list(dict.fromkeys([CONTROL, *(" ".join(entry.split()) for entry in entries)]))
     rows = [_row(dataset.name, entry, overrides) for entry in entries]
     for entry, config in zip(entries, rows, strict=True):
         if not config.shares_features or config.classifier.sources:
@@ -94,18 +97,22 @@ def baseline_of(path: Path, overrides: Sequence[str], rows: Sequence[Config]) ->
 
 def _row(dataset: Path, entry: str, overrides: Sequence[str]) -> Config:
     """The configuration of a pool's entry, with a name that tells its variants apart."""
-    method, *words = entry.split()
+    method, *words = entry.split() or [""]
+    if not method or set(method) & set("/\\\0"):
+        raise UserError(f"{entry!r}: expected a row: METHOD [xN] [adamw] [section.key=value]")
     config = load_config(dataset / method, overrides)
     given, name = [], [method]
     for word in words:
         times = re.fullmatch("x([1-9][0-9]*)", word)
+        if (times or word == "adamw") and config.train.part == "none":
+            raise UserError(f"{entry}: {word}: {method} trains nothing: leave it out")
         if times:
             milestones = [milestone * int(times[1]) for milestone in config.train.milestones]
             given += [f"train.epochs={config.train.epochs * int(times[1])}", f"train.milestones={milestones}"]
         elif word == "adamw":
             given += ["train.optimizer=adamw", f"train.lr={ADAMW_RATE / config.detector.roi.fc:g}"]
-        elif not KEY.fullmatch(word.partition("=")[0]):
-            raise UserError(f"{entry}: {word}: expected xN, adamw or section.key=value")
+        elif not KEY.fullmatch(word.partition("=")[0]) or word.partition(".")[0] not in SECTIONS:
+            raise UserError(f"{entry}: {word}: expected xN, adamw or section.key=value of {', '.join(SECTIONS)}")
         else:
             given.append(word)
             key, _, value = word.partition("=")

@@ -54,6 +54,7 @@ def gather(runs: list["RunResults"], draws: int) -> "Findings":
     stats = CategoryStats(*(tuple(row[column] for row in first.rows) for column in columns))
     name_of = dict(zip(stats.category_ids, stats.names, strict=True))
     findings = Findings(tail=best_and_worst(first.rows, first.config.test.bins))
+    gather_choice(first, findings)
     for run in runs:
         if (run.folder / "last.pth").exists():
             run.norms = norms_of(run)
@@ -72,6 +73,35 @@ def gather(runs: list["RunResults"], draws: int) -> "Findings":
         except UserError as error:
             findings.notes.append(f"{error}: no example images; {MEND}")
     return findings
+
+
+def gather_choice(run: "RunResults", findings: "Findings") -> None:
+    """Read what `choose` has written into a run's folder, and AP of rows beside it. Missing parts become notes."""
+    from bags.analysis.choice import read_choice
+    from bags.analysis.run_files import read_categories
+
+    file = run.folder / "choose.json"
+    if not file.exists():
+        return
+    try:
+        findings.choice = read_choice(file)
+    except UserError as error:
+        findings.notes.append(f"{error}: no section about the choice")
+        return
+    for name in dict.fromkeys([findings.choice["control"], "bags"]):
+        if name not in findings.choice["rows"]:
+            continue
+        folder = run.folder.parent / name
+        try:
+            rows = read_categories(folder)
+        except UserError as error:
+            findings.notes.append(f"{error}: {name} is not in the figure of the choice")
+            continue
+        if [row["id"] for row in rows] == [row["id"] for row in run.rows]:
+            findings.choice_rows[name] = rows
+        else:
+            findings.notes.append(f"{folder}: has other categories: {name} is not in the figure of the choice")
+    findings.choice_rows[f"{run.label}: chosen"] = run.rows
 
 
 def norms_of(run: "RunResults") -> "np.ndarray":

@@ -13,6 +13,7 @@ import pytest
 from conftest import metrics, run_script
 from PIL import Image
 
+from bags.analysis.choice import read_choice
 from bags.analysis.examples import crop_window, judged, overlap
 from bags.analysis.run_files import read_categories
 from bags.analysis.run_results import read_run
@@ -185,6 +186,103 @@ def test_hostile_names_stay_text(folder, glyphs, tmp_path):
     assert "<script" not in content and "<b>$n" not in content and "<i>" not in content and "<b>run" not in content
     assert HOSTILE in page.text and "<b>$n" in page.text and "<b>run" in page.text
     assert "no weight norms of <b>$n" in done.stderr
+
+
+NAUGHTY = "<script>alert(1)</script>"[:-9] + "$x$"  # without the slash, which no row's name has
+
+
+def write_choice(run, **changes):
+    """`choose.json` of a choice among the rows of `job` and one more, in a run's folder."""
+    part = {"numbers": {"AP": 0.25}, "gain": {"AP": [0.0, 0.0, 0.0]}}
+    better = {"numbers": {"AP": 0.3}, "gain": {"AP": [0.05, -0.01, 0.11]}, "seconds": 1.25}
+    unknown = {"numbers": {"AP": None}, "gain": {"AP": [None, None, None]}, "seconds": None}
+    rows = {"softmax_retrained": part | {"seconds": 2}, "bags": better, NAUGHTY: unknown}
+    content = {
+        "key": "0",
+        "metric": "AP",
+        "control": "softmax_retrained",
+        "folds": 5,
+        "draws": 500,
+        "images": 8,
+        "better_than_control": False,
+        "rows": rows,
+        "optimistic": {"numbers": {"AP": 0.32}, "gain": {"AP": [0.07, 0.01, 0.13]}},
+        "honest": {"numbers": {"AP": 0.28}, "gain": {"AP": [0.03, None, None]}},
+        "mixture": {"bags": 0.5, NAUGHTY: 0.5},
+        "without_fold": [{"bags": 1.0}] * 5,
+        "chosen": {"softmax_retrained": 1.0},
+    }
+    (run / "choose.json").write_text(json.dumps(content | changes))
+
+
+def test_how_it_was_chosen(folder, tmp_path):
+    """Rows by their number, the honest and the optimistic gain, shares, the figure; what is gone is a note."""
+    runs = shutil.copytree(folder, tmp_path / "tiny")
+    run = shutil.copytree(runs / "bags", runs / "choose")
+    write_choice(run)
+    done = run_script("report", run)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    page = parsed(run / "report.html")
+    table = page.tables["Rows, on 8 validation images"]
+    assert table[0] == ["row", "mAP", "mAP - softmax_retrained", "95 % interval", "seconds"]
+    assert table[1:4] == [
+        ["bags", "30.0", "+5.0", "-1.0 to +11.0", "1.2"],
+        ["softmax_retrained", "25.0", "", "", "2.0"],
+        [NAUGHTY, "-", "", "", "-"],
+    ]
+    assert [row[1:4] for row in table[4:]] == [["32.0", "+7.0", "+1.0 to +13.0"], ["28.0", "+3.0", "-"]]
+    assert page.tables["The mean of scores that was chosen"][1:] == [["bags", "50.0%"], [NAUGHTY, "50.0%"]]
+    assert "+3.0 (the objects are too few for an interval) against softmax_retrained" in page.text
+    assert "<script" not in (run / "report.html").read_text() and "softmax_retrained, which is recommended" in page.text
+    alts = [image["alt"] for image in page.images if image["alt"].startswith("AP over training instances: ")]
+    assert alts == ["AP over training instances: softmax_retrained, bags, bags: chosen"]
+    shutil.rmtree(runs / "softmax_retrained")
+    (runs / "bags/categories.csv").write_text("id\n")
+    done = run_script("report", run)
+    assert done.returncode == 0 and done.stderr.count("is not in the figure of the choice") == 2
+    assert "AP over training instances: bags: chosen" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "{",
+        "[" * 100_000,
+        "null",
+        {"rows": []},
+        {"control": "gone"},
+        {"metric": ["AP"]},
+        {"metric": "AP_tail"},
+        {"rows": {"../softmax": {}}, "control": "../softmax"},
+        {"mixture": {"bags": 2.0}},
+        {"mixture": {"other": 1.0}},
+        {"honest": {"numbers": {"AP": float("nan")}, "gain": {"AP": [0, 0, 0]}}},
+        {"optimistic": {"numbers": {"AP": "<b>"}, "gain": {"AP": [0, 0, 0]}}},
+        {"honest": {"numbers": {"AP": 1}, "gain": {"AP": [0, 0]}}},
+        {"test": {"annotations": "t.json", "sha256": "", "gain": {}}},
+        {"images": "<b>"},
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_a_damaged_choice_is_refused(tmp_path, change):
+    """By one line that names the file."""
+    write_choice(tmp_path)
+    assert read_choice(tmp_path / "choose.json")["images"] == 8
+    if isinstance(change, dict):
+        write_choice(tmp_path, **change)
+    else:
+        (tmp_path / "choose.json").write_text(change)
+    with pytest.raises(UserError, match="choose.json: (damaged|is not a choice) .*remove it, and repeat") as error:
+        read_choice(tmp_path / "choose.json")
+    assert "\n" not in str(error.value)
+
+
+def test_a_report_without_its_damaged_choice(folder, tmp_path):
+    run = shutil.copytree(folder / "bags", tmp_path / "bags")
+    (run / "choose.json").write_text("<b>")
+    done = run_script("report", run)
+    assert done.returncode == 0 and "choose.json: damaged" in done.stderr and done.stderr.count("note: ") == 1
+    assert "How it was chosen" not in parsed(run / "report.html").text
 
 
 def test_without_the_dataset(folder, glyphs, tmp_path):

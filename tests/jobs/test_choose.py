@@ -1,0 +1,319 @@
+"""`choose` as users run it, on tiny data: what is trained, chosen, resumed, refused and left for other commands."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import metrics, read_lines, run_script, start_script, write_dataset
+
+import bags
+from bags.engine.checkpoint import load_checkpoint
+from bags.jobs.pool import ADAMW_RATE, POOLS, pool_rows
+
+ROWS = ("bags", "bags classifier.others_ratio=1", "softmax_retrained x2 adamw", "norcal classifier.gamma=0.3")
+NAMES = ["softmax_retrained", "bags", "bags,others_ratio=1", "softmax_retrained,x2,adamw", "norcal,gamma=0.3"]
+SETTINGS = ("--folds", "3", "--draws", "100")
+
+
+@pytest.fixture(scope="module")
+def chosen(glyphs, tmp_path_factory):
+    """(dataset, runs, what was printed): one choice from nothing."""
+    folder = tmp_path_factory.mktemp("choose")
+    dataset, runs = write_dataset(folder, glyphs), folder / "runs"
+    done = run_script("choose", dataset, f"output={runs}", "--rows", *ROWS, *SETTINGS)
+    assert done.returncode == 0, done.stderr
+    return dataset, runs, done.stdout
+
+
+def copied(chosen, folder, *rows):
+    """The dataset, and its finished runs (or those of some rows) in another folder."""
+    for row in rows or [path.name for path in (chosen[1] / "tiny").iterdir()]:
+        shutil.copytree(chosen[1] / "tiny" / row, folder / "runs/tiny" / row)
+    return chosen[0], folder / "runs"
+
+
+def choice(runs):
+    return json.loads((runs / "tiny/choose/choose.json").read_text())
+
+
+def again(dataset, runs, rows=ROWS, **settings):
+    """The choice of the fixture in this process."""
+    return bags.choose(dataset, [f"output={runs}"], rows, **{"folds": 3, "draws": 100} | settings)
+
+
+def variant(dataset, folder, change):
+    """A copy of the dataset's folder of configurations whose validation annotations are changed: the dataset's path."""
+    root = shutil.copytree(Path(bags.load_config(dataset / "softmax").data.root), folder / "data")
+    content = json.loads((root / "val.json").read_text())
+    change(content)
+    (root / "val.json").write_text(json.dumps(content))
+    for index in root.glob("*.index"):
+        shutil.rmtree(index)
+    return write_dataset(folder / "configs", root)
+
+
+# --------------------------------------------------------------------------- the choice
+
+
+def test_everything_is_made_from_nothing(chosen):
+    """The baseline is trained, rows in the order given; their numbers are those of metrics.json of their runs."""
+    _, runs, printed = chosen
+    content = choice(runs)
+    assert list(content["rows"]) == NAMES and content["images"] == 8 and content["control"] == NAMES[0]
+    for row in NAMES:
+        scored = metrics(runs, row)
+        found = content["rows"][row]["numbers"]
+        assert {k: v for k, v in found.items() if v is not None} == pytest.approx(
+            {k: scored[k] for k, v in found.items() if v is not None}, abs=1e-12
+        )
+    assert (runs / "tiny/softmax/last.pth").exists() and (runs / "tiny/choose/last.pth").exists()
+    assert all(abs(sum(content[key].values()) - 1) < 1e-12 for key in ("mixture", "chosen"))
+    table = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")][2:]
+    assert sorted(table[:5]) == sorted(NAMES) and table[5:] == ["chosen, on the same images", "chosen, on others"]
+    gain, low, high = content["honest"]["gain"]["AP"]
+    assert (
+        f"mAP is {100 * gain:+.1f} (95 %: {100 * low:+.1f} to {100 * high:+.1f}) against softmax_retrained" in printed
+    )
+    assert content["better_than_control"] == (low > 0) and (low > 0) == ("cannot tell" not in printed)
+
+
+def test_the_value_of_a_mixture(chosen, tmp_path):
+    """Of two rows on all images, it is the mAP of the row `average` with these members, made by another command."""
+    dataset, runs, _ = chosen
+    shutil.copytree(runs / "tiny", tmp_path / "runs/tiny", ignore=shutil.ignore_patterns("choose"))
+    given = ["classifier.of=[row:softmax_retrained,row:bags]", "classifier.weights=[]"]
+    bags.train(dataset / "average", [f"output={tmp_path / 'runs'}", *given])
+    again(dataset, tmp_path / "runs", ["bags"])
+    lines = read_lines(tmp_path / "runs/tiny/choose/mixtures.jsonl")[1:]
+    of_both = next(line["values"][-1] for line in lines if line["shares"] == [0.5, 0.5])
+    assert of_both == pytest.approx(metrics(tmp_path / "runs", "average")["AP"], abs=1e-9)
+
+
+def test_the_same_again_runs_nothing(chosen):
+    dataset, runs, printed = chosen
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file() and path.name != ".lock"}
+    done = run_script("choose", dataset, f"output={runs}", "--rows", *ROWS, *SETTINGS)
+    assert done.returncode == 0 and done.stdout.count("complete, not run again") == 7
+    assert done.stdout[done.stdout.index("| row") :] == printed[printed.index("| row") :]
+    assert before == {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_killed_among_the_mixtures(chosen, tmp_path):
+    """Mixtures end in the middle of a line, and choose.json is damaged: what is known is not computed again."""
+    dataset, runs = copied(chosen, tmp_path)
+    expected, folder = choice(runs), runs / "tiny/choose"
+    whole = (folder / "mixtures.jsonl").read_text().splitlines(keepends=True)
+    kept = [*whole[:4], whole[4].replace("0.", "0.0", 1).replace("[", "[7.5, ")]  # of other rows: never looked up
+    (folder / "mixtures.jsonl").write_text("".join(kept) + '{"shares": [1.0], "values": [NaN]}\n' + whole[5][:30])
+    (folder / "choose.json").write_text(json.dumps(expected | {"mixture": {}}))
+    (folder / "last.pth").unlink()
+    found = again(dataset, runs)
+    assert {k: v for k, v in found.items() if k not in ("command", "environment")} == {
+        k: v for k, v in expected.items() if k not in ("command", "environment")
+    }
+    lines = (folder / "mixtures.jsonl").read_text().splitlines(keepends=True)
+    assert lines[:4] == whole[:4] and set(whole[4:]) <= set(lines) and (folder / "last.pth").exists()
+    assert json.loads((folder / "choose.json").read_text()) == found
+
+
+def test_another_pool_is_another_choice(chosen, tmp_path):
+    """Only the control and an equal row: the control is recommended, and its checkpoint is a plain softmax."""
+    dataset, runs = copied(chosen, tmp_path)
+    (runs / "tiny/choose/report.html").write_text("of the older choice")
+    content = again(dataset, runs, ["softmax_retrained train.log_every=3"])
+    assert list(content["rows"]) == ["softmax_retrained", "softmax_retrained,log_every=3"]
+    assert content["chosen"] == content["mixture"] == {"softmax_retrained": 1.0} and not content["better_than_control"]
+    assert (
+        content["honest"]["gain"]["AP"] == [0, 0, 0] == content["rows"]["softmax_retrained,log_every=3"]["gain"]["AP"]
+    )
+    assert not (runs / "tiny/choose/report.html").exists()
+    states = [load_checkpoint(runs / f"tiny/{row}/last.pth")["model"] for row in ("choose", "softmax_retrained")]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert isinstance(bags.load_detector(runs / "tiny/choose/last.pth")[0].roi_heads.classifier, bags.Softmax)
+    done = run_script("import_weights", "--export", runs / "tiny/choose/last.pth", "--output", tmp_path / "x.pth")
+    assert "error: choose: torchvision has no faster_rcnn with small" in done.stderr  # the classifier is no reason
+
+
+def test_other_commands_use_what_was_chosen(chosen, tmp_path, glyphs):
+    dataset, runs = copied(chosen, tmp_path, "choose", "softmax")
+    run = runs / "tiny/choose"
+    for command in (
+        ["predict", run / "last.pth", glyphs / "val", "--output", tmp_path / "drawn"],
+        ["evaluate", run / "last.pth", "--output", tmp_path / "scored"],
+    ):
+        done = run_script(*command)
+        assert done.returncode == 0, done.stderr
+    scored = json.loads((tmp_path / "scored/metrics.json").read_text())
+    assert scored["AP"] == pytest.approx(metrics(runs, "choose")["AP"], abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["AP1", "AP_fixed"])
+def test_a_metric(chosen, tmp_path, metric):
+    """What is chosen has the highest value of it among the rows, or is a mean with a higher one."""
+    dataset, runs = copied(chosen, tmp_path)
+    content = again(dataset, runs, ROWS[:1], metric=metric)
+    values = [row["numbers"][metric] for row in content["rows"].values()]
+    assert content["optimistic"]["numbers"][metric] >= max(values) and content["metric"] == metric
+    truth = Path(bags.load_config(dataset / "bags").data.root) / "val.json"
+    counts = load_checkpoint(runs / "tiny/bags/last.pth")["stats"]
+    expected = bags.evaluate(
+        truth, runs / "tiny/bags/predictions.json", instance_counts=counts["instance_counts"], fixed=True
+    )
+    assert values[1] == pytest.approx(expected[metric], abs=1e-12)
+
+
+def test_a_test_set_is_scored_once(chosen, tmp_path, glyphs):
+    """The control's numbers are those that `evaluate` gives; the second time nothing is detected."""
+    dataset, runs = copied(chosen, tmp_path)
+    val = json.loads((glyphs / "val.json").read_text())
+    kept = {image["id"] for image in val["images"][:6]}
+    val |= {"images": val["images"][:6], "annotations": [a for a in val["annotations"] if a["image_id"] in kept]}
+    (tmp_path / "test.json").write_text(json.dumps(val))
+    images = tmp_path / "test images"
+    shutil.copytree(glyphs / "val", images / "val")
+    command = ["choose", dataset, f"output={runs}", "--rows", *ROWS, *SETTINGS, "--test", tmp_path / "test.json"]
+    done = run_script(*command, "--test-images", images)
+    assert done.returncode == 0 and f"On {tmp_path / 'test.json'}: mAP" in done.stdout, done.stderr
+    content = choice(runs)["test"]
+    given = [f"data.val={tmp_path / 'test.json'}", "--output", tmp_path / "scored"]
+    assert run_script("evaluate", runs / "tiny/softmax_retrained/last.pth", *given).returncode == 0
+    assert content["control"]["AP"] == json.loads((tmp_path / "scored/metrics.json").read_text())["AP"]
+    assert content["gain"]["AP"][0] == pytest.approx(content["chosen"]["AP"] - content["control"]["AP"])
+    shutil.rmtree(images)
+    shutil.rmtree(runs / "tiny/choose/test")
+    done = run_script(*command)  # the images of validation are found, and not looked at
+    assert done.returncode == 0 and "was scored already" in done.stderr and choice(runs)["test"] == content
+    assert not (runs / "tiny/choose/test").exists()
+
+
+# --------------------------------------------------------------------------- data
+
+
+def test_federated_validation_without_some_categories(chosen, tmp_path):
+    """LVIS's lists, a category without objects, and ids that are not in the order of the file."""
+
+    def change(content):
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 2]
+        content["images"].reverse()
+        for image in content["images"]:
+            held = {a["category_id"] for a in content["annotations"] if a["image_id"] == image["id"]}
+            image["neg_category_ids"] = sorted({c["id"] for c in content["categories"]} - held)[:2]
+            image["not_exhaustive_category_ids"] = sorted(held)[:1]
+
+    dataset = variant(chosen[0], tmp_path, change)
+    content = again(dataset, tmp_path / "runs", ["bags"])
+    for row in ("softmax_retrained", "bags"):
+        found = content["rows"][row]["numbers"]
+        assert found["AP"] == pytest.approx(metrics(tmp_path / "runs", row)["AP"], abs=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"])
+def test_other_detectors(glyphs, tmp_path, framework):
+    dataset = write_dataset(tmp_path, glyphs)
+    content = bags.choose(
+        dataset, [f"output={tmp_path / 'runs'}", f"detector.framework={framework}"], ["bags"], folds=3, draws=100
+    )
+    for row in ("softmax_retrained", "bags"):
+        found = content["rows"][row]["numbers"]
+        assert found["AP"] == pytest.approx(metrics(tmp_path / "runs", row)["AP"], abs=1e-9)
+    detector, _ = bags.load_detector(tmp_path / "runs/tiny/choose/last.pth")
+    assert set(detector.eval()([torch.rand(3, 64, 64)])[0]) >= {"boxes", "scores"}
+
+
+# --------------------------------------------------------------------------- rows
+
+
+def test_rows_of_a_pool(chosen):
+    """xN multiplies the stage's schedule, adamw takes a rate for the width of the features, keys are settings."""
+    rows = pool_rows(
+        chosen[0], [], ["bags x3", "softmax_retrained adamw x2", "bags_cosine classifier.scale=7", "bags  x3"]
+    )
+    control, longer, adamw, cosine = rows
+    assert [row.name for row in rows] == [
+        "softmax_retrained",
+        "bags,x3",
+        "softmax_retrained,adamw,x2",
+        "bags_cosine,scale=7",
+    ]
+    assert (longer.train.epochs, longer.train.milestones) == (3 * control.train.epochs, (4.5,))
+    assert (adamw.train.optimizer, adamw.train.lr) == ("adamw", ADAMW_RATE / 32)
+    assert cosine.classifier.scale == 7 and cosine.train == control.train
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_every_row_of_the_pools_is_one(pool):
+    """On the packaged dataset: all have names of their own, and one control."""
+    names = [row.name for row in pool_rows(Path("glyphs-100"), [], POOLS[pool])]
+    assert len(set(names)) == len(names) == len(POOLS[pool]) and names[0] == "softmax_retrained"
+
+
+# --------------------------------------------------------------------------- mistakes
+
+MISTAKES = [
+    (["--metric", "APx"], "--metric APx: expected one of AP, APr"),
+    (["--metric", "AP4"], "holds no object of its categories: choose another"),
+    (["--pool", "big"], "--pool big: expected one of quick, full"),
+    (["--rows", "nonsense"], "nonsense is no method; known:"),
+    (["--rows", " "], "after --rows: expected a value, got an empty text"),
+    (["--rows", "../bags"], "'../bags': expected a row: METHOD"),
+    (["--rows", "bags x0"], "bags x0: x0: expected xN, adamw or section.key=value of classifier, sampler, train"),
+    (["--rows", "bags data.val=x.json"], "bags data.val=x.json: data.val=x.json: expected xN, adamw or section.key"),
+    (["--rows", "bags output=x"], "bags output=x: output=x: expected xN"),
+    (["--rows", "bags classifier.nonsense=1"], "classifier.nonsense"),
+    (["--rows", "norcal x4"], "norcal x4: x4: norcal trains nothing: leave it out"),
+    (["--rows", "average"], "average: expected a row that trains or calibrates only the classifier of softmax"),
+    (["--rows", "softmax"], "softmax: expected a row that trains or calibrates only the classifier of softmax"),
+    (["--rows", "ncm_fc"], "ncm_fc: expected a row that trains or calibrates only the classifier"),
+    (["--folds", "9"], "--folds 9: expected 2 to 8, the images of"),
+    (["--folds", "1"], "--folds 1: expected 2 to 8"),
+    (["--draws", "10"], "--draws 10: expected 100 or more"),
+    (["name=x"], "name=: each row of the pool has a name of its own: leave it out"),
+    (["--test", "missing.json"], "missing.json"),
+    (["--test-images", "."], "--test-images .: expected --test"),
+]
+
+
+@pytest.mark.parametrize("arguments, words", MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES])
+def test_mistakes(chosen, arguments, words):
+    dataset, runs, _ = chosen
+    done = run_script("choose", dataset, f"output={runs}", *arguments)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: ") and words in last, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_mistakes_in_files(chosen, tmp_path, glyphs):
+    """No dataset, one image, a test set that was chosen with, and a folder of somebody else."""
+    dataset, runs = copied(chosen, tmp_path)
+    with pytest.raises(bags.UserError, match="bags: expected a dataset to choose for"):
+        again(dataset / "bags", runs)
+    with pytest.raises(bags.UserError, match="--test .*val.json: is data.val itself"):
+        again(dataset, runs, test=glyphs / "val.json")
+    with pytest.raises(bags.UserError, match="no such folder; --test-images says where the images of"):
+        again(dataset, runs, test=glyphs / "val.json", test_images=tmp_path / "none")
+
+    def one_image(content):
+        content["images"] = content["images"][:1]
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] == content["images"][0]["id"]]
+
+    with pytest.raises(bags.UserError, match="val.json: holds one image: expected two or more"):
+        again(variant(dataset, tmp_path / "one", one_image), tmp_path / "one/runs")
+    assert not (tmp_path / "one/runs").exists()
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "notes.txt"])
+def test_a_folder_of_that_name_is_not_overwritten(chosen, tmp_path, file):
+    dataset, runs = copied(chosen, tmp_path, "softmax", "softmax_retrained", "bags")
+    (runs / "tiny/choose").mkdir()
+    (runs / "tiny/choose" / file).write_text("mine")
+    with pytest.raises(bags.UserError, match="choose: holds files that choose has not written: rename the folder"):
+        again(dataset, runs, ["bags"])
+    assert (runs / "tiny/choose" / file).read_text() == "mine"
+
+
+def test_several_ranks_are_refused(chosen):
+    done = start_script("choose", chosen[0], f"output={chosen[1]}", WORLD_SIZE="2", RANK="0").wait(60)
+    assert done.returncode == 2 and "error: choose runs in one process" in done.stderr
