@@ -16,6 +16,7 @@ _PUBLIC = {name: f"bags.classifiers.{file}" for name, file in CLASSIFIERS.items(
     "assign_groups": "bags.classifiers.groups",
     "balance": "bags.assembly.balance",
     "build_detector": "bags.assembly.models",
+    "choose_classifier": "bags.assembly.choose_classifier",
     "class_weights": "bags.classifiers.reweighted_softmax",
     "compare": "bags.evaluation.comparison",
     "equal_boundaries": "bags.classifiers.groups",
