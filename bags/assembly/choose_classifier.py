@@ -70,7 +70,7 @@ class Numbers(NamedTuple):
     gain: dict[str, tuple[float, float, float]]  # of each over the control's: difference, ends of the 95 % interval
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ClassifierChoice:
     """A chosen classifier, and the numbers to judge it by; as text, a table of them.
 
@@ -100,7 +100,7 @@ class ClassifierChoice:
         """The name of the row that others are compared with."""
         return next(iter(self.rows))
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """A table of the rows by the metric, in percent, then the choice and what it says."""
         columns = [name for name in dict.fromkeys((self.metric, *SHOWN)) if name in self.honest.values]
         ordered = sorted(self.rows.items(), key=lambda row: -row[1].values[self.metric])
@@ -148,10 +148,12 @@ def choose_classifier(
     instance_counts, image_counts   [C] training boxes and images per label 1..C, as in `bags.balance`
     rows                name -> `Row`, or a tuple of its fields; the first is the control. The layer of the detector is
                         one more row, `detector`, and so is the classifier of a balanced one, `balanced`
-    epochs, batch_size, lr   passes over `train`, images of a step, rate of SGD; AdamW's is 2.56 / width of the features
+    epochs, batch_size, lr   passes over the stored features, images of a step, rate of SGD; AdamW's is 2.56 / width of
+                        the features. The rates fall to a tenth after two thirds and eleven twelfths of the epochs
     negatives           background proposals kept of each training image, in half precision
     metric              of boxes: AP, AP50, AP75, AP1, ..., AP_tail, AP_head; with image_counts APr, APc, APf
-    boundaries          of the categories' counts for AP1, AP2, ... and tail and head, as in `bags.evaluate`
+    boundaries          of the categories' counts for AP1, AP2, ... and tail and head, as in `bags.evaluate`; those of
+                        the groups of BAGS are a setting of its rows
     folds, draws        of the images for the honest estimate; of the bootstrap
     seed                equal seeds give equal results on the same machine
     Raises ValueError, which names the argument, for what cannot be used.
@@ -257,25 +259,24 @@ def _untrained(
     given: Any, layer: nn.Linear, counts: tuple[int, ...], images: tuple[int, ...]
 ) -> tuple[ProposalClassifier, bool]:
     """A new classifier, and whether it is to be trained. Raises ValueError for one that does not fit."""
-    if callable(given):
+    if callable(given) and not isinstance(given, nn.Module):
         classifier = given(layer.in_features)
-        need(
-            isinstance(classifier, ProposalClassifier), "classifier", "a ProposalClassifier", type(classifier).__name__
-        )
+        kind = type(classifier).__name__
+        need(isinstance(classifier, ProposalClassifier), "classifier", "a function that makes a classifier", kind)
         fitted = type(classifier).fit is not ProposalClassifier.fit
-        need(not fitted, "classifier", "one that needs no fitting", type(classifier).__name__)
+        need(not fitted, "classifier", "one that needs no fitting", kind)
         check_fits(classifier, layer)
         return classifier, any(parameter.requires_grad for parameter in classifier.parameters())
-    words = "a name, a mapping of settings with a name, or a function"
+    words = "a name, a mapping of settings with a name, or a function that makes a classifier"
     need(isinstance(given, str | Mapping), "classifier", words, type(given).__name__)
     settings = {"name": given} if isinstance(given, str) else dict(given)
     name = settings.pop("name", None)
-    kind = classifier_settings().get(name)
-    on_softmax = kind is not None and kind.on_softmax
+    settings_class = classifier_settings().get(name)
+    on_softmax = settings_class is not None and settings_class.on_softmax
     classifier = new_classifier(name, settings, layer.in_features, counts, images, on_softmax)
     if on_softmax:
         copy_layer(layer, classifier)
-    return classifier, kind is not None and kind.trained
+    return classifier, settings_class is not None and settings_class.trained
 
 
 def _train_config(row: Row, epochs: int, batch_size: int, lr: float, width: int) -> TrainConfig:

@@ -147,6 +147,7 @@ def _checked_target(where: str, target: Any, categories: int) -> dict[str, Tenso
     return {"boxes": boxes, "labels": labels.long(), "iscrowd": crowd.to(labels.device).long()}
 
 
+@torch.enable_grad()
 def train_together(
     rows: Sequence[Trained],
     proposals: Sequence[LabelledProposals],

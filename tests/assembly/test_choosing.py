@@ -181,7 +181,8 @@ def test_the_detector_stays_as_it_was():
 def test_equal_seeds_give_equal_choices(chosen):
     """Whatever torch's own seed is; and a row is what it is without the other rows."""
     torch.manual_seed(99)
-    again = choose(make())
+    with torch.no_grad():
+        again = choose(make())
     assert str(again) == str(chosen) and again.without_fold == chosen.without_fold
     assert all(torch.equal(value, weights(chosen)[name]) for name, value in weights(again).items())
     fewer = choose(make(), rows={name: ROWS[name] for name in ("softmax", "bags")})
@@ -352,6 +353,11 @@ def with_target(**changes):
         ({"rows": {"a": lambda width: bags.Softmax(width, 9)}}, r"rows\['a'\]: classifier: has 9 categories"),
         ({"rows": {"a": lambda width: bags.NearestClassMean(width, width, 4)}}, "expected one that needs no fitting"),
         ({"rows": {"a": 3}}, r"rows\['a'\]: classifier: expected a name, a mapping .*, got 'int'"),
+        ({"rows": {"a": bags.Softmax(24, 4)}}, r"rows\['a'\]: classifier: expected a name, .*, got 'Softmax'"),
+        (
+            {"rows": {"a": lambda width: nn.Linear(width, 5)}},
+            "expected a function that makes a classifier, got 'Linear'",
+        ),
         ({"rows": {"a": ("softmax", 0)}}, r"rows\['a'\]: times: expected"),
         ({"rows": {"a": ("softmax", 1, "adam")}}, r"rows\['a'\]: optimizer: expected 'sgd' or 'adamw', got 'adam'"),
         ({"rows": {"detector": "softmax"}}, r"rows\['detector'\]: name: expected another one"),
