@@ -17,6 +17,7 @@ _PUBLIC = {name: f"bags.classifiers.{file}" for name, file in CLASSIFIERS.items(
     "balance": "bags.assembly.balance",
     "build_detector": "bags.assembly.models",
     "choose": "bags.jobs.choose",
+    "choose_classifier": "bags.assembly.choose_classifier",
     "class_weights": "bags.classifiers.reweighted_softmax",
     "compare": "bags.evaluation.comparison",
     "equal_boundaries": "bags.classifiers.groups",

@@ -11,8 +11,9 @@ for images, targets in loader:
     optimizer.step()
 """
 
+import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,13 +66,11 @@ def balance(
     if isinstance(classifier, str):
         counts = _counts("instance_counts", instance_counts, labels - 1)
         images = counts if image_counts is None else _counts("image_counts", image_counts, labels - 1)
-        classifier = _new_classifier(classifier, in_features, boundaries, counts, images, keep_weights)
-    if classifier.num_categories != labels - 1:
-        raise ValueError(f"classifier: has {classifier.num_categories} categories, the detector {labels - 1}")
-    for width in feature_widths(classifier) - {in_features}:
-        raise ValueError(f"classifier: takes {width} features, the detector's box head gives {in_features}")
+        settings = {} if boundaries is None else {"boundaries": tuple(boundaries)}
+        classifier = new_classifier(classifier, settings, in_features, counts, images, keep_weights)
+    check_fits(classifier, predictor.cls_score)
     if keep_weights:
-        _copy_layer(predictor.cls_score, classifier)
+        copy_layer(predictor.cls_score, classifier)
     trained = {name: parameter.requires_grad for name, parameter in detector.named_parameters()}
     detector.requires_grad_(False)
     weight = predictor.cls_score.weight
@@ -191,33 +190,50 @@ def _parts(detector: nn.Module) -> tuple[torchvision_roi_heads.RoIHeads, Any]:
     return roi_heads, predictor
 
 
+def check_fits(classifier: ProposalClassifier, layer: nn.Linear) -> None:
+    """Refuse a classifier of other categories or features than the detector's own layer [C+1, in_features]."""
+    in_features, number = layer.in_features, layer.out_features - 1
+    if classifier.num_categories != number:
+        raise ValueError(f"classifier: has {classifier.num_categories} categories, the detector {number}")
+    for width in feature_widths(classifier) - {in_features}:
+        raise ValueError(f"classifier: takes {width} features, the detector's box head gives {in_features}")
+
+
 def _counts(name: str, counts: Sequence[int] | Tensor, number: int) -> tuple[int, ...]:
     return tuple(checked_counts(name, counts, number).tolist())
 
 
-def _new_classifier(
+def new_classifier(
     name: str,
+    settings: Mapping[str, Any],
     in_features: int,
-    boundaries: Sequence[int] | None,
     counts: tuple[int, ...],
     images: tuple[int, ...],
     keep_weights: bool,
 ) -> ProposalClassifier:
+    """Make an untrained classifier by its name. Raises ValueError for settings that it does not have.
+
+    settings: keys of a configuration's section. counts, images: [C] training boxes and images. keep_weights: the
+    detector's own layer will be copied to it.
+    """
     kinds = {key: kind for key, kind in classifier_settings().items() if not kind.fitted and not kind.combines}
     if name not in kinds:
         raise ValueError(f"classifier: expected a classifier or one of {', '.join(sorted(kinds))}, got {name!r}")
     if kinds[name].on_softmax and not keep_weights:
         raise ValueError(f"classifier {name}: works with the detector's own layer, so it needs keep_weights=True")
-    given: dict[str, Any] = {} if boundaries is None else {"boundaries": tuple(boundaries)}
-    settings = kinds[name](**given)
+    keys = {field.name for field in dataclasses.fields(kinds[name])} - {"name"}
+    for key in settings.keys() - keys:
+        raise ValueError(f"classifier {name}: has no setting {key!r}, but {', '.join(sorted(keys)) or 'none'}")
+    made = kinds[name](**settings)
     ids = tuple(range(1, len(counts) + 1))
     stats = CategoryStats(ids, tuple(map(str, ids)), counts, images)
-    if keep_weights and settings.columns(stats) != kinds["softmax"]().columns(stats):
+    if keep_weights and made.columns(stats) != kinds["softmax"]().columns(stats):
         raise ValueError(f"keep_weights: the layer of {name} is not a softmax's")
-    return settings.build(in_features, 0, stats)
+    return made.build(in_features, 0, stats)
 
 
-def _copy_layer(layer: nn.Linear, classifier: ProposalClassifier) -> None:
+def copy_layer(layer: nn.Linear, classifier: ProposalClassifier) -> None:
+    """Give a classifier the weights of a detector's layer. Raises ValueError where its layer is of another kind."""
     linear = getattr(classifier, "linear", None)
     if type(linear) is not nn.Linear or linear.weight.shape != layer.weight.shape:
         raise ValueError(f"keep_weights: the layer of {type(classifier).__name__} is not a softmax's")

@@ -1,6 +1,8 @@
 """Mixtures of trained classifiers on one frozen detector, which detect from stored features of validation images."""
 
 import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ from bags.assembly.models import build_detector
 from bags.assembly.stored import validation_loader
 from bags.config.sections import Config
 from bags.data.statistics import CategoryStats
-from bags.detectors.from_features import FromFeatures
+from bags.detectors.faster_rcnn import FasterRCNN
+from bags.detectors.from_features import FromFeatures, StoredProposals
 from bags.evaluation.results_file import Results, results_of
 from bags.evaluation.truth import Truth, ranks_of
 
@@ -37,21 +40,31 @@ class Mixtures:
         self.detector.to(device, memory_format=torch.channels_last).eval()
         self.batches = validation_loader(config, self.detector, build_val_dataset(config), device)
 
-    @torch.inference_mode()
     def __call__(self, mixture: tuple[float, ...]) -> Results:
         """The detections of a mixture: shares [P] of the rows, of any sum above 0."""
         for classifier in self.detector.classifiers():
             average: Any = classifier
             average.mix(mixture)
-        model = FromFeatures(self.detector).eval()
         ranks = ranks_of(self.truth.image_ids)
-        ids, boxes, scores = [], [], []
-        for images, targets in self.batches:
-            for target, detection in zip(targets, model([image.to(self.device) for image in images]), strict=True):
-                corners = detection["boxes"].double().cpu().numpy()
-                boxes.append(np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).round(3))
-                scores.append(detection["scores"].double().cpu().numpy())
-                labels = detection["labels"].cpu().numpy()
-                ids.append(np.column_stack([np.full(len(labels), ranks[target["image_id"]]), labels]))
-        file = self.config.run_folder / "predictions.json"
-        return results_of(file, np.concatenate(ids), np.concatenate(boxes), np.concatenate(scores))
+        batches = ((images, [ranks[target["image_id"]] for target in targets]) for images, targets in self.batches)
+        return detect_stored(self.detector, batches, self.device, self.config.run_folder / "predictions.json")
+
+
+@torch.inference_mode()
+def detect_stored(
+    detector: FasterRCNN, batches: Iterable[tuple[list[StoredProposals], list[int]]], device: torch.device, path: Path
+) -> Results:
+    """The detections of a detector in stored images, as if they had been read from `path`.
+
+    batches: images, and the rank of each, from 1, among the images of the ground truth.
+    """
+    model = FromFeatures(detector).eval()
+    ids, boxes, scores = [], [], []
+    for images, ranks in batches:
+        for rank, detection in zip(ranks, model([image.to(device) for image in images]), strict=True):
+            corners = detection["boxes"].double().cpu().numpy()
+            boxes.append(np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).round(3))
+            scores.append(detection["scores"].double().cpu().numpy())
+            labels = detection["labels"].cpu().numpy()
+            ids.append(np.column_stack([np.full(len(labels), rank), labels]))
+    return results_of(path, np.concatenate(ids), np.concatenate(boxes), np.concatenate(scores))

@@ -3,9 +3,10 @@
 import functools
 import importlib
 import typing
+from collections.abc import Sequence
 
 if typing.TYPE_CHECKING:
-    from bags.classifiers.base import ClassifierSettings
+    from bags.classifiers.base import ClassifierSettings, ProposalClassifier
 
 CLASSIFIERS = {  # name of the class, as in `bags.ACSL`: its file in this folder
     "ACSL": "acsl",
@@ -43,3 +44,10 @@ def classifier_settings() -> dict[str, type["ClassifierSettings"]]:
             if defined_here and issubclass(value, ClassifierSettings) and value.name:
                 settings[value.name] = value
     return settings
+
+
+def average_of(members: Sequence["ProposalClassifier"], weights: Sequence[float]) -> "ProposalClassifier":
+    """Make `Average(members, weights)`; of a single member, make nothing and return it."""
+    from bags.classifiers.average import Average
+
+    return members[0] if len(members) == 1 else Average(members, weights)

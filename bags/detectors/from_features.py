@@ -54,7 +54,7 @@ def training_pool(
     """
     batch, targets = detector.transform(images, targets)
     assert len(images) == len(seeds) == len(targets)
-    features = detector.backbone(batch.tensors)
+    features = _maps(detector, batch.tensors)
     proposals, scores = _training_proposals(detector.rpn, batch, features)
     features = detector.roi_heads.with_context(features)
     stages = detector.roi_heads.box_stages
@@ -77,6 +77,12 @@ def training_pool(
             samples = following.match(stage.next_proposals(samples, regression, batch.image_sizes), targets)
     columns = ([torch.stack(image, 1) for image in zip(*column, strict=True)] for column in (fc, labels, overlaps))
     return [Pool(*image) for image in zip(*columns, scores, samples.is_object, strict=True)]
+
+
+def _maps(detector: FasterRCNN, images: Tensor) -> dict[str, Tensor]:
+    """Feature maps of images [B, 3, H, W]; torchvision's detectors may have a backbone that gives a single one."""
+    features = detector.backbone(images)
+    return {"0": features} if isinstance(features, Tensor) else features
 
 
 def overlap(boxes: Tensor, objects: Tensor) -> Tensor:
@@ -115,7 +121,7 @@ def _training_proposals(
 def proposals_to_store(detector: FasterRCNN, images: list[Tensor]) -> list[StoredProposals]:
     """Run the frozen half for prediction on images [3, H, W]; the detector is in evaluation mode."""
     batch, _ = detector.transform(images)
-    features = detector.backbone(batch.tensors)
+    features = _maps(detector, batch.tensors)
     proposals, _ = detector.rpn(batch, features)
     stages = detector.roi_heads.stage_features(features, proposals, batch.image_sizes)
     boxes = stages[-1][0]

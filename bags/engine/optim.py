@@ -11,6 +11,8 @@ from bags.classifiers.base import ProposalClassifier
 from bags.config.sections import TrainConfig
 
 REFERENCE_BATCH = 16  # images of a step for which a scaled learning rate is given
+# Of AdamW for a classifier alone, divided by the width of the features: a step then moves logits as far for any width.
+ADAMW_RATE = 2.56
 
 
 def set_trained_part(model: nn.Module, part: str) -> None:

@@ -22,13 +22,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bags.evaluation.comparison import Detections, ap_of, interval, means
+from bags.evaluation.comparison import Detections, ap_of, interval, matched, means
+from bags.evaluation.results_file import Results
+from bags.evaluation.truth import Truth
 
 Mixture = tuple[float, ...]  # [P] shares of the rows, of sum 1; 0 for a row that is not in it
 File = list[Detections | None]  # the matched detections of each category
 MOST_MEMBERS = 12
 GROUPS = 50  # of images, which the jackknife leaves out; all images if they are fewer
 NORMAL = 1.959964  # the 97.5 % quantile of the normal distribution
+MEMORY = 2e9  # bytes of matched detections that are kept for their second use
 
 
 class Validation(NamedTuple):
@@ -63,6 +66,10 @@ class Estimate(NamedTuple):
         half = self.reach * float(_error(self.without[name] - other.without[name]))
         return difference, float(np.minimum(low, difference - half)), float(np.maximum(high, difference + half))
 
+    def gains(self, other: "Estimate") -> dict[str, tuple[float, float, float]]:
+        """`gain` of each number."""
+        return {name: self.gain(other, name) for name in self.values}
+
 
 class Choice(NamedTuple):
     """What was chosen, and the numbers to judge it by."""
@@ -72,6 +79,39 @@ class Choice(NamedTuple):
     rows: list[Estimate]  # of the P rows
     optimistic: Estimate  # of the mixture, on the images that it was chosen with
     honest: Estimate  # cross-fitted
+
+    def is_better(self, name: str) -> bool:
+        """Whether the honest estimate of a number is above the control's, and so is its whole interval."""
+        gain, low, _ = self.honest.gain(self.rows[0], name)
+        return gain > 0 and low > 0
+
+
+class MatchedMixtures:
+    """The matched detections of mixtures; those that were made last are kept."""
+
+    def __init__(
+        self,
+        results: Callable[[Mixture], Results],
+        truth: Truth,
+        max_detections: int | None = None,
+        most: int | None = None,
+    ):
+        """results: the detections of a mixture; max_detections, most: as `comparison.matched` takes them."""
+        self.results, self.truth, self.limits = results, truth, (max_detections, most)
+        self.kept: dict[Mixture, File] = {}
+
+    def objects(self, rows: int) -> list[np.ndarray]:
+        """The objects of the validation images; see `comparison.Matches`."""
+        return matched(self.truth, self.results(single(0, rows)), "bbox", *self.limits).objects
+
+    def __call__(self, mixture: Mixture) -> File:
+        if mixture not in self.kept:
+            file = matched(self.truth, self.results(mixture), "bbox", *self.limits).file
+            size = sum(array.nbytes for detections in file if detections for array in detections)
+            while self.kept and (len(self.kept) + 1) * size > MEMORY:
+                del self.kept[next(iter(self.kept))]
+            self.kept[mixture] = file
+        return self.kept[mixture]
 
 
 def choose(

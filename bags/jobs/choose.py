@@ -31,9 +31,9 @@ from bags.data import glyphs
 from bags.data.statistics import CategoryStats, training_of
 from bags.engine.checkpoint import load_checkpoint, weights_digest
 from bags.evaluation import selection
-from bags.evaluation.comparison import compare, matched
+from bags.evaluation.comparison import compare
 from bags.evaluation.detection_ap import FIXED
-from bags.evaluation.selection import Choice, Estimate, File, Mixture, Validation
+from bags.evaluation.selection import Choice, Estimate, Mixture, Validation
 from bags.evaluation.truth import Truth, read_truth
 from bags.jobs import preflight
 from bags.jobs.evaluate import evaluate_checkpoint
@@ -42,7 +42,6 @@ from bags.jobs.train import run_jobs
 
 NAME = "choose"  # of the run folder
 PROCEDURE = 1  # to be raised when the same rows and images give another choice or estimate
-MEMORY = 2e9  # bytes of matched detections that are kept for their second use
 
 
 def choose(
@@ -188,35 +187,14 @@ def _select(
     metric, folds, draws = settings
     device = torch.device("cuda" if torch.cuda.is_available() and rows[0].device != "cpu" else "cpu")
     mixtures = Mixtures(_average(path, overrides, rows, [1.0] * len(rows)), truth, device)
-    limits = (rows[0].test.max_detections, FIXED if metric == "AP_fixed" else None)
-    detect = _Detect(mixtures, truth, limits)
+    most = FIXED if metric == "AP_fixed" else None
+    detect = selection.MatchedMixtures(mixtures, truth, rows[0].test.max_detections, most)
     name = "AP" if metric == "AP_fixed" else metric
     order = np.array([image["id"] for image in truth.content["images"]])
     validation = Validation(detect.objects(len(rows)), len(truth.image_ids), _sets(truth, rows[0]), name, order)
     memory = _Memory(folder / "mixtures.jsonl", key, folds + 1)
     choice = selection.choose(detect, len(rows), validation, folds, draws, rows[0].seed, memory.values)
     return _content(choice, rows, settings, name, key)
-
-
-class _Detect:
-    """The matched detections of mixtures; those that were made last are kept."""
-
-    def __init__(self, mixtures: Mixtures, truth: Truth, limits: tuple[int, int | None]):
-        self.mixtures, self.truth, self.limits = mixtures, truth, limits
-        self.kept: dict[Mixture, File] = {}
-
-    def objects(self, rows: int) -> list[np.ndarray]:
-        """The objects of the validation images; see `comparison.Matches`."""
-        return matched(self.truth, self.mixtures(selection.single(0, rows)), "bbox", *self.limits).objects
-
-    def __call__(self, mixture: Mixture) -> File:
-        if mixture not in self.kept:
-            file = matched(self.truth, self.mixtures(mixture), "bbox", *self.limits).file
-            size = sum(array.nbytes for detections in file if detections for array in detections)
-            while self.kept and (len(self.kept) + 1) * size > MEMORY:
-                del self.kept[next(iter(self.kept))]
-            self.kept[mixture] = file
-        return self.kept[mixture]
 
 
 class _Memory:
@@ -268,8 +246,7 @@ def _content(choice: Choice, rows: Sequence[Config], settings: tuple[str, int, i
         """The shares of the rows that are in a mixture."""
         return {row.name: share for row, share in zip(rows, mixture, strict=True) if share}
 
-    gain, low, _ = choice.honest.gain(control, name)
-    certain = gain > 0 and low > 0
+    certain = choice.is_better(name)
     return {
         "key": key,
         "command": this_command(),

@@ -9,6 +9,7 @@ from bags.config.load import KEY, load_config
 from bags.config.rows import find_dataset, row_beside
 from bags.config.sections import Config
 from bags.core.errors import UserError
+from bags.engine.optim import ADAMW_RATE
 
 CONTROL = "softmax_retrained"
 # METHOD, then in any order: xN (N times the epochs of the dataset's stage), adamw, and keys of SECTIONS with values.
@@ -59,7 +60,6 @@ FULL = (
 )
 POOLS = {"quick": QUICK, "full": FULL}
 SECTIONS = ("classifier", "sampler", "train")  # that rows may differ in: all have the same images, detector and scoring
-ADAMW_RATE = 2.56  # divided by the width of the features: a step then moves logits as far for any width
 
 
 def pool_rows(path: Path, overrides: Sequence[str], entries: Sequence[str]) -> list[Config]:
