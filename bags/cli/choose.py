@@ -18,7 +18,9 @@ on after it was stopped; a finished choice is printed again.
 """
 
 import argparse
+import contextlib
 import json
+import sys
 from pathlib import Path
 
 from bags.cli.arguments import split_arguments
@@ -49,14 +51,15 @@ def main() -> None:
     check_draws(arguments.draws)
     if arguments.draws < 100:
         raise UserError(f"--draws {arguments.draws}: expected 100 or more, for an interval of 95 %")
-    content = choose(
-        paths[0],
-        overrides,
-        arguments.rows or arguments.pool,
-        arguments.metric,
-        arguments.folds,
-        arguments.draws,
-        arguments.test,
-        arguments.test_images,
-    )
+    with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
+        content = choose(
+            paths[0],
+            overrides,
+            arguments.rows or arguments.pool,
+            arguments.metric,
+            arguments.folds,
+            arguments.draws,
+            arguments.test,
+            arguments.test_images,
+        )
     print(json.dumps(content)) if arguments.json else show(content)

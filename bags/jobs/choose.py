@@ -314,7 +314,8 @@ def _score_test(
         print(f"{test}: was scored already", file=sys.stderr)
         return before
     folder, numbers = chosen.run_folder / "test", {}
-    given = [f"data.val={test.absolute()}", *([f"data.val_images={Path(images).absolute()}"] if images else [])]
+    given = [f"device={control.device}", f"data.val={test.absolute()}"]
+    given += [f"data.val_images={Path(images).absolute()}"] if images else []
     for name, config in (("control", control), ("chosen", chosen)):
         metrics, _ = evaluate_checkpoint(config.run_folder / "last.pth", given, folder / name)
         numbers[name] = without_nan(metrics or {})

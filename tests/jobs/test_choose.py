@@ -97,6 +97,8 @@ def test_the_same_again_runs_nothing(chosen):
     done = run_script("choose", dataset, f"output={runs}", "--rows", *ROWS, *SETTINGS)
     assert done.returncode == 0 and done.stdout.count("complete, not run again") == 7
     assert done.stdout[done.stdout.index("| row") :] == printed[printed.index("| row") :]
+    done = run_script("choose", dataset, f"output={runs}", "--rows", *ROWS, *SETTINGS, "--json")
+    assert json.loads(done.stdout) == choice(runs)
     assert before == {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
