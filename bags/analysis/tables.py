@@ -24,6 +24,7 @@ COLUMNS = (
     "mask_AP_tail",
     "mask_AP_head",
 )
+SAME, OTHERS = "chosen, on the same images", "chosen, on others"  # the optimistic and the honest row of a choice
 TITLES = {"AP": "mAP", "AP_tail": "tail", "AP_head": "head", "mask_AP": "mask mAP"}
 
 
@@ -68,11 +69,20 @@ def _markdown(table: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+def rows_of_choices(contents: Sequence[dict]) -> dict[str, list[dict[str, float]]]:
+    """Row -> its numbers in each of several `choose.json`, then those of what was chosen."""
+    parts = [{**c["rows"], SAME: c["optimistic"], OTHERS: c["honest"]} for c in contents]
+    return {
+        name: [{k: math.nan if v is None else v for k, v in part[name]["numbers"].items()} for part in parts]
+        for name in parts[0]
+    }
+
+
 def render_choice(content: dict) -> str:
     """The table and the sentences of `choose.json`: rows by their number, then the choice, and what it says."""
     number, control = content["metric"], content["control"]
     rows = sorted(content["rows"].items(), key=lambda row: -(row[1]["numbers"][number] or 0))
-    lines = [*rows, ("chosen, on the same images", content["optimistic"]), ("chosen, on others", content["honest"])]
+    lines = [*rows, (SAME, content["optimistic"]), (OTHERS, content["honest"])]
     columns = [c for c in COLUMNS if any(line["numbers"].get(c) is not None for _, line in lines)]
     columns = [c for c in columns if c not in ("APr", "APc", "APf", "AP50") or c == number]
     columns += [number] * (number not in columns)

@@ -4,6 +4,7 @@
     bags choose configs/glyphs-100 --pool full                 # about 40
     bags choose configs/glyphs-100 --rows seesaw "bags x4" "bags_cosine classifier.scale=10"
     bags choose configs/custom data.root=mine --metric AP_tail
+    bags choose configs/glyphs-100 --seeds 0,1,2 --save results/x.json    # whole runs; mean and deviation
     bags choose configs/muscima --test test.json --test-images tiles/test    # scored once, at the end
 
 In a checkout, `python scripts/choose.py` is the same command. The detector is trained if it is missing; then each row
@@ -23,10 +24,10 @@ import json
 import sys
 from pathlib import Path
 
-from bags.cli.arguments import split_arguments
-from bags.cli.checks import check_draws
+from bags.cli.arguments import seeds_of, split_arguments
+from bags.cli.checks import check_draws, check_save
 from bags.core.errors import UserError
-from bags.jobs.choose import choose, show
+from bags.jobs.choose import choose_seeds, show
 from bags.jobs.pool import POOLS
 
 
@@ -43,7 +44,9 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=500, help="of the bootstrap over images (default 500)")
     parser.add_argument("--test", type=Path, metavar="JSON", help="annotations that nothing is chosen with")
     parser.add_argument("--test-images", type=Path, metavar="FOLDER", help="their images; default: data.val_images")
-    parser.add_argument("--json", action="store_true", help="print choose.json")
+    parser.add_argument("--seeds", help="comma-separated; run folders go below <output>/seed<N>")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="keep the numbers of all seeds in a JSON file")
+    parser.add_argument("--json", action="store_true", help="print choose.json, of several seeds a list of them")
     arguments = parser.parse_intermixed_args()
     paths, overrides = split_arguments(arguments.config)
     if len(paths) != 1:
@@ -51,15 +54,19 @@ def main() -> None:
     check_draws(arguments.draws)
     if arguments.draws < 100:
         raise UserError(f"--draws {arguments.draws}: expected 100 or more, for an interval of 95 %")
+    check_save(arguments.save)
+    seeds = seeds_of(arguments.seeds)
     with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
-        content = choose(
+        contents = choose_seeds(
             paths[0],
             overrides,
-            arguments.rows or arguments.pool,
-            arguments.metric,
-            arguments.folds,
-            arguments.draws,
-            arguments.test,
-            arguments.test_images,
+            seeds,
+            arguments.save,
+            pool=arguments.rows or arguments.pool,
+            metric=arguments.metric,
+            folds=arguments.folds,
+            draws=arguments.draws,
+            test=arguments.test,
+            test_images=arguments.test_images,
         )
-    print(json.dumps(content)) if arguments.json else show(content)
+    print(json.dumps(contents if len(contents) > 1 else contents[0])) if arguments.json else show(contents)

@@ -16,9 +16,9 @@ import torch
 from tqdm import tqdm
 
 from bags.analysis.choice import read_choice
-from bags.analysis.results import environment, this_command
+from bags.analysis.results import environment, save_results, this_command
 from bags.analysis.run_files import read_seconds, without_nan
-from bags.analysis.tables import render_choice
+from bags.analysis.tables import render_choice, render_table, rows_of_choices
 from bags.assembly.loaders import open_index
 from bags.assembly.mixtures import Mixtures
 from bags.config.load import config_to_dict, load_config
@@ -92,9 +92,30 @@ def choose(
     return content
 
 
-def show(content: dict) -> None:
-    """Print the table of a choice, and what it says."""
-    print(f"\n{render_choice(content)}")
+def choose_seeds(
+    config: str | Path, overrides: Sequence[str], seeds: Sequence[int | None], save: Path | None = None, **settings: Any
+) -> list[dict]:
+    """`choose` for each seed of the rows, below <output>/seed<N>; None is the seed of the configuration.
+
+    The baseline of each seed is a whole run of its own. save: a JSON file that keeps the numbers of all rows.
+    """
+    control = pool_rows(Path(config), overrides, ())[0]
+    contents, folders = [], []
+    for seed in seeds:
+        output = control.output if seed is None else f"{control.output}/seed{seed}"
+        given = [*overrides, f"output={output}", *([] if seed is None else [f"seed={seed}"])]
+        contents.append(choose(config, given, **settings))
+        folders.append(dataclasses.replace(control, name=NAME, output=output).run_folder)
+    if save:
+        numbers = rows_of_choices(contents)
+        title = f"{control.data.name}: choose"
+        save_results(save, title, this_command(), dict.fromkeys(numbers, folders), numbers)
+    return contents
+
+
+def show(contents: Sequence[dict]) -> None:
+    """Print the table of a choice, and what it says; of several seeds the means and deviations of all rows."""
+    print(f"\n{render_choice(contents[0]) if len(contents) == 1 else render_table(rows_of_choices(contents))}")
 
 
 def _check(rows: Sequence[Config], truth: Truth, metric: str, folds: int) -> None:
