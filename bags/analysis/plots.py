@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from numpy.typing import ArrayLike
 from PIL import Image
 
@@ -23,6 +24,7 @@ import matplotlib.pyplot as plt
 COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d5a97", "#e08e45", "#555555")
 DPI = 110
 LONGEST_SIDE = 4096  # pixels of the drawing of one image: it takes memory in proportion to its area
+FAST = {"compress_level": 1}  # of PNG: half as long to write, a tenth larger
 MARGINS = {"left": 0.1, "right": 0.98, "bottom": 0.11, "top": 0.97}  # a layout engine takes as long as drawing
 
 
@@ -128,6 +130,7 @@ def plot_ap_by_instances(path: Path | BinaryIO, runs: dict[str, list[dict]], bou
     for border in boundaries:
         axes.axvline(border, color="0.5", ls="--", lw=1)
     axes.set(xscale="log", xlabel="training instances of the category", ylabel="AP", ylim=(0, None))
+    axes.xaxis.set_minor_formatter(NullFormatter())  # powers of ten are labelled
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
     figure.subplots_adjust(**MARGINS)
@@ -245,6 +248,8 @@ def _save(figure: Figure, path: Path | BinaryIO, **settings: Any) -> None:
                 return figure.savefig(path, dpi=DPI, **settings)
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path, "wb") as file:
-                figure.savefig(file, dpi=DPI, **{"format": path.suffix.removeprefix("."), **settings})
+                kind = path.suffix.removeprefix(".")
+                fast = {"pil_kwargs": FAST} if kind == "png" else {}
+                figure.savefig(file, dpi=DPI, **{"format": kind, **fast, **settings})
     finally:
         plt.close(figure)

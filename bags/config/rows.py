@@ -13,6 +13,7 @@ left_out          methods that the paper's tables leave out
 """
 
 import difflib
+import functools
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -112,7 +113,7 @@ def read_file(path: Path) -> dict:
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: not a regular file; expected a YAML file")
     try:
-        tree = parse_yaml(decode(path, read_bytes(path)))
+        tree = deepcopy(_parsed(decode(path, read_bytes(path))))
     except UserError:
         raise
     except FileNotFoundError:
@@ -130,6 +131,12 @@ def read_file(path: Path) -> dict:
         raise UserError(f"{path}: expected `section: {{key: value}}`, found {type(tree).__name__}")
     _need_layers(path, tree)
     return tree
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(text: str) -> Any:
+    """`parse_yaml`; the rows of a table read the same few files again and again."""
+    return parse_yaml(text)
 
 
 def _need_layers(path: Path, tree: dict) -> None:

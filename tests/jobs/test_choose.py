@@ -212,7 +212,7 @@ def test_federated_validation_without_some_categories(chosen, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("framework", ["mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"])
+@pytest.mark.parametrize("framework", ["cascade_mask_rcnn"])
 def test_other_detectors(glyphs, tmp_path, framework):
     dataset = write_dataset(tmp_path, glyphs)
     content = bags.choose(
