@@ -116,7 +116,7 @@ def write_configs(folder: Path, data: Path) -> Path:
                 "log_every": 2,
                 "checkpoint_every": 4,
             },
-            "test": {"batch_size": 4, "max_detections": 30},
+            "test": {"batch_size": 4, "max_detections": 30, "figures": False},
             "device": "cpu",
         },
         "softmax": {"base": "_base.yaml"},
@@ -162,7 +162,8 @@ def job(glyphs, tmp_path_factory):
     """The three rows, trained once: (configs folder, output folder, what was printed)."""
 
     def train(folder: Path) -> None:
-        done = run_script("train", write_configs(folder / "configs", glyphs), f"output={folder / 'runs'}")
+        configs = write_configs(folder / "configs", glyphs)
+        done = run_script("train", configs, f"output={folder / 'runs'}", "test.figures=true")
         assert done.returncode == 0, done.stderr
         (folder / "printed").write_text(done.stdout)
 

@@ -94,7 +94,9 @@ def read_scored_on(folder: Path) -> str | None:
         return None
 
 
-def write_scores(folder: Path, name: str, scores: dict[str, Scores], boundaries: Sequence[int]) -> list[Path]:
+def write_scores(
+    folder: Path, name: str, scores: dict[str, Scores], boundaries: Sequence[int], figures: bool = True
+) -> list[Path]:
     """Writes `categories.csv` (counts, bin and AP of each category) and the figures of one results file.
 
     scores: "bbox", and "segm" where there are masks, whose columns and figures are named mask_*. Returns the files.
@@ -105,7 +107,7 @@ def write_scores(folder: Path, name: str, scores: dict[str, Scores], boundaries:
     for row, mask in zip(rows, scores["segm"].rows if "segm" in scores else (), strict=False):
         row |= {"mask_AP": mask["AP"], "mask_AP50": mask["AP50"]}
     written = [_write_csv(folder / "categories.csv", rows)]
-    for kind, of_kind in scores.items():
+    for kind, of_kind in scores.items() if figures else ():
         prefix = "" if kind == "bbox" else "mask_"
         written += [folder / f"figures/{prefix}precision_recall.png", folder / f"figures/{prefix}ap_by_instances.png"]
         plot_precision_recall(written[-2], of_kind.curves)

@@ -171,5 +171,5 @@ def evaluate_checkpoint(path: Path, overrides: list[str], output: Path | None) -
             if not distributed.is_main():
                 return None, config.name
             write_metrics(folder, metrics)
-            write_scores(folder, config.name, scores, config.test.bins)
+            write_scores(folder, config.name, scores, config.test.bins, config.test.figures)
         return metrics, config.name

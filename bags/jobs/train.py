@@ -185,7 +185,7 @@ class Pass:
                 _detector(run), config, self.stats, self.validation, file, self.device, features
             )
             if distributed.is_main():
-                write_scores(config.run_folder, config.name, scores, config.test.bins)
+                write_scores(config.run_folder, config.name, scores, config.test.bins, config.test.figures)
                 write_scored_on(config.run_folder, self.validation.index.path, self.validation.index.sha256)
                 write_metrics(config.run_folder, metrics)  # last, since a run with metrics is finished
                 if config.train.evaluate_every:

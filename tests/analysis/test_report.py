@@ -306,7 +306,7 @@ def test_without_the_dataset(folder, glyphs, tmp_path):
 @pytest.mark.slow
 def test_runs_with_masks_and_with_little(folder, job, tmp_path):
     """Columns and figures of masks where there are some; a run without a log, an environment or some numbers."""
-    settings = "detector.framework=mask_rcnn", "train.epochs=1", f"output={tmp_path}"
+    settings = "detector.framework=mask_rcnn", "train.epochs=1", f"output={tmp_path}", "test.figures=true"
     done = run_script("train", job[0] / "softmax.yaml", *settings)
     assert done.returncode == 0, done.stderr
     masks, poor = tmp_path / "tiny/softmax", shutil.copytree(folder / "bags", tmp_path / "poor")

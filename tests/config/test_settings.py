@@ -142,6 +142,7 @@ def test_keys_that_change_no_result():
         "data.max_pixels",
         "store.folder",
         "test.batch_size",
+        "test.figures",
     }
     left_out |= {f"train.{key}" for key in ("log_every", "checkpoint_every", "nonfinite", "evaluate_every")}
     assert everything.keys() - kept.keys() == left_out

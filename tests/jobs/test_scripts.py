@@ -114,6 +114,7 @@ def test_mask_rcnn_by_one_key(job, tmp_path):
     done = run_script("train", configs / "softmax.yaml", configs / "bags.yaml", *arguments)
     assert done.returncode == 0, done.stderr
     assert "mask mAP" in done.stdout
+    assert not (tmp_path / "tiny/softmax/figures").exists()  # test.figures is false here
     log = read_lines(tmp_path / "tiny/softmax/log.jsonl")
     assert log[-1]["loss_mask"] < log[0]["loss_mask"]
     entries = json.loads((tmp_path / "tiny/softmax/predictions.json").read_text())
