@@ -120,14 +120,14 @@ def matched(
         truth.check_masks()
         results.check_masks(truth)
     images = {image["id"]: k for k, image in enumerate(truth.content["images"])}  # in the file's order
-    results = results.take(_within_limits(truth, results, max_detections or default_limit(truth), most))
+    held = _numbers({(entry["image_id"], entry["category_id"]) for entry in truth.content["annotations"]}, truth)
+    results = results.take(_within_limits(truth, results, held, max_detections or default_limit(truth), most))
     pairs = results.images * (len(truth.names) + 1) + results.categories
-    held = {(annotation["image_id"], annotation["category_id"]) for annotation in truth.content["annotations"]}
     hit, counted = np.zeros((IOUS, len(results)), bool), np.ones((IOUS, len(results)), bool)
     counted[:, results.boxes[:, 2:].prod(1) > LARGEST_AREA] = False  # ignored unless matched
     partial = {(image["id"], key) for image in truth.content["images"] for key in image.get(PARTIAL, ())}
     counted[:, np.isin(pairs, _numbers(partial, truth))] = False
-    rows = np.flatnonzero(np.isin(pairs, _numbers(held, truth)))
+    rows = np.flatnonzero(np.isin(pairs, held))
     entries = match(truth, results.take(rows), iou_type, max_detections)
     rows = rows[np.argsort(pairs[rows], kind="stable")]
     starts = dict(zip(*np.unique(pairs[rows], return_index=True), strict=True))
@@ -159,7 +159,7 @@ def _numbers(pairs: set[tuple[int, int]], truth: Truth) -> np.ndarray:
     return np.array([image * (len(truth.names) + 1) + category for image, category in pairs], np.int64)
 
 
-def _within_limits(truth: Truth, results: Results, limit: int, most: int | None) -> np.ndarray:
+def _within_limits(truth: Truth, results: Results, held: np.ndarray, limit: int, most: int | None) -> np.ndarray:
     """Rows that the protocol looks at: the best of each image (LVIS) or of each image and category (COCO).
 
     In LVIS these are only categories that are known to be in the image, or not to be.
@@ -169,9 +169,8 @@ def _within_limits(truth: Truth, results: Results, limit: int, most: int | None)
     if most is not None:
         kept &= _rank_within(np.where(kept, results.categories, 0)) < most
     if truth.lvis:
-        held = {(annotation["image_id"], annotation["category_id"]) for annotation in truth.content["annotations"]}
         absent = {(image["id"], key) for image in truth.content["images"] for key in image[NEGATIVE]}
-        kept &= np.isin(pairs, _numbers(held | absent, truth))
+        kept &= np.isin(pairs, held) | np.isin(pairs, _numbers(absent, truth))
     return np.flatnonzero(kept)
 
 

@@ -193,6 +193,7 @@ def reading(stage: dict, device: "torch.device") -> dict:
         float(sum(losses.values()))
 
     def epoch(source: Any) -> float:
+        """Seconds of one epoch."""
         batches.start(0)
         start = time.perf_counter()
         train_one_epoch(runs, source, device, 0, [0, len(kept)], after_step, Clock(device))

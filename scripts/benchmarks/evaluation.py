@@ -24,9 +24,11 @@ def evaluation(arguments: argparse.Namespace) -> list[dict]:
         arrays = {}
 
         def ours() -> None:
+            """Score the results file, and keep the arrays."""
             plain = detection_ap._match
 
             def kept(*given: Any) -> Any:
+                """Match as ever, and keep the result."""
                 arrays["ours"] = plain(*given)
                 return arrays["ours"]
 
@@ -35,6 +37,7 @@ def evaluation(arguments: argparse.Namespace) -> list[dict]:
             detection_ap._match = plain
 
         def peer() -> None:
+            """Score the results file with the official lvis."""
             with contextlib.redirect_stdout(io.StringIO()):
                 arrays["lvis"] = official._lvis(str(truth), json.loads(results_file.read_text()), "bbox", 300)
 

@@ -27,9 +27,11 @@ def loss(arguments: argparse.Namespace) -> list[dict]:
         plain = torch.randn(proposals, 1231, requires_grad=True)
 
         def ours(logits: "Tensor" = grouped, labels: "Tensor" = labels) -> tuple["Tensor", ...]:
+            """Loss and gradient of BAGS."""
             return torch.autograd.grad(sum(classifier.loss(logits, labels).values()), logits)
 
         def peer(logits: "Tensor" = plain, labels: "Tensor" = labels) -> tuple["Tensor", ...]:
+            """Loss and gradient of a softmax."""
             return torch.autograd.grad(F.cross_entropy(logits, labels), logits)
 
         case = f"GroupSoftmax loss [{proposals}, 1236]"

@@ -96,11 +96,13 @@ def our_epoch(folder: Path, device: "torch.device", precision: str) -> Callable[
     run.scaler = torch.amp.GradScaler(device.type, enabled=False)
 
     def epoch() -> None:
+        """One epoch with this project's loop."""
         loader.batch_sampler.start(0)
         clock, total = Clock(device), len(loader)
         with Monitor(folder, "ours", config, 0, total, clock) as monitor:
 
             def after_step(_: object, iteration: int, losses: dict, lr: float) -> None:
+                """Log the step."""
                 monitor.step(iteration, 0.0, losses, lr)
 
             train_one_epoch([run], loader, device, 0, [0, total], after_step, clock)
@@ -128,6 +130,7 @@ def reference_epoch(folder: Path, device: "torch.device") -> Callable[[], None]:
     optimizer = torch.optim.SGD(parameters, lr=config.train.lr, momentum=0.9, weight_decay=1e-4)
 
     def epoch() -> None:
+        """One epoch with the reference's loop."""
         model.train()
         sampler.start(0)
         shown: dict[str, list[float]] = {}

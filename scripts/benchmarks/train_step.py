@@ -37,10 +37,12 @@ def train_step(arguments: argparse.Namespace) -> list[dict]:
     images = list(torch.rand(2, 3, 320, 480).to(device))
 
     def step_of(detector: torch.nn.Module) -> Callable:
+        """Make the training step of a detector."""
         detector.to(device).train()
         optimizer = torch.optim.SGD(detector.parameters(), lr=1e-5, momentum=0.9)
 
         def step() -> dict:
+            """One optimisation step; its losses."""
             torch.manual_seed(1)
             losses = detector(images, targets)
             optimizer.zero_grad(set_to_none=True)

@@ -212,11 +212,10 @@ def test_federated_validation_without_some_categories(chosen, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("framework", ["cascade_mask_rcnn"])
-def test_other_detectors(glyphs, tmp_path, framework):
+def test_a_cascade_with_masks(glyphs, tmp_path):
     dataset = write_dataset(tmp_path, glyphs)
     content = bags.choose(
-        dataset, [f"output={tmp_path / 'runs'}", f"detector.framework={framework}"], ["bags"], folds=3, draws=100
+        dataset, [f"output={tmp_path / 'runs'}", "detector.framework=cascade_mask_rcnn"], ["bags"], folds=3, draws=100
     )
     for row in ("softmax_retrained", "bags"):
         found = content["rows"][row]["numbers"]
