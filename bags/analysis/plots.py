@@ -76,6 +76,36 @@ def draw_weight_norms(
     axes.legend(loc="upper right", fontsize=8)
 
 
+def plot_norms_and_counts(
+    path: Path | BinaryIO, datasets: Mapping[str, tuple[Sequence[int], np.ndarray | None]]
+) -> None:
+    """Save Figure 1 of the paper: training instances above, norms below, each dataset's categories by falling count.
+
+    datasets: name -> (instance counts [C], norms [C+1] with the background first, or None). Datasets of different C
+    are aligned: the most frequent category is at the left, the least frequent at the right. Lines are running means.
+    """
+    panels = 2 if any(norms is not None for _, norms in datasets.values()) else 1
+    figure, grid = plt.subplots(panels, 1, figsize=(8, 1.5 + 2.6 * panels), sharex=True, squeeze=False)
+    above, below = grid[0, 0], grid[-1, 0]
+    for (name, (numbers, norms)), colour in zip(datasets.items(), _colours(len(datasets)), strict=True):
+        counts = np.asarray(numbers)
+        order = np.argsort(-counts, kind="stable")
+        place = np.linspace(0, 1, len(counts))
+        above.plot(place, np.maximum(counts[order], 0.5), color=colour, lw=1.8, label=plain(name))
+        if norms is not None:
+            below.plot(place, norms[1:][order], ".", ms=4, alpha=0.45, color=colour)
+            below.plot(place, _running_mean(norms[1:][order], max(1, len(counts) // 40)), color=colour, lw=1.8)
+            below.plot(-0.03, norms[0], "D", ms=6, color=colour)
+    above.set(yscale="log", ylabel="training instances")
+    above.legend(fontsize=8)
+    if panels == 2:
+        below.set(ylabel="classifier weight norm", ylim=(0, None))
+    words = " (diamond: background)" if panels == 2 else ""
+    below.set(xlabel=f"categories, from the most to the least frequent{words}", xticks=[])
+    figure.subplots_adjust(**{**MARGINS, "bottom": 0.07}, hspace=0.06)
+    _save(figure, path)
+
+
 def _colours(number: int) -> list[str]:
     return [COLOURS[k % len(COLOURS)] for k in range(number)]
 

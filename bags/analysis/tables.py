@@ -2,9 +2,12 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from bags.analysis.paper import PaperTable
+from bags.analysis.weight_norms import rank_correlation
 from bags.core.terminal import printable
 
 COLUMNS = (
@@ -58,6 +61,26 @@ def render_table(rows: dict[str, list[dict[str, float]]], columns: Sequence[str]
     for name, runs in rows.items():
         cells = (_cell([run.get(column, math.nan) for run in runs], column, decimals) for column in columns)
         table.append([printable(name).replace("|", "\\|"), *cells])
+    return _markdown(table)
+
+
+def render_norms(datasets: Mapping[str, tuple[Sequence[int], np.ndarray | None]]) -> str:
+    """How weight norms vary over categories: Markdown, a line for each dataset.
+
+    datasets: name -> (training instances [C], norms [C+1] with the background first, or None). Variation is the
+    standard deviation divided by the mean; the rank correlation is that of norms and instances, and has no value where
+    all categories have equally many.
+    """
+    table = [["dataset", "categories", "instances", "norm", "variation", "largest / smallest", "rank correlation"]]
+    for name, (counts, norms) in datasets.items():
+        cells = [printable(name).replace("|", "\\|"), str(len(counts)), f"{min(counts)} to {max(counts)}"]
+        if norms is None:
+            table.append([*cells, *"----"])
+            continue
+        own = norms[1:]
+        correlation = rank_correlation(own, counts)
+        numbers = (own.mean(), own.std() / own.mean(), own.max() / own.min(), correlation)
+        table.append([*cells, *("-" if np.isnan(number) else f"{number:.2f}" for number in numbers)])
     return _markdown(table)
 
 

@@ -64,6 +64,8 @@ PRESETS = {
     "glyphs-100": Preset(100, 192, 1200, 8, 150, (10, 17), (30, 58), 3, 0.55, 20, 40),
     "glyphs-1230": Preset(1230, 256, 2000, 2, 640, (8, 24), (18, 56), 5, 0.70, 20, 100),
 }
+# The categories and the size of glyphs-100 without its tail: every category has 207 training instances.
+PRESETS["glyphs-100-balanced"] = dataclasses.replace(PRESETS["glyphs-100"], most_instances=207, fewest_instances=207)
 
 
 # --------------------------------------------------------------------------- categories

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from bags.analysis.paper import METHODS, PAPER, PaperTable
 from bags.analysis.results import save_results, this_command
 from bags.analysis.run_files import read_metrics, read_seconds
-from bags.analysis.tables import render_paper_table, render_table, spread
+from bags.analysis.tables import render_norms, render_paper_table, render_table, spread
 from bags.config.load import load_config, load_rows
 from bags.config.rows import find_dataset, row_beside
 from bags.core.errors import UserError
@@ -89,6 +89,46 @@ def weight_norms(rows: dict[str, list[Path]]) -> tuple["Norms", dict[str, list[f
             correlations[name].append(rank_correlation(norms[name][-1][1:], meta["stats"].instance_counts))
     assert stats is not None  # there are rows
     return norms, correlations, stats, meta["config"]
+
+
+def compare_norms(paths: list[Path], figure: Path) -> None:
+    """Figure 1 of the paper for any datasets: prints how the norms vary, and draws them over the counts.
+
+    paths: folders of finished runs; and annotation files, or lists of categories with `instance_count` such as LVIS
+    publishes, which show counts alone.
+    """
+    from bags.analysis.plots import plot_norms_and_counts
+
+    if figure.suffix != ".png" or figure.is_dir():
+        raise UserError(f"--norms {figure}: expected a file to write, as in figure_1.png")
+    shown: dict[str, tuple[Sequence[int], np.ndarray | None]] = {}
+    for path in paths:
+        name, counts, norms = _counts_and_norms(path)
+        if name in shown:
+            raise UserError(f"{path}: {name} is given twice")
+        shown[name] = counts, norms
+    print(f"\n{render_norms(shown)}")
+    plot_norms_and_counts(figure, shown)
+    print(f"figure: {figure}")
+
+
+def _counts_and_norms(path: Path) -> tuple[str, Sequence[int], "np.ndarray | None"]:
+    """A title, training instances [C], and of a run the norms [C+1] of its classifier."""
+    from bags.data.index import AnnotationIndex
+    from bags.data.json_files import read_json
+    from bags.data.statistics import CategoryStats
+
+    if path.is_dir():
+        name = path.name
+        norms, _, stats, config = weight_norms({name: [path]})
+        return f"{config.data.name}, {name}", stats.instance_counts, norms[name][0]
+    content = read_json(path)
+    if isinstance(content, dict):
+        return path.stem, CategoryStats.from_index(AnnotationIndex.open(path)).instance_counts, None
+    counts = [entry.get("instance_count") if isinstance(entry, dict) else None for entry in content or [None]]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise UserError(f"{path}: expected a list of categories with `instance_count`, or an annotation file")
+    return path.stem, counts, None
 
 
 def _draw_predictions(

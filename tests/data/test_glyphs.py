@@ -124,6 +124,10 @@ def test_presets(name):
     counts, ranked = instance_counts(preset), choose_categories(preset, 0)
     assert len(set(ranked)) == len(ranked) == preset.categories
     assert (np.diff(counts) <= 0).all() and counts[0] == preset.most_instances
+    if name == "glyphs-100-balanced":  # the categories and the size of glyphs-100
+        assert set(counts) == {207} and ranked == choose_categories(PRESETS["glyphs-100"], 0)
+        assert abs(counts.sum() - instance_counts(PRESETS["glyphs-100"]).sum()) < 50
+        return
     groups = bags.assign_groups(counts.tolist())
     assert min(groups.sizes) >= (3 if name == "glyphs-100" else 50)
     if name == "glyphs-100":

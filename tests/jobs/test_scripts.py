@@ -35,6 +35,28 @@ def test_train_shows_the_comparison(job):
         assert Image.open(runs / "tiny" / "figures" / name).size[0] > 500
 
 
+def test_norms_of_several_datasets(job, glyphs, tmp_path):
+    """A run, an annotation file and a list of categories beside each other (Figure 1)."""
+    _, runs, _ = job
+    (tmp_path / "published.json").write_text(json.dumps([{"instance_count": n} for n in (9, 0, 4)]))
+    paths = [runs / "tiny" / "softmax", glyphs / "val.json", tmp_path / "published.json"]
+    done = run_script("tables", "--norms", tmp_path / "x.png", *paths)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
+    weight = load_checkpoint(paths[0] / "last.pth")["model"]["roi_heads.classifier.linear.weight"].double()
+    norms = weight.square().sum(1).sqrt()[1:].numpy()
+    assert rows[2][0] == "tiny, softmax" and rows[2][1] == str(len(norms))
+    expected = [norms.mean(), norms.std() / norms.mean(), norms.max() / norms.min()]
+    assert [float(cell) for cell in rows[2][3:6]] == pytest.approx(expected, abs=0.006)
+    assert rows[3][0] == "val" and rows[3][3:] == ["-"] * 4
+    assert rows[4] == ["published", "3", "0 to 9", "-", "-", "-", "-"]
+    assert Image.open(tmp_path / "x.png").size[0] > 500
+    (tmp_path / "published.json").write_text('[{"instance_count": -1}]')
+    for given, words in ((["x.jpg", paths[1]], "x.jpg: expected"), (["x.png", paths[2]], "published.json: expected a")):
+        done = run_script("tables", "--norms", tmp_path / given[0], given[1])
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
 def test_run_folder(job, glyphs):
     _, runs, _ = job
     folder = runs / "tiny" / "bags"
