@@ -86,7 +86,7 @@ def least_bytes(detector: DetectorConfig, num_categories: int, layers: int = 1) 
     """
     channels, fc, stages = detector.fpn_channels, detector.roi.fc, 3 if detector.is_cascade else 1
     boxes = 4 * (1 if detector.roi.class_agnostic else num_categories)
-    masks = channels * num_categories if detector.has_masks else 0
+    masks = channels * (1 if detector.roi.class_agnostic_masks else num_categories) if detector.has_masks else 0
     pyramid = 2 * 9 * channels**2  # one convolution of the pyramid, one of the proposal network
     return 4 * (pyramid + stages * (49 * channels * fc + fc**2 + fc * (layers * num_categories + boxes) + masks))
 

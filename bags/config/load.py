@@ -163,8 +163,8 @@ def _check_sources(config: Config) -> None:
     need(data.train_semantic is None or detector.framework == "htc", "data.train_semantic", words)
     words = f"a checkpoint: with train.part={train.part} the rest of the detector would stay random"
     need(train.part == "all" or detector.init_from is not None, "detector.init_from", words)
-    agnostic = detector.roi.class_agnostic and not detector.has_masks
-    parts = ("all", *(("head",) if not detector.has_masks else ()), *(("cls",) if agnostic else ()))
+    masks = not detector.has_masks or detector.roi.class_agnostic_masks  # do not depend on categories
+    parts = ("all", *(("head",) if masks else ()), *(("cls",) if masks and detector.roi.class_agnostic else ()))
     words = f"{' or '.join(parts)}: with detector.other_categories more starts new"
     need(not detector.other_categories or train.part in parts, "train.part", words, train.part)
     words = "live: data.short_sides draws sizes anew each time, which cannot be stored"

@@ -96,6 +96,7 @@ class RoIConfig(Settings):
     sampling_ratio: Annotated[int, Range(ge=0, le=64)] = 2  # RoIAlign samples per bin side; 0: adaptive
     fc: Annotated[int, Range(ge=1, le=2**17 - 1)] = 1024  # width of the two box-head layers
     class_agnostic: bool = False  # one box regression for all categories; cascades need it
+    class_agnostic_masks: bool = False  # one mask for all categories, which few objects of each can teach
 
 
 @dataclass(frozen=True)

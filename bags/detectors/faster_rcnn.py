@@ -51,12 +51,12 @@ class FasterRCNN(GeneralizedRCNN):
         return [self.roi_heads.semantic.logits] if isinstance(self.roi_heads, HTCRoIHeads) else []
 
     def category_layers(self) -> list[nn.Module]:
-        """The layers whose outputs stand for categories: of classifiers, of box regression unless shared, of masks."""
+        """The layers whose outputs stand for categories: of classifiers, of box regression and masks unless shared."""
         layers: list[nn.Module] = [*self.classifiers()]
         for stage in self.roi_heads.box_stages:
             if stage.box_regressor.out_features > 4:
                 layers.append(stage.box_regressor)
-            if stage.has_mask():
+            if stage.has_mask() and stage.mask_predictor.mask_fcn_logits.out_channels > 1:
                 layers.append(stage.mask_predictor.mask_fcn_logits)
         return layers
 
@@ -177,7 +177,9 @@ def _second_stage(
     labels = classifier.num_categories + 1
     strides = backbone.strides[: len(backbone.roi_levels)]
     box_pool = parts.roi_align(backbone.roi_levels, POOLED, roi.sampling_ratio, strides)
-    masks = _mask_branch(parts, backbone, labels, strides) if settings.has_masks else {}
+    masks = (
+        _mask_branch(parts, backbone, 1 if roi.class_agnostic_masks else labels, strides) if settings.has_masks else {}
+    )
     if semantic:
         box_pool = fuse_semantic(box_pool, parts, roi.sampling_ratio, semantic)
         masks["mask_roi_pool"] = fuse_semantic(masks["mask_roi_pool"], parts, 2, semantic)
@@ -209,11 +211,11 @@ def _box_head(channels: int, fc: int) -> TwoMLPHead:
     return head
 
 
-def _mask_branch(parts: Conventions, backbone: Backbone, labels: int, strides: Sequence[int]) -> dict[str, nn.Module]:
-    """Four convolutions and a deconvolution, as in Mask R-CNN; their width is the pyramid's."""
+def _mask_branch(parts: Conventions, backbone: Backbone, masks: int, strides: Sequence[int]) -> dict[str, nn.Module]:
+    """Four convolutions and a deconvolution, as in Mask R-CNN, for C + 1 masks or one; their width is the pyramid's."""
     width = backbone.out_channels
     return {
         "mask_roi_pool": parts.roi_align(backbone.roi_levels, MASK_POOLED, 2, strides),
         "mask_head": MaskRCNNHeads(width, (width,) * 4, 1),
-        "mask_predictor": MaskRCNNPredictor(width, width, labels),
+        "mask_predictor": MaskRCNNPredictor(width, width, masks),
     }

@@ -177,9 +177,12 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
     def mask_logits(self, mask_features: Tensor, labels: Tensor) -> Tensor:
         """Mask logits [K, 28, 28] of one label [K] in 1..C each, from outputs of the mask head [K, width, 14, 14].
 
-        The predictor's C other channels are not computed: with 1,203 categories they would take gigabytes.
+        The predictor's C other channels are not computed: with 1,203 categories they would take gigabytes. A predictor
+        with one channel has one mask for all labels.
         """
         predictor = self.mask_predictor
+        if predictor.mask_fcn_logits.out_channels == 1:
+            labels = torch.zeros_like(labels)
         hidden = predictor.relu(predictor.conv5_mask(mask_features))
         weight, bias = predictor.mask_fcn_logits.weight[labels, :, 0, 0], predictor.mask_fcn_logits.bias[labels]
         return torch.einsum("kchw,kc->khw", hidden, weight) + bias[:, None, None]

@@ -50,6 +50,10 @@ class RoISettings(Protocol):
     def class_agnostic(self) -> bool:
         """One box regression for all categories."""
 
+    @property
+    def class_agnostic_masks(self) -> bool:
+        """One mask for all categories."""
+
 
 class DetectorSettings(Protocol):
     """The network and the size of its images."""

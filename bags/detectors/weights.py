@@ -196,7 +196,7 @@ def fold_batch_norm_eps(state: dict[str, Tensor], eps: float, ours: float = 1e-5
 def to_torchvision(state: dict[str, Tensor], num_categories: int) -> dict[str, Tensor]:
     """Rename the weights of a Faster or Mask R-CNN with plain softmax for torchvision's own model.
 
-    state: a detector's state dict. A box regression shared by all categories is repeated for each label. Raises
+    state: a detector's state dict. A box regression or mask shared by all categories is repeated for each label. Raises
     ValueError for other detectors, and for a classifier that is not one linear layer of C + 1 outputs.
     """
     plain_resnet = (
@@ -216,6 +216,8 @@ def to_torchvision(state: dict[str, Tensor], num_categories: int) -> dict[str, T
             raise ValueError(f"{key}: torchvision's classifier is one linear layer")
         if key.startswith("roi_heads.classifier.linear.") and len(value) != num_categories + 1:
             raise ValueError(f"{key}: {len(value)} outputs; torchvision's softmax has {num_categories + 1}")
+        if key.startswith("roi_heads.mask_predictor.mask_fcn_logits.") and len(value) == 1:
+            value = value.repeat(num_categories + 1, *[1] * (value.dim() - 1))
         if key.startswith("roi_heads.box_regressor.") and len(value) == 4:
             value = value.repeat(num_categories + 1, *[1] * (value.dim() - 1))
         prefix = next((p for p in names if key.startswith(p)), "")

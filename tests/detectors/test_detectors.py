@@ -338,6 +338,38 @@ def test_mask_detector_agrees_with_torchvisions(tmp_path):
         assert torch.allclose(own[key], detected[key], atol=1e-5), key
 
 
+@pytest.mark.parametrize("framework", ["mask_rcnn", "cascade_mask_rcnn", "htc"])
+def test_one_mask_for_all_categories_equals_equal_masks_of_each(tmp_path, framework):
+    """As a predictor for each label whose rows are all that one: equal losses, equal masks."""
+    data = [f"detector.framework={framework}", "detector.roi.class_agnostic=true", "test.score_threshold=0"]
+    torch.manual_seed(0)
+    shared = build_detector(tiny_config(tmp_path, *data, "detector.roi.class_agnostic_masks=true"), STATS)
+    for_each = build_detector(tiny_config(tmp_path, *data), STATS)
+    state = shared.state_dict()
+    for key in [key for key in state if "mask_fcn_logits" in key]:
+        state[key] = state[key].repeat(STATS.num_categories + 1, *[1] * (state[key].dim() - 1))
+    for_each.load_state_dict(state)
+    linear = [stage.mask_predictor.mask_fcn_logits for stage in shared.roi_heads.box_stages]
+    assert {layer.out_channels for layer in linear} == {1} and not set(linear) & set(shared.category_layers())
+    masks = torch.zeros(2, 64, 64, dtype=torch.uint8)
+    masks[0, 4:40, 4:30], masks[1, 10:60, 20:60] = 1, 1
+    boxes = torch.tensor([[4.0, 4, 30, 40], [20, 10, 60, 60]])
+    image, target = [torch.rand(3, 64, 64)], [{"boxes": boxes, "labels": torch.tensor([1, 3]), "masks": masks}]
+    results = []
+    for mode in (True, False):
+        for detector in (shared, for_each):
+            torch.manual_seed(3)
+            with torch.no_grad():
+                results.append(detector.train(mode)(image, target))
+    losses, expected, [found], [wanted] = results
+    assert losses.keys() == expected.keys() and any("mask" in key for key in losses)
+    for key, value in expected.items():
+        assert losses[key].item() == pytest.approx(value.item(), rel=1e-5), key
+    assert len(found["masks"]) > 3
+    for key in ("boxes", "labels", "masks"):
+        assert torch.allclose(found[key], wanted[key], atol=1e-5), key
+
+
 def test_part_head_trains_the_box_branch(tmp_path):
     detector = build_detector(tiny_config(tmp_path), STATS)
     set_trained_part(detector, "head")

@@ -238,6 +238,14 @@ def test_what_torchvision_cannot_hold(tmp_path):
             to_torchvision(build_detector(config, stats).state_dict(), 3)
 
 
+def test_a_shared_mask_goes_out_once_for_each_label():
+    layer = "roi_heads.mask_predictor.mask_fcn_logits."
+    state = {f"{layer}weight": torch.randn(1, 5, 1, 1), f"{layer}bias": torch.randn(1)}
+    out = to_torchvision({"backbone.body.conv1.weight": torch.zeros(1), **state}, 3)
+    assert out[f"{layer}weight"].shape == (4, 5, 1, 1) and out[f"{layer}bias"].shape == (4,)
+    assert all((out[key] == value).all() for key, value in state.items())
+
+
 # --------------------------------------------------------------------------- the paper's released models
 
 
