@@ -152,10 +152,11 @@ def _place(
     areas: np.ndarray,
     visible: np.ndarray,
     rng: np.random.RandomState,
+    bold: int,
 ) -> tuple[int, int, np.ndarray]:
     """Find a random pose that leaves every earlier object 85 % of its area: (top, left, coverage).
 
-    owner: see draw_image. areas, visible: pixels of each earlier object, all of them and those that are not hidden.
+    owner, bold: see draw_image. areas, visible: pixels of each earlier object, all of them and those that are not hidden.
     """
     extent, shrink = len(owner), 1.0
     for attempt in range(1000):
@@ -167,11 +168,11 @@ def _place(
         points = np.concatenate(contours)
         low, high = points.min(0), points.max(0)
         left, top = rng.uniform(1, np.maximum(extent - 1 - (high - low), 1.5))
-        x0, y0 = int(left), int(top)
-        width = min(math.ceil(high[0] - low[0]) + 2, extent - x0)
-        height = min(math.ceil(high[1] - low[1]) + 2, extent - y0)
+        x0, y0 = max(int(left) - bold, 0), max(int(top) - bold, 0)
+        width = min(math.ceil(high[0] - low[0]) + 2 + 2 * bold, extent - x0)
+        height = min(math.ceil(high[1] - low[1]) + 2 + 2 * bold, extent - y0)
         shift = np.array([left - x0, top - y0]) - low
-        ink = coverage([contour + shift for contour in contours], height, width)
+        ink = thickened(coverage([contour + shift for contour in contours], height, width), bold)
         covered = owner[y0 : y0 + height, x0 : x0 + width][ink >= 5]
         hidden = np.bincount(covered, minlength=len(areas) + 1)[1:]
         if len(covered) >= 12 and (visible - hidden >= 0.85 * areas).all():
@@ -181,10 +182,24 @@ def _place(
     raise RuntimeError("no room for an object: the preset asks for too many objects per image")
 
 
+def thickened(ink: np.ndarray, by: int) -> np.ndarray:
+    """Coverage [H, W] whose strokes are `by` pixels wider on each side: the maximum of a square around each pixel."""
+    padded = np.pad(ink, by)
+    height, width = ink.shape
+    shifts = [(y, x) for y in range(2 * by + 1) for x in range(2 * by + 1)]
+    return np.maximum.reduce([padded[y : y + height, x : x + width] for y, x in shifts])
+
+
 def draw_image(
-    size: int, object_size: tuple[float, float], outlines: list[list[np.ndarray]], rng: np.random.RandomState
+    size: int,
+    object_size: tuple[float, float],
+    outlines: list[list[np.ndarray]],
+    rng: np.random.RandomState,
+    bold: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """Draw an image of `size` (S) pixels with one object per outline, whose longer side is in `object_size`.
+
+    bold: pixels that are added to each side of a stroke.
 
     Returns (pixels uint8 [S, S, 3], semantic map uint8 [S, S] of 1 + index in TEXTURES, visible masks bool [S, S], one
     per outline).
@@ -194,7 +209,7 @@ def draw_image(
     owner = np.zeros(canvas.shape[:2], np.int64)  # 1 + the object that is visible at this pixel, or 0
     areas, visible = np.zeros((2, 0), np.int64)
     for outline in outlines:
-        top, left, ink = _place(outline, object_size, owner, areas, visible, rng)
+        top, left, ink = _place(outline, object_size, owner, areas, visible, rng, bold)
         solid = ink >= 5
         height, width = ink.shape
         owners = owner[top : top + height, left : left + width]
