@@ -49,7 +49,7 @@ def evaluate(
     engine: str = "hotcoco",
     fixed: bool = False,
 ) -> dict[str, float]:
-    """AP AP50 AP75 APs APm APl AR, APr APc APf, AP1 AP2 ..., eAP, AP_tail AP_head, AP_fixed: floats in 0..1.
+    """AP AP50 AP75 APs APm APl AR, APr APc APf, AP1 AP2 ..., AP_tail AP_head, AP_fixed: floats in 0..1.
 
     annotations: a COCO or LVIS JSON file, or the result of `read_truth`; predictions: a results file, which is a
     list of {image_id, category_id, bbox, score}, for iou_type "segm" with a segmentation (RLE), or the result of
@@ -84,9 +84,8 @@ def score(
                       whole file, however many an image has
 
     AP_tail is the mean over the categories of the lower half of the bins (the paper: fewer than 100
-    instances), AP_head over the others. eAP is the mean of AP1, AP2, ..., bins without categories left out
-    (COCO-LT; Wang et al. 2020). A number that no category of the ground truth enters is NaN. Raises UserError
-    for a file that cannot be used.
+    instances), AP_head over the others. A number that no category of the ground truth enters is
+    NaN. Raises UserError for a file that cannot be used.
     """
     if engine not in ENGINES:
         raise UserError(f"engine {engine}: expected one of {', '.join(ENGINES)}")
@@ -101,8 +100,6 @@ def score(
     training = training_of({"categories": truth.category_counts()}, instance_counts, image_counts, boundaries)
     sets = training.sets()
     numbers = _summary(precision, recall, sets)
-    if training.bins is not None:
-        numbers["eAP"] = _mean(np.array([numbers[f"AP{n + 1}"] for n in range(training.num_bins)]))
     if best is not None:
         numbers["AP_fixed"] = _mean(per_category_ap(best[..., 0]))
     everything = np.ones(precision.shape[2], bool)

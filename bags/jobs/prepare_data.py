@@ -31,8 +31,10 @@ def coco_lt(arguments: "argparse.Namespace") -> None:
     from bags.data.coco_lt import BOUNDARIES, make_coco_lt, published_targets, read_image_lists, read_targets, scaled
     from bags.data.statistics import instance_bin
 
-    if arguments.image_lists and (arguments.targets or arguments.scale is not None):
-        raise UserError("coco_lt: expected --targets or --scale, or else --image-lists, which says what is kept")
+    if arguments.targets and arguments.image_lists:
+        raise UserError("coco_lt: expected either --targets or --image-lists, not both")
+    if arguments.image_lists and arguments.scale is not None:
+        raise UserError("coco_lt: --scale is of targets; --image-lists says by itself what is kept")
     lists = read_image_lists(arguments.image_lists) if arguments.image_lists else None
     targets = read_targets(arguments.targets) if arguments.targets else published_targets()
     capped = arguments.scale is not None
