@@ -159,7 +159,7 @@ def _check_targets(source: Path, by_category: dict[int, list[dict]], targets: di
     if short:
         found, target = len(by_category[short[0]]), targets[short[0]]
         words = f"category {short[0]} has {found} annotations, its target is {target}"
-        others = f" (so have {len(short) - 1} other categories too few)" if len(short) > 1 else ""
+        others = f" ({len(short) - 1} other categories have too few, too)" if len(short) > 1 else ""
         raise UserError(f"{source}: {words}{others}; for a part of COCO, --scale takes a share of each target")
 
 

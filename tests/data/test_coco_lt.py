@@ -90,8 +90,12 @@ def test_a_part_of_coco(tmp_path):
     command = ["coco_lt", "--source", source, "--output", tmp_path / "lt.json"]
     done = run_script("prepare_data", *command)
     assert done.returncode == 2 and not (tmp_path / "lt.json").exists()
-    words = "category 90 has 0 annotations, its target is 15 (so have "  # the first of the file
-    assert words in done.stderr and "; for a part of COCO, --scale takes a share of each target" in done.stderr
+    words = "category 90 has 0 annotations, its target is 15 ("  # the first of the file
+    assert (
+        words in done.stderr
+        and "other categories have too few, too); for a part of COCO, --scale takes a share of each target"
+        in done.stderr
+    )
     done = run_script("prepare_data", *command, "--scale", "0.05")
     assert done.returncode == 0 and "less than the target of " in done.stderr, done.stderr
     expected = {c: min(counts[c], -(-n // 20)) for c, n in published_targets().items()}
