@@ -152,7 +152,7 @@ def _cell(values: list[float], column: str, decimals: int) -> str:
         values = values[:1]  # no seeds of ours
     if column == "correlation":
         return spread(values, ".2f")
-    sign = "+" if column.endswith("gain") else ""
+    sign = "+z" if column.endswith("gain") else ""  # z: no -0.0
     return spread(values if column == "seconds" else [100 * value for value in values], f".{decimals}f", sign)
 
 
@@ -169,7 +169,7 @@ def column_title(column: str) -> str:
 def spread(values: list[float], form: str, sign: str = "") -> str:
     """Mean, and with several values their standard deviation; NaN are left out, "-" if none is left.
 
-    sign: "+" also gives positive means a sign.
+    sign: "+" also gives positive means a sign, "z" takes that of zero.
     """
     known = [v for v in values if not math.isnan(v)]
     if not known:

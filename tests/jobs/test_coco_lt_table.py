@@ -68,7 +68,7 @@ def test_the_table(glyphs, tmp_path):
     for row in TABLE.rows:
         start = None if row.config in ("softmax", "mask") else row.config.split("_")[0].replace("bags", "softmax")
         gains = [100 * (a["AP"] - b["AP"]) for a, b in zip(runs[row.config], runs[start or row.config], strict=True)]
-        expected = f"{statistics.mean(gains):+.2f} ±{statistics.stdev(gains):.2f}" if start else "-"
+        expected = f"{statistics.mean(gains):+z.2f} ±{statistics.stdev(gains):.2f}" if start else "-"
         assert shown[row.title]["gain"] == expected
         bins = [[run[key] for key in ("AP1", "AP2", "AP3", "AP4") if run[key] is not None] for run in runs[row.config]]
         means = [100 * statistics.mean(of_run) for of_run in bins]
