@@ -6,7 +6,7 @@
 #   CHECKPOINT  what eval and predict use                            ARGS    section.key=value overrides, or flags
 #   IMAGES      what predict looks at                                RUNS    run folders that table compares
 #   RUN, OTHER  run folders: what report is about, and what it is compared with
-#   TABLE       which table of the paper (1, 2, 3, 4, fig4), or methods
+#   TABLE       which table of the paper (1, 2, 3, 4, fig4, coco_lt), or methods
 #   PYTHON      the interpreter that makes VENV                      VENV    an existing environment can be used
 
 CONFIG ?= configs/glyphs-100
@@ -49,7 +49,7 @@ eval: $(READY)  ## Evaluate CHECKPOINT on its validation set
 predict: $(READY)  ## Draw what CHECKPOINT finds in IMAGES (a file or a folder) to predictions/
 	$(BIN)/python scripts/predict.py $(CHECKPOINT) $(IMAGES) $(ARGS)
 
-table: $(READY)  ## Compare the finished runs in RUNS; or TABLE=1, 2, 3, 4, fig4 or methods, running what CONFIG lacks
+table: $(READY)  ## Compare the finished runs in RUNS; or TABLE=1, 2, 3, 4, fig4, coco_lt or methods, running what CONFIG lacks
 	$(if $(TABLE),$(LAUNCH) scripts/tables.py --paper $(TABLE) $(CONFIG),$(BIN)/python scripts/tables.py $(RUNS)) $(ARGS)
 
 report: $(READY)  ## Write RUN/report.html, one file about that run; with OTHER also what changed from OTHER to RUN

@@ -1,15 +1,20 @@
 """The paper's tables and a table of later methods: the configuration of each row and its published numbers."""
 
+import math
 from dataclasses import dataclass
 
 AP = ("AP", "AP1", "AP2", "AP3", "AP4", "APr", "APc", "APf")
 MASK_AP = tuple(f"mask_{name}" for name in AP)
+BINS = ("AP", "eAP", "AP1", "AP2", "AP3", "AP4")
 ACC = ("ACC", "ACC1", "ACC2", "ACC3", "ACC4", "ACCbg")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table. config: the stem of a YAML file. published: percentages, in the order of the columns."""
+    """A row of a table. config: the stem of a YAML file.
+
+    published: percentages, in the order of the columns; NaN where none was published.
+    """
 
     title: str
     config: str
@@ -20,7 +25,10 @@ class Row:
 class PaperTable:
     """A table or figure.
 
+    The column eAP is the mean of AP1 to AP4, and gain the AP of a row minus that of the row it starts from.
+
     source             the data of its published numbers
+    data               how the names of datasets with this data begin
     published_columns  the columns of its published numbers, if they are not `columns`
     foreign            whether published numbers are also shown beside numbers of other datasets
     optional           whether rows without a configuration in the folder are left out
@@ -30,6 +38,7 @@ class PaperTable:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     source: str = "published, LVIS v0.5"
+    data: str = "lvis"
     published_columns: tuple[str, ...] = ()
     foreign: bool = False
     optional: bool = False
@@ -37,7 +46,8 @@ class PaperTable:
     def published(self, row: Row) -> dict[str, float]:
         """The published numbers of a row by column, in 0..1."""
         columns = self.published_columns or self.columns if row.published else ()
-        return {column: percentage / 100 for column, percentage in zip(columns, row.published, strict=True)}
+        numbers = zip(columns, row.published, strict=True)
+        return {column: percentage / 100 for column, percentage in numbers if not math.isnan(percentage)}
 
 
 def _rows(text: str) -> tuple[Row, ...]:
@@ -123,6 +133,15 @@ beta 16 | bags_beta_16
 beta n | bags_beta_n
 beta all | bags_beta_all
 """
+# Section 5.5 gives gains only: mAP of BAGS minus that of its baseline, of boxes and of masks.
+COCO_LT = """
+Faster R50 | softmax
+Faster R50, control | softmax_retrained
+Faster R50, BAGS | bags | 2.2 nan
+Mask R50 | mask
+Mask R50, control | mask_retrained
+Mask R50, BAGS | mask_bags | 2.4 2.3
+"""
 METHOD_ROWS = """
 softmax | softmax | 16.1 0.0 12.0 27.4
 NorCal | norcal
@@ -174,6 +193,14 @@ PAPER = {
         "Figure 4: sampling ratio beta (published as a drawing; only beta 8 has numbers)",
         AP,
         _rows(FIGURE_4),
+    ),
+    "coco_lt": PaperTable(
+        "Section 5.5: COCO-LT; boxes, then masks; gain: mAP minus that of the row it starts from",
+        (*BINS, "gain", *(f"mask_{name}" for name in BINS), "mask_gain"),
+        _rows(COCO_LT),
+        source="published, COCO-LT",
+        data="coco_lt",
+        published_columns=("gain", "mask_gain"),
     ),
 }
 

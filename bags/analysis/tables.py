@@ -1,5 +1,6 @@
 """The numbers of runs -> the paper's tables: methods as rows, AP columns in percent."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,18 @@ TITLES = {"AP": "mAP", "AP_tail": "tail", "AP_head": "head", "mask_AP": "mask mA
 def tail_below(boundaries: Sequence[int]) -> int:
     """The training instances that a category of AP_tail stays below: it is in the lower half of the bins."""
     return boundaries[(len(boundaries) + 1) // 2 - 1]
+
+
+def with_means_of_bins(numbers: dict[str, float]) -> dict[str, float]:
+    """Add eAP, the mean of AP1, AP2, ... over the bins with categories (COCO-LT; Wang et al. 2020), and mask_eAP."""
+    means = {}
+    for prefix in ("", "mask_"):
+        names = (f"{prefix}AP{n}" for n in itertools.count(1))
+        bins = [numbers[name] for name in itertools.takewhile(numbers.__contains__, names)]
+        if bins:
+            known = [value for value in bins if not math.isnan(value)]
+            means[f"{prefix}eAP"] = statistics.mean(known) if known else math.nan
+    return numbers | means
 
 
 def render_paper_table(table: PaperTable, runs: dict[str, list[dict[str, float]]], published: bool) -> str:
@@ -162,7 +175,8 @@ def _cell(values: list[float], column: str, decimals: int) -> str:
         values = values[:1]  # no seeds of ours
     if column == "correlation":
         return spread(values, ".2f")
-    return spread(values if column == "seconds" else [100 * value for value in values], f".{decimals}f")
+    sign = "+z" if column.endswith("gain") else ""  # z: no -0.0
+    return spread(values if column == "seconds" else [100 * value for value in values], f".{decimals}f", sign)
 
 
 def column_title(column: str) -> str:
@@ -175,13 +189,16 @@ def column_title(column: str) -> str:
     return column if plain == column else f"mask {TITLES.get(plain, plain)}"
 
 
-def spread(values: list[float], form: str) -> str:
-    """Mean, and with several values their standard deviation; NaN are left out, "-" if none is left."""
+def spread(values: list[float], form: str, sign: str = "") -> str:
+    """Mean, and with several values their standard deviation; NaN are left out, "-" if none is left.
+
+    sign: "+" also gives positive means a sign, "z" takes that of zero.
+    """
     known = [v for v in values if not math.isnan(v)]
     if not known:
         return "-"
     deviation = f" ±{statistics.stdev(known):{form}}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):{form}}{deviation}"
+    return f"{statistics.mean(known):{sign}{form}}{deviation}"
 
 
 def _pad(row: list[str], widths: list[int]) -> list[str]:

@@ -3,7 +3,7 @@
     python scripts/prepare_data.py glyphs-100                        # the embedded dataset, to data/glyphs-100
     python scripts/prepare_data.py glyphs-1230 --root /data/glyphs
     python scripts/prepare_data.py lvis --root data/lvis --version v0.5
-    python scripts/prepare_data.py coco_lt --source instances_train2017.json --targets counts.json --output coco_lt.json
+    python scripts/prepare_data.py coco_lt --source instances_train2017.json --output coco_lt.json
     python scripts/prepare_data.py check configs/muscima data.root=/data/muscima_tiles
     python scripts/prepare_data.py check train.json --images train2017   # an annotation file without a configuration
     python scripts/prepare_data.py remap val.json --like train.json --output val_all.json   # categories by name
@@ -34,7 +34,9 @@ def main() -> None:
     lvis.add_argument("--no-images", action="store_true", help="annotations only")
     coco_lt = commands.add_parser("coco_lt", help="cut COCO to COCO-LT")
     coco_lt.add_argument("--source", type=Path, required=True, help="instances_train2017.json")
-    coco_lt.add_argument("--targets", type=Path, help="JSON: instances per category id")
+    coco_lt.add_argument("--targets", type=Path, help="JSON: instances per category id (default: the published 80)")
+    words = "for a source that is a part of COCO: S (0 to 1) times each target, rounded up, or all where there is less"
+    coco_lt.add_argument("--scale", type=float, metavar="S", help=words)
     coco_lt.add_argument("--image-lists", type=Path, help="JSON: the authors' image ids per category id, instead")
     coco_lt.add_argument("--output", type=Path, required=True)
     coco_lt.add_argument("--seed", type=int, default=0)

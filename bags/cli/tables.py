@@ -8,9 +8,9 @@
     python scripts/tables.py --norms figure_1.png runs/glyphs-100/softmax runs/glyphs-100-balanced/softmax
     python scripts/tables.py --render README.md docs/results/*.md         # their tables anew, from results/*.json
 
-`--paper` is 1, 2, 3, 4 or fig4, or methods: later ones beside BAGS, with the seconds of their training steps and the
-published numbers that can be compared. It takes section.key=value overrides and --seeds as train.py does. Without
-it, figures are written to `figures` beside the first seed's run folders: weight_norms.png (the paper's
+`--paper` is 1, 2, 3, 4, fig4 or coco_lt, or methods: later ones beside BAGS, with the seconds of their training
+steps and the published numbers that can be compared. It takes section.key=value overrides and --seeds as train.py
+does. Without it, figures are written to `figures` beside the first seed's run folders: weight_norms.png (the paper's
 Figures 1 and 3 for these runs) and predictions.png (validation images, every run's boxes). `--norms` draws Figure 1 for
 runs of several datasets; an annotation file, or a list of categories with `instance_count`, adds its counts alone.
 """
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders, or folders of them; with --paper a folder of configs")
     parser.add_argument("--no-figures", action="store_true", help="print the table only")
-    parser.add_argument("--paper", help="a table of the paper: 1, 2, 3, 4 or fig4; or methods")
+    parser.add_argument("--paper", help="a table of the paper: 1, 2, 3, 4, fig4 or coco_lt; or methods")
     parser.add_argument("--seeds", help="with --paper: comma-separated, for mean and deviation")
     parser.add_argument("--save", type=Path, metavar="JSON", help="keep the numbers, the command and the environment")
     parser.add_argument("--norms", type=Path, metavar="PNG", help="draw weight norms of runs of several datasets")

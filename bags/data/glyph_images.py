@@ -156,7 +156,7 @@ def _place(
 ) -> tuple[int, int, np.ndarray]:
     """Find a random pose that leaves every earlier object 85 % of its area: (top, left, coverage).
 
-    owner, bold: see draw_image. areas, visible: pixels of each earlier object, all of them and those that are not hidden.
+    owner, bold: see draw_image. areas, visible: pixels of each earlier object, all and those that are not hidden.
     """
     extent, shrink = len(owner), 1.0
     for attempt in range(1000):

@@ -27,18 +27,26 @@ def lvis(arguments: "argparse.Namespace") -> None:
 
 
 def coco_lt(arguments: "argparse.Namespace") -> None:
-    """Make a long-tailed COCO from COCO. Raises UserError without exactly one source of counts."""
-    from bags.data.coco_lt import BOUNDARIES, make_coco_lt, read_image_lists, read_targets
+    """Make a long-tailed COCO from COCO. Raises UserError for options that exclude each other."""
+    from bags.data.coco_lt import BOUNDARIES, make_coco_lt, published_targets, read_image_lists, read_targets, scaled
     from bags.data.statistics import instance_bin
 
-    if (arguments.targets is None) == (arguments.image_lists is None):
-        raise UserError("coco_lt: expected either --targets or --image-lists")
-    targets = read_targets(arguments.targets) if arguments.targets else {}
+    if arguments.targets and arguments.image_lists:
+        raise UserError("coco_lt: expected either --targets or --image-lists, not both")
+    if arguments.image_lists and arguments.scale is not None:
+        raise UserError("coco_lt: --scale is of targets; --image-lists says by itself what is kept")
     lists = read_image_lists(arguments.image_lists) if arguments.image_lists else None
-    counts = make_coco_lt(arguments.source, arguments.output, targets, lists, arguments.seed)
+    targets = read_targets(arguments.targets) if arguments.targets else published_targets()
+    capped = arguments.scale is not None
+    if capped:
+        targets = scaled(targets, arguments.scale)
+    counts = make_coco_lt(arguments.source, arguments.output, targets, lists, arguments.seed, capped)
     bins = instance_bin(list(counts.values()), BOUNDARIES).tolist()
     sizes = "/".join(str(bins.count(n)) for n in range(len(BOUNDARIES) + 1))
     print(f"{arguments.output}: {sum(counts.values())} annotations; categories per bin (1-20-400-8000): {sizes}")
+    short = sum(counts[category] < target for category, target in targets.items()) if capped else 0
+    if short:
+        print(f"note: {arguments.source}: has less than the target of {short} categories; all is kept", file=sys.stderr)
 
 
 def remap(arguments: "argparse.Namespace") -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from bags.analysis.paper import METHODS, PAPER, PaperTable
 from bags.analysis.results import save_results, this_command
 from bags.analysis.run_files import read_metrics, read_seconds
-from bags.analysis.tables import render_norms, render_paper_table, render_table, spread
+from bags.analysis.tables import render_norms, render_paper_table, render_table, spread, with_means_of_bins
 from bags.config.load import load_config, load_rows
 from bags.config.rows import find_dataset, row_beside
 from bags.core.errors import UserError
@@ -125,7 +125,7 @@ def _counts_and_norms(path: Path) -> tuple[str, Sequence[int], "np.ndarray | Non
     content = read_json(path)
     if isinstance(content, dict):
         return path.stem, CategoryStats.from_index(AnnotationIndex.open(path)).instance_counts, None
-    counts = [entry.get("instance_count") if isinstance(entry, dict) else None for entry in content or [None]]
+    counts: list = [entry.get("instance_count") if isinstance(entry, dict) else None for entry in content or [None]]
     if not all(type(count) is int and count >= 0 for count in counts):
         raise UserError(f"{path}: expected a list of categories with `instance_count`, or an annotation file")
     return path.stem, counts, None
@@ -180,7 +180,7 @@ def paper_table(
 ) -> None:
     """Run the rows of one of the paper's tables that are missing on a dataset, and print the table.
 
-    name: 1, 2, 3, 4, fig4 or methods. path: the dataset. save: a JSON file that keeps the numbers.
+    name: 1, 2, 3, 4, fig4, coco_lt or methods. path: the dataset. save: a JSON file that keeps the numbers.
     """
     tables = {**PAPER, "methods": METHODS}
     if name not in tables:
@@ -196,9 +196,10 @@ def paper_table(
             if source not in rows:
                 rows[source] = row_beside(next(iter(rows.values())), source)
                 waiting.append(load_config(rows[source], overrides))
-    published = table.foreign or configs[0].data.name.startswith("lvis")
+    published = table.foreign or configs[0].data.name.startswith(table.data)
     jobs = [load_rows(list(rows.values()), overrides, seed) for seed in seeds]
-    run_jobs(jobs, lambda folders: _show_table(table, folders, published, save))
+    starts = {config.name: config.init_row for config in configs}
+    run_jobs(jobs, lambda folders: _show_table(table, folders, starts, published, save))
 
 
 def _rows_of_table(table: PaperTable, name: str, path: Path) -> dict[str, Path]:
@@ -210,13 +211,26 @@ def _rows_of_table(table: PaperTable, name: str, path: Path) -> dict[str, Path]:
     return {method: dataset.name / method for method in wanted}
 
 
-def _show_table(table: PaperTable, folders: dict[str, list[Path]], published: bool, save: Path | None) -> None:
-    """Print a table of finished runs (method -> run folders, one per seed), and keep its numbers in `save`."""
+def _show_table(
+    table: PaperTable,
+    folders: dict[str, list[Path]],
+    starts: dict[str, str | None],
+    published: bool,
+    save: Path | None,
+) -> None:
+    """Print a table of finished runs (method -> run folders, one per seed), and keep its numbers in `save`.
+
+    starts: method -> the method that it starts from, which the column `gain` compares with.
+    """
     check_comparable(folders)
     runs = {
-        method: [read_metrics(run) | {"seconds": read_seconds(run)} for run in seeds]
+        method: [with_means_of_bins(read_metrics(run)) | {"seconds": read_seconds(run)} for run in seeds]
         for method, seeds in folders.items()
     }
+    if "gain" in table.columns:
+        gains = {method: _gains(runs[method], runs[start]) for method, start in starts.items() if start}
+        for method, of_row in gains.items():
+            runs[method] = [run | gain for run, gain in zip(runs[method], of_row, strict=True)]
     print(f"\n{render_paper_table(table, runs, published)}")
     if save:
         chosen = {row.title: row for row in table.rows if row.config in folders}
@@ -224,3 +238,12 @@ def _show_table(table: PaperTable, folders: dict[str, list[Path]], published: bo
         others = {title: table.published(row) for title, row in chosen.items() if row.published}
         kept = {title: folders[row.config] for title, row in chosen.items()}
         save_results(save, table.title, this_command(), kept, numbers, others)
+
+
+def _gains(runs: list[dict[str, float]], starts: list[dict[str, float]]) -> list[dict[str, float]]:
+    """AP minus that of the run with the same seed that it starts from; of masks, too, where both have them."""
+    columns = {"gain": "AP", "mask_gain": "mask_AP"}
+    return [
+        {gain: run[ap] - start[ap] for gain, ap in columns.items() if ap in run and ap in start}
+        for run, start in zip(runs, starts, strict=True)
+    ]

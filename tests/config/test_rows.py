@@ -132,7 +132,7 @@ def test_every_method_composes_with_every_dataset(dataset):
     for method in methods_of(found):
         config = bags.load_config(f"{dataset}/{method}")
         assert (config.name, config.data.name) == (method, "mine" if dataset == "custom" else dataset)
-        assert config.init_row in (None, "softmax", method.removesuffix("_bags"))
+        assert config.init_row in (None, "softmax", method.removesuffix("_bags").removesuffix("_retrained"))
     assert set(found.rows) | set(found.left_out) | set(found.methods) <= set(methods_of(found))
 
 

@@ -15,12 +15,10 @@ from pycocotools import mask as coco_mask
 
 import bags
 from bags.data.checks import check_annotations
-from bags.data.coco_lt import make_coco_lt, read_image_lists, read_targets
 from bags.data.dataset import DetectionDataset
 from bags.data.findings import DEFECTS, STOP
 from bags.data.lvis import download, unpack
 from bags.data.packing import is_drawable
-from bags.data.statistics import instance_bin
 from bags.data.transforms import training_transform
 from bags.evaluation.results_file import read_results
 from bags.evaluation.truth import is_mask, mask_area, read_truth
@@ -377,134 +375,14 @@ def test_lvis_v05_names_of_coco_2014(shapes):
     assert DetectionDataset(bags.AnnotationIndex.open(shapes / "x.json"), shapes)[0][0].shape == (3, 30, 40)
 
 
-# --------------------------------------------------------------------------- COCO-LT and LVIS
-
-
-@pytest.fixture
-def coco_like(tmp_path):
-    """50 images, 4 categories of 400, 120, 60 and 30 annotations."""
-    rng = np.random.default_rng(0)
-    owners = [(int(rng.integers(50)) + 1, c) for c, n in ((1, 400), (3, 120), (4, 60), (9, 30)) for _ in range(n)]
-    content = {
-        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 9, "height": 9} for i in range(1, 51)],
-        "annotations": [
-            {"id": k, "image_id": i, "category_id": c, "bbox": [0, 0, 5, 5]} for k, (i, c) in enumerate(owners, 1)
-        ],
-        "categories": [{"id": c, "name": str(c)} for c in (1, 3, 4, 9)],
-    }
-    (tmp_path / "coco.json").write_text(json.dumps(content))
-    return tmp_path
-
-
-def test_coco_lt_hits_every_target(coco_like):
-    targets = {1: 400, 3: 37, 4: 11, 9: 1}
-    (coco_like / "targets.json").write_text(
-        json.dumps({"categories": [{"coco_category_id": c, "instance_count": n} for c, n in targets.items()]})
-    )
-    assert read_targets(coco_like / "targets.json") == targets
-    command = ["coco_lt", "--source", coco_like / "coco.json", "--targets", coco_like / "targets.json"]
-    done = run_script("prepare_data", *command, "--output", coco_like / "lt.json")
-    assert done.returncode == 0 and "449 annotations" in done.stdout and "2/1/1/0" in done.stdout, done.stderr
-    content = json.loads((coco_like / "lt.json").read_text())
-    assert Counter(a["category_id"] for a in content["annotations"]) == targets
-    assert {a["image_id"] for a in content["annotations"]} == {i["id"] for i in content["images"]}
-    assert [c["instance_count"] for c in content["categories"]] == [400, 37, 11, 1]
-    make_coco_lt(coco_like / "coco.json", coco_like / "again.json", targets)
-    assert (coco_like / "again.json").read_text() == (coco_like / "lt.json").read_text()
-    assert len(bags.AnnotationIndex.open(coco_like / "lt.json").labels) == 449
-    only_rare = make_coco_lt(coco_like / "coco.json", coco_like / "few.json", {1: 0, 3: 0, 4: 0, 9: 2})
-    assert (
-        only_rare == {1: 0, 3: 0, 4: 0, 9: 2} and len(json.loads((coco_like / "few.json").read_text())["images"]) <= 2
-    )
-
-
-def test_coco_lt_follows_the_authors_list(coco_like):
-    lists = {"1": [1, 2, 3], "3": [], "4": [5], "9": list(range(1, 51))}
-    (coco_like / "lists.json").write_text(json.dumps(lists))
-    command = ["coco_lt", "--source", coco_like / "coco.json", "--image-lists", coco_like / "lists.json"]
-    done = run_script("prepare_data", *command, "--output", coco_like / "lt.json")
-    assert done.returncode == 0, done.stderr
-    source = json.loads((coco_like / "coco.json").read_text())["annotations"]
-    expected = [a for a in source if a["image_id"] in lists[str(a["category_id"])]]
-    assert json.loads((coco_like / "lt.json").read_text())["annotations"] == expected
-
-
-def test_coco_lt_refusals(coco_like):
-    with pytest.raises(bags.UserError, match="category 9 has 30 annotations, its target is 31"):
-        make_coco_lt(coco_like / "coco.json", coco_like / "x.json", {1: 1, 3: 1, 4: 1, 9: 31})
-    for targets in ({1: 1, 3: 1, 4: 1}, {1: 1, 3: 1, 4: 1, 9: 1, 10: 1}):
-        with pytest.raises(bags.UserError, match="without a target"):
-            make_coco_lt(coco_like / "coco.json", coco_like / "x.json", targets)
-    for content in ({"1": 1.9}, {"1": "x"}, {"a": 1}, []):
-        (coco_like / "t.json").write_text(json.dumps(content))
-        with pytest.raises(bags.UserError, match="t.json"):
-            read_targets(coco_like / "t.json")
-    (coco_like / "l.json").write_text('{"1": "123"}')
-    with pytest.raises(bags.UserError, match="lists of image ids"):
-        read_image_lists(coco_like / "l.json")
-    done = run_script("prepare_data", "coco_lt", "--source", coco_like / "coco.json", "--output", coco_like / "x.json")
-    assert done.returncode == 2 and "either --targets or --image-lists" in done.stderr
-    assert not (coco_like / "x.json").exists()
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ('{"1": 1, "01": 2}', "category 1 is given twice"),
-        ('{"1": 1, "1": 2}', "key '1' is given twice"),
-        (
-            '{"categories": [{"id": 1, "instance_count": 1}, {"id": 1, "instance_count": 2}]}',
-            "category 1 is given twice",
-        ),
-        ('{"1": true}', "expected instance counts"),
-        ('{"categories": [{"id": true, "instance_count": 1}]}', "expected instance counts"),
-        ('{"categories": [{"id": 1.9, "instance_count": 1}]}', "expected instance counts"),
-    ],
-)
-def test_coco_lt_targets_that_cannot_be(tmp_path, text, words):
-    (tmp_path / "t.json").write_text(text)
-    with pytest.raises(bags.UserError, match=f"t.json: .*{words}"):
-        read_targets(tmp_path / "t.json")
-    if "twice" in words and "categories" not in text:
-        (tmp_path / "t.json").write_text(text.replace(": 1", ": [1]").replace(": 2", ": [2]"))
-        with pytest.raises(bags.UserError, match=words):
-            read_image_lists(tmp_path / "t.json")
-
-
-def test_coco_lt_writes_nothing_that_training_refuses(coco_like):
-    source, output = coco_like / "coco.json", coco_like / "x.json"
-    content = json.loads(source.read_text())
-    none = dict.fromkeys((1, 3, 4, 9), 0)
-    with pytest.raises(bags.UserError, match="coco.json: .*keep none of its annotations"):
-        make_coco_lt(source, output, none)
-    with pytest.raises(bags.UserError, match="coco.json: .*keep none of its annotations"):
-        make_coco_lt(source, output, {}, {c: set() for c in none})
-    with pytest.raises(bags.UserError, match="image 51 of the image lists is not among `images`"):
-        make_coco_lt(source, output, {}, {**{c: {1} for c in none}, 9: {51}})
-    changes = [
-        ("image_id", 51, "image_id 51 is not among"),
-        ("bbox", "x", "bbox: expected"),
-        ("area", float("nan"), ""),
-    ]
-    for key, value, words in changes:
-        content["annotations"][6][key], before = value, content["annotations"][6].get(key)
-        source.write_text(json.dumps(content))
-        with pytest.raises(
-            bags.UserError, match=f"annotation 7: {words}" if words else "`annotations`: id 7: holds NaN"
-        ):
-            make_coco_lt(source, output, {**none, 1: 400, 3: 120, 4: 60, 9: 30})
-        content["annotations"][6][key] = before
-    assert not output.exists()
+# --------------------------------------------------------------------------- LVIS
 
 
 SHARED = OUTSIDE / "data"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no published counts here")
-def test_published_counts_fall_into_the_published_bins():
-    content = json.loads((SHARED / "coco_lt/coco_lt_category_counts.json").read_text())
-    bins = instance_bin([c["instance_count"] for c in content["categories"]], (20, 400, 8000))
-    assert np.bincount(bins).tolist() == [4, 24, 32, 20]
+def test_published_counts_fall_into_the_published_groups():
     lvis = json.loads((SHARED / "lvis_v0.5/lvis_v0.5_train_categories.json").read_text())
     assert bags.assign_groups([c["instance_count"] for c in lvis]).sizes == (294, 453, 302, 181)
 
