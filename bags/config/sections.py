@@ -208,6 +208,8 @@ class TrainConfig(Settings):
     compile: bool = False  # the backbone by torch.compile
     # A loss that is not finite ends the run, or its step is left out.
     nonfinite: Annotated[Literal["stop", "skip"], NO_RESULT] = "stop"
+    # A detector that sees no difference between proposals is neither scored nor trained on.
+    dead: Annotated[Literal["stop", "ignore"], NO_RESULT] = "stop"
     log_every: Annotated[Count, NO_RESULT] = 20  # iterations
     # Iterations between checkpoints; the last step makes one, too. null: 200, and 2000 with stored features.
     checkpoint_every: Annotated[int | None, Range(ge=1, le=999_999), NO_RESULT] = None

@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+import statistics
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from bags.core import distributed
 from bags.core.files import naming, read_bytes, replacing
 
 PHASES = ("data", "forward", "backward", "step")
+TYPICAL, KNOWN, JUMP = 25, 3, 10  # losses whose median is usual, at least so many; how far above it is told of
 WAITS = 0.2  # share of its time that a GPU may wait for data before that is said
 
 
@@ -145,7 +148,8 @@ class Monitor:
             disable=not (main and clock),
             smoothing=0.05,
         )
-        self.smoothed_loss: float | None = None
+        self.typical: deque[float] = deque(maxlen=TYPICAL)  # the losses logged last
+        self.peak: torch.Tensor | None = None  # the largest loss since the last log
         self.waited = False
         self.last_time, self.last_steps, self.first_steps = time.perf_counter(), done, done
 
@@ -161,9 +165,11 @@ class Monitor:
         """Takes in one iteration, and the epochs done with it; every `log_every`-th is logged."""
         steps = iteration + 1
         self.bar.update(self.config.batch_size)
+        total = sum(losses.values(), torch.tensor(0.0)).detach()
+        self.peak = total if self.peak is None else torch.maximum(self.peak, total)
         if steps % self.config.log_every and steps != self.total:
             return
-        values = distributed.average({"loss": sum(losses.values(), torch.tensor(0.0)), **losses})
+        values = distributed.average({"loss": total, **losses})
         times, seconds = self._times(max(steps - self.last_steps, 1)), self.stopwatch.seconds()
         if self.log:
             now = time.perf_counter()
@@ -178,11 +184,23 @@ class Monitor:
                 **times,
                 **values,
             )
+            self._look_for_a_jump(steps, float(self.peak), lr)
             if math.isfinite(values["loss"]):
-                old = values["loss"] if self.smoothed_loss is None else self.smoothed_loss
-                self.smoothed_loss = 0.7 * old + 0.3 * values["loss"]
-            self.bar.set_postfix_str(f"loss {self.smoothed_loss or math.nan:.3f} lr {lr:.2g}", refresh=False)
+                self.typical.append(values["loss"])
+            self.bar.set_postfix_str(f"loss {values['loss']:.3f} lr {lr:.2g}", refresh=False)
+        self.peak = None
         self.last_steps = steps
+
+    def _look_for_a_jump(self, steps: int, peak: float, lr: float) -> None:
+        """Say, in the main process, that a loss is far above those before it: training may be about to diverge."""
+        usual = statistics.median(self.typical) if len(self.typical) >= KNOWN else math.nan
+        if peak > JUMP * usual:
+            tqdm.write(
+                f"warning: {self.title}: iterations {self.last_steps + 1} to {steps}: the loss was {peak:.3g}, "
+                f"{peak / usual:.0f} times what is usual in this run: train.lr (now {lr:.2g}) or train.clip_norm "
+                f"({self.config.clip_norm:g}) may be too high",
+                file=sys.stderr,
+            )
 
     def _times(self, steps: int) -> dict[str, float]:
         """Seconds of each phase of an iteration in the main process; says once where a GPU waits for data."""

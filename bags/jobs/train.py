@@ -28,12 +28,15 @@ from bags.data.index import AnnotationIndex
 from bags.data.plausibility import implausible_boxes
 from bags.data.statistics import CategoryStats, disagreement
 from bags.detectors.faster_rcnn import FasterRCNN
+from bags.detectors.vitals import cause_of_death
 from bags.engine import train as training
 from bags.engine.checkpoint import keep_best, load_checkpoint, sources_digest
 from bags.engine.train import Run
 from bags.jobs import preflight
 from bags.jobs.folders import describe, is_complete, is_finished
 from bags.jobs.score import predict_and_evaluate
+
+LOOKED_AT = 4  # validation images that tell whether a detector is alive
 
 
 def train(
@@ -150,8 +153,35 @@ class Pass:
 
     def run(self) -> None:
         """Train every row to its end, then predict and score."""
+        if self.first.train.part != "all" and self.first.detector.init_from:
+            self.check_alive(self.runs[0], classifier_is_new=True)
         self.train()
+        for config, run in zip(self.configs, self.runs, strict=True):
+            if config.train.part in ("all", "head"):
+                self.check_alive(run)
         self.score()
+
+    def check_alive(self, run: Run, classifier_is_new: bool = False) -> None:
+        """Raise UserError for a detector that cannot tell proposals apart: its numbers would mean nothing."""
+        config = self.configs[self.runs.index(run)]
+        if config.train.dead == "ignore":
+            return
+
+        def look() -> str | None:
+            """Ask the main process's copy, which is as good as any."""
+            detector = _detector(run).eval()
+            number = min(LOOKED_AT, len(self.validation))
+            return cause_of_death(
+                detector, [self.validation[k][0].to(self.device) for k in range(number)], classifier_is_new
+            )
+
+        cause = distributed.on_main(look)
+        if cause:
+            source = config.init_file if classifier_is_new else run.folder / "last.pth"
+            raise UserError(
+                f"{source}: this detector is dead: {cause}. Its training has diverged: train it anew with a lower "
+                "train.lr or train.clip_norm, in another folder (output=); train.dead=ignore goes on all the same"
+            )
 
     def train(self) -> None:
         """Train from images, or from stored features; validate between epochs where that is asked for."""
