@@ -23,7 +23,7 @@ NAMES = {
 CATEGORIES, SEMANTIC_CLASSES = 1230, 183  # those of LVIS v0.5 and of COCO-Stuff
 OBJECTS = 128  # in the image: as many as the most foreground proposals that a stage learns from
 GPUS = (24, 40, 80)  # GB
-MARGIN, CONTEXT = 1.2, 2.0  # times the activations; GB of the CUDA context and its libraries
+MARGIN = 2.0  # GB for the CUDA context and its libraries
 
 
 def large_models(arguments: argparse.Namespace) -> list[dict]:
@@ -64,20 +64,21 @@ def training_step(row: str, size: tuple[int, int], repeats: int) -> dict:
         start = time.process_time()
         activations = activations_gb(detector, step)
         seconds.append(time.process_time() - start)
-    peak = status_mb("VmHWM") - before
+    peak = (status_mb("VmHWM") - before) * 1024**2 / 1e9
     weights, learnt = (4e-9 * sum(p.numel() for p in some) for some in (detector.parameters(), trained))
     copies = learnt / 2  # of the weights in half precision, which autocast makes and autograd keeps
     with torch.autocast("cpu", torch.bfloat16):
         halves = activations_gb(detector, lambda: detector(images, targets)) - copies
     fixed = weights + 3 * learnt  # gradients, momenta, and the buckets in which ranks exchange gradients
+    single = peak - weights - 2 * learnt  # an image: its activations, and what passes
+    half = single * halves / activations
     held = {
-        f"{gpu} GB": f"{images_held(gpu, fixed, activations)} / {images_held(gpu, fixed + copies, halves)}"
-        for gpu in GPUS
+        f"{gpu} GB": f"{images_held(gpu, fixed, single)} / {images_held(gpu, fixed + copies, half)}" for gpu in GPUS
     }
     return {
         "model": NAMES[row],
         "CPU s": round(statistics.median(seconds), 1),
-        "peak GB": round(peak / 1000, 1),
+        "peak GB": round(peak, 1),
         "fixed GB": round(fixed, 1),
         "fp32 GB": round(activations, 1),
         "bf16 GB": round(halves, 1),
@@ -158,6 +159,6 @@ def activations_gb(detector: "torch.nn.Module", forward: Callable[[], Any]) -> f
     return sum(kept.values()) / 1e9
 
 
-def images_held(gpu: int, fixed: float, activations: float) -> int:
+def images_held(gpu: int, fixed: float, image: float) -> int:
     """How many images of a step fit into a GPU's memory; all in GB."""
-    return max(int((gpu - CONTEXT - fixed) / (MARGIN * activations)), 0)
+    return max(int((gpu - MARGIN - fixed) / image), 0)
