@@ -72,8 +72,8 @@ def build_backbone(
 def load_backbone_weights(backbone: Any, name: str, source: str) -> None:
     """Load the weights of torchvision's classification network `name` into a backbone's body.
 
-    source: a name such as IMAGENET1K_V1, whose file is fetched and its hash checked; or a file with a state dict, also of
-    a detector of this project, whatever its framework.
+    source: a name such as IMAGENET1K_V1, whose file is fetched and its hash checked; or a file with a state dict, which
+    may be that of a detector of this project.
     Raises UserError for anything that does not hold exactly this backbone's weights.
     """
     if Path(source).suffix in (".pth", ".pt"):
