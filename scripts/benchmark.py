@@ -6,6 +6,7 @@
     python scripts/benchmark.py data            # AnnotationIndex on annotations like a tenth of LVIS v1 train
     python scripts/benchmark.py data --full     # ... like all of it (1.27 million; needs 10 GB of memory)
     python scripts/benchmark.py train_step      # a step of R50-FPN against torchvision's; GroupSoftmax against softmax
+    python scripts/benchmark.py large_models --full --repeats 1  # memory and seconds of the models of Tables 2 and 3
     python scripts/benchmark.py throughput      # images/s of our training loop against torchvision's reference loop
     python scripts/benchmark.py classifier_stage  # BAGS from stored features, R50-FPN, against the live detector
     python scripts/benchmark.py loss --json     # [{case, ours_s, peer, peer_s, ratio, identical}, ...]
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bags.cli.checks import check_save
 from bags.core.errors import UserError, run_script
 
-NAMES = ("loss", "train_step", "throughput", "classifier_stage", "inference", "evaluation", "data")
+NAMES = ("loss", "train_step", "large_models", "throughput", "classifier_stage", "inference", "evaluation", "data")
 
 
 def main() -> None:
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--save", type=Path, metavar="JSON", help="keep the cases, the command and the environment")
     parser.add_argument("--full", action="store_true", help="the full size, where there is one")
+    parser.add_argument("--rows", help="comma-separated rows of lvis_v0.5, for large_models (default: all six)")
     parser.add_argument("--repeats", type=int, default=31, help="interleaved repeats of each case (default 31)")
     arguments = parser.parse_args()
     if arguments.repeats < 1:
@@ -44,11 +46,16 @@ def main() -> None:
     if arguments.save:
         from bags.analysis.results import save_benchmark
 
-        full = " --full" if arguments.full else ""
-        command = f"python scripts/benchmark.py {arguments.name}{full} --repeats {arguments.repeats}"
+        options = f"{' --full' if arguments.full else ''}{f' --rows {arguments.rows}' if arguments.rows else ''}"
+        command = f"python scripts/benchmark.py {arguments.name}{options} --repeats {arguments.repeats}"
         save_benchmark(arguments.save, (benchmark.__doc__ or "").strip(), command, results)
     if arguments.json:
         print(json.dumps(results, indent=1))
+        return
+    if "model" in results[0]:
+        from bags.analysis.results import render_cases
+
+        print(render_cases(results))
         return
     print(f"{'case':<62} {'ours':>10} {'peer':>10} {'peer/ours':>9} {'ours/peer':>9}  identical  peer is")
     for r in results:

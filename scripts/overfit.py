@@ -3,12 +3,17 @@
     python scripts/overfit.py                               # 5 frameworks x 2 classifiers, 40 minutes on one core
     python scripts/overfit.py htc mask_rcnn --classifiers group_softmax
     python scripts/overfit.py faster_rcnn train.lr=0.0005   # section.key=value, as everywhere; data.* take other images
+    python scripts/overfit.py cascade_rcnn htc_dcn --classifiers softmax,bags detector.backbone=resnext101_64x4d
+
+Other backbones than `small` learn smaller images, because they cost more. htc_dcn has deformable stages, learns images
+of several sizes, and runs only where it is named. bags retrains the classifier of softmax, which is named before it.
 
 A detector that cannot do this has a fault. Exit code 1 if one fails.
 """
 
 import argparse
 import json
+import resource
 import sys
 import tempfile
 import time
@@ -24,8 +29,10 @@ ROWS = {
     "cascade_rcnn": "cascade",
     "cascade_mask_rcnn": "cascade_mask",
     "htc": "htc",
+    "htc_dcn": "htc_dcn",
 }
-CLASSIFIERS = {"softmax": [], "group_softmax": ["classifier.name=group_softmax", "classifier.boundaries=[2, 3]"]}
+GROUPS = ["classifier.name=group_softmax", "classifier.boundaries=[2, 3]"]
+CLASSIFIERS = {"softmax": [], "group_softmax": GROUPS, "bags": [*GROUPS, "train.part=cls"]}
 DATASET = Path("glyphs-100")
 IMAGES = 8
 SCHEDULE = [
@@ -39,6 +46,17 @@ SCHEDULE = [
     "detector.roi.batch_size=32",
     "test.score_threshold=0.05",
 ]
+# For every backbone but `small`: batch normalisation is trained, because there are no pretrained weights.
+DEEP = [
+    "detector.min_size=96",
+    "detector.max_size=96",
+    "detector.rpn.anchor_sizes=[[14], [20], [28], [48], [64]]",
+    "train.epochs=100",
+    "train.lr=0.0005",
+    "train.milestones=[75]",
+    "train.warmup_iterations=20",
+]
+SCALES = {"htc_dcn": ["data.short_sides=[80, 112]", "data.long_side=112"]}
 
 
 def main() -> None:
@@ -48,15 +66,17 @@ def main() -> None:
     parser.add_argument("--classifiers", default="softmax,group_softmax", help="comma-separated")
     arguments = parser.parse_intermixed_args()
     overrides = [text for text in arguments.frameworks if "=" in text]
-    frameworks = [text for text in arguments.frameworks if "=" not in text] or list(ROWS)
+    frameworks = [text for text in arguments.frameworks if "=" not in text] or [f for f in ROWS if f != "htc_dcn"]
     classifiers = [name for name in arguments.classifiers.split(",") if name]
     for name, known in [(f, ROWS) for f in frameworks] + [(c, CLASSIFIERS) for c in classifiers]:
         if name not in known:
             raise UserError(f"{name}: expected one of {', '.join(known)}")
+    if "bags" in classifiers and "softmax" not in classifiers[: classifiers.index("bags")]:
+        raise UserError("--classifiers bags: name softmax before it, as in softmax,bags")
     with tempfile.TemporaryDirectory() as folder:
         data = few_images(Path(folder), overrides)
         results = [
-            overfit(framework, classifier, [f"output={folder}/runs", *SCHEDULE, *overrides, *data])
+            overfit(framework, classifier, [f"output={folder}/runs", *overrides, *data])
             for framework in frameworks
             for classifier in classifiers
         ]
@@ -82,26 +102,54 @@ def few_images(folder: Path, overrides: list[str]) -> list[str]:
 
 
 def overfit(framework: str, classifier: str, overrides: list[str]) -> bool:
-    """Trains one detector from nothing; prints its AP50 and returns whether it has learnt the images."""
+    """Trains one detector; prints its AP50, time and memory, and returns whether it has learnt the images.
+
+    bags starts from the detector of softmax, the others from nothing.
+    """
     from bags.config.load import load_config
     from bags.core.distributed import distributed
     from bags.jobs.train import run
 
-    config = load_config(
-        DATASET / ROWS[framework], [*CLASSIFIERS[classifier], f"name={framework}-{classifier}", *overrides]
-    )
+    row = DATASET / ROWS[framework]
+    deep = load_config(row, overrides).detector.backbone != "small"
+    settings = [*SCHEDULE, *(DEEP + SCALES.get(framework, []) if deep else []), *CLASSIFIERS[classifier]]
+    if classifier == "bags":
+        settings.append(f"detector.init_from=row:{framework}-softmax")
+    config = load_config(row, [*settings, f"name={framework}-{classifier}", *overrides])
+    reset_peak()
     start = time.perf_counter()
     with distributed(config.device) as device:
         run([config], device)
+    seconds, memory = time.perf_counter() - start, peak_gb()
     metrics = json.loads((config.run_folder / "metrics.json").read_text())
+    steps = json.loads((config.run_folder / "log.jsonl").read_text().splitlines()[-1])
     found = {key: metrics[key] for key in ("AP50", "mask_AP50") if key in metrics}
     good = min(found.values()) > 0.9
     numbers = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
-    print(
-        f"{framework} {classifier}: {numbers} after {time.perf_counter() - start:.0f} s{'' if good else ': FAILED'}",
-        flush=True,
-    )
+    pace = f"{seconds:.0f} s ({steps['seconds'] / (steps['iteration'] + 1):.2f} s a step), at most {memory:.1f} GB"
+    print(f"{framework} {classifier}: {numbers} after {pace}{'' if good else ': FAILED'}", flush=True)
     return good
+
+
+def reset_peak() -> None:
+    """Let `peak_gb` forget what was before, where that is possible: on a GPU and on Linux."""
+    import torch
+
+    clear = Path("/proc/self/clear_refs")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif clear.exists():
+        clear.write_text("5")
+
+
+def peak_gb() -> float:
+    """The most memory since `reset_peak`: of the GPU, or of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 if __name__ == "__main__":

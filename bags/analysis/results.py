@@ -153,7 +153,13 @@ def _table(path: Path, chosen: str) -> str:
 
 
 def render_cases(cases: list[dict]) -> str:
-    """Markdown table of a benchmark's cases: seconds or megabytes of this package and of the peer, and their ratio."""
+    """Markdown table of a benchmark's cases: seconds or megabytes of this package and of the peer, and their ratio.
+
+    Cases without a peer have their keys as columns.
+    """
+    if "peer" not in cases[0]:
+        table = [list(cases[0]), ["---", *["---:"] * (len(cases[0]) - 1)], *(case.values() for case in cases)]
+        return "\n".join(f"| {' | '.join(map(str, line))} |" for line in table)
     lines = ["| case | ours | peer | peer / ours | same output | peer is |", "|---|---:|---:|---:|---|---|"]
     for case in cases:
         ours, peer = (_quantity(case, side) for side in ("ours", "peer"))

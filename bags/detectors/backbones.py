@@ -72,7 +72,8 @@ def build_backbone(
 def load_backbone_weights(backbone: Any, name: str, source: str) -> None:
     """Load the weights of torchvision's classification network `name` into a backbone's body.
 
-    source: a name such as IMAGENET1K_V1, whose file is fetched and its hash checked; or a file with a state dict.
+    source: a name such as IMAGENET1K_V1, whose file is fetched and its hash checked; or a file with a state dict, which
+    may be that of a detector of this project.
     Raises UserError for anything that does not hold exactly this backbone's weights.
     """
     if Path(source).suffix in (".pth", ".pt"):
@@ -89,7 +90,7 @@ def load_backbone_weights(backbone: Any, name: str, source: str) -> None:
             state = weights[source].get_state_dict(progress=True, check_hash=True)
         except OSError as error:
             raise UserError(f"{weights[source].url}: cannot be fetched ({error}); name a local file instead") from None
-    state = {key.removeprefix("features."): value for key, value in state.items()}
+    state = {key.removeprefix("backbone.body.").removeprefix("features."): value for key, value in state.items()}
     new = backbone.body.state_dict()
     misfits = [key for key, value in new.items() if key not in state or state[key].shape != value.shape]
     misfits = [key for key in misfits if not key.endswith("num_batches_tracked") and ".offsets." not in key]

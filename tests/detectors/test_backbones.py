@@ -117,6 +117,18 @@ def test_weights_of_torchvisions_classifier(tmp_path, name):
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_of_another_framework(tmp_path):
+    """A checkpoint's body is loaded, and none of its pyramid; deformable convolutions take the plain ones' weights."""
+    source = build_backbone("resnet18", 16, 0, False, 0)
+    model = {f"backbone.{name}": value for name, value in source.state_dict().items()}
+    torch.save({"model": model | {"rpn.head.bias": torch.zeros(3)}, "iteration": 5}, tmp_path / "last.pth")
+    backbone = build_backbone("resnet18", 16, 0, False, 0, [4])
+    load_backbone_weights(backbone, "resnet18", str(tmp_path / "last.pth"))
+    loaded = backbone.body.state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in source.body.state_dict().items())
+    assert not torch.equal(backbone.fpn.inner_blocks[0][0].weight, source.fpn.inner_blocks[0][0].weight)
+
+
 def test_foreign_weights_are_refused(tmp_path):
     backbone = build_backbone("resnet18", 16, 0, True, 0)
     before = {k: v.clone() for k, v in backbone.state_dict().items()}

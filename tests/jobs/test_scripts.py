@@ -19,6 +19,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 import bags
+from bags.analysis.results import render_page
 from bags.analysis.run_files import read_scored_on
 from bags.cli.arguments import split_arguments
 from bags.config.load import load_rows
@@ -326,17 +327,42 @@ def test_an_override_may_be_longer_than_a_path():
 
 def test_overfit_says_what_failed(glyphs):
     """One epoch is not enough; the script itself is what is tested here."""
-    done = run_script(
-        "overfit",
-        "faster_rcnn",
-        "--classifiers",
-        "group_softmax",
-        "train.epochs=1",
-        "device=cpu",
-        f"data.root={glyphs}",
-        "data.glyphs=null",
-    )
+    one_epoch = ["train.epochs=1", "train.milestones=[0.5]", "device=cpu", f"data.root={glyphs}", "data.glyphs=null"]
+    done = run_script("overfit", "faster_rcnn", "--classifiers", "softmax,bags", *one_epoch)
     assert done.returncode == 1, done.stderr
-    assert done.stdout.startswith("faster_rcnn group_softmax: AP50 0.") and done.stdout.endswith("FAILED\n")
-    done = run_script("overfit", "fast_rcnn")
-    assert done.returncode == 2 and "fast_rcnn: expected one of faster_rcnn, mask_rcnn" in done.stderr
+    for line, classifier in zip(done.stdout.splitlines(), ("softmax", "bags"), strict=True):
+        words = rf"faster_rcnn {classifier}: AP50 0\.\d+ after \d+ s \([\d.]+ s a step\), at most [\d.]+ GB: FAILED"
+        assert re.fullmatch(words, line), line
+    for arguments, words in (
+        (["fast_rcnn"], "fast_rcnn: expected one of faster_rcnn, mask_rcnn"),
+        (["--classifiers", "bags,softmax"], "--classifiers bags: name softmax before it, as in softmax,bags"),
+    ):
+        done = run_script("overfit", *arguments)
+        assert done.returncode == 2 and words in done.stderr
+
+
+def test_overfit_takes_a_backbone_and_deformable_stages(glyphs):
+    """The row htc_dcn: masks, several sizes, and a backbone that is not small."""
+    options = ["train.epochs=1", "train.milestones=[0.5]", "device=cpu", f"data.root={glyphs}", "data.glyphs=null"]
+    stages = ["detector.deformable_stages=[4]", "detector.backbone=resnet18", "data.train_semantic=null"]
+    done = run_script("overfit", "htc_dcn", "--classifiers", "softmax", *options, *stages)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.startswith("htc_dcn softmax: AP50 0.") and ", mask_AP50 0." in done.stdout
+
+
+def test_benchmark_of_the_large_models(tmp_path):
+    """A GPU of twice the memory holds at least twice the images; half precision keeps less, so that more fit."""
+    command = ["benchmark", "large_models", "--rows", "softmax", "--repeats", "1", "--json"]
+    done = run_script(*command, "--save", tmp_path / "models.json")
+    assert done.returncode == 0, done.stderr
+    [case] = json.loads(done.stdout)
+    single, half = zip(*(map(int, case[f"{gpu} GB"].split(" / ")) for gpu in (40, 80)), strict=True)
+    assert 2 * single[0] <= single[1] and 2 * half[0] <= half[1] and single < half
+    assert 0.7 * case["fixed GB"] < case["peak GB"]  # which has all but the buckets of several ranks
+    kept = json.loads((tmp_path / "models.json").read_text())
+    assert kept["cases"] == [case]
+    assert kept["command"] == "python scripts/benchmark.py large_models --rows softmax --repeats 1"
+    page = render_page("<!-- models.json -->\n<!-- end -->", tmp_path)
+    assert "| Faster R-CNN, R50 | " in page
+    done = run_script("benchmark", "large_models", "--rows", "vgg")
+    assert done.returncode == 2 and "--rows vgg: expected some of softmax,large," in done.stderr
