@@ -131,7 +131,8 @@ def _changes(runs: list[RunResults], findings: Findings) -> str:
             low, high = result.intervals.get(name, (math.nan, math.nan))
             if not math.isnan(first):
                 second, known = result.second[name], not math.isnan(low)
-                sure = "higher" if low > 0 else "lower" if high < 0 else ""
+                ends = round(100 * low, 2), round(100 * high, 2)  # as shown: 0.00 is not beyond 0
+                sure = "higher" if ends[0] > 0 else "lower" if ends[1] < 0 else ""
                 spread = f"{percent(low, '+.2f')} to {percent(high, '+.2f')}" if known else "-"
                 change = percent(second - first, "+.2f")
                 rows.append([column_title(name), percent(first, ".2f"), percent(second, ".2f"), change, spread, sure])

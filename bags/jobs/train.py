@@ -36,6 +36,7 @@ from bags.jobs import preflight
 from bags.jobs.folders import describe, is_complete, is_finished
 from bags.jobs.score import predict_and_evaluate
 
+NOTHING = 0.01  # AP in 0..1 of a detector that is of no use to a classifier
 LOOKED_AT = 4  # validation images that tell whether a detector is alive
 
 
@@ -218,9 +219,20 @@ class Pass:
                 write_scores(config.run_folder, config.name, scores, config.test.bins, config.test.figures)
                 write_scored_on(config.run_folder, self.validation.index.path, self.validation.index.sha256)
                 write_metrics(config.run_folder, metrics)  # last, since a run with metrics is finished
+                if config.train.part == "all" and metrics["AP"] < NOTHING:
+                    note_weakness(config, metrics["AP"])
                 if config.train.evaluate_every:
                     _keep(run, config.train.epochs, metrics)
         distributed.barrier()
+
+
+def note_weakness(config: Config, ap: float) -> None:
+    """Say on stderr that a detector is too weak for a classifier to matter."""
+    print(
+        f"note: {config.name}: an AP of {100 * ap:.2f} % means that this detector finds next to nothing, and another "
+        "classifier cannot help: train it for longer (train.epochs), or start from a trained one (docs/weights.md)",
+        file=sys.stderr,
+    )
 
 
 def note_data(index: AnnotationIndex, stats: CategoryStats) -> None:

@@ -7,12 +7,14 @@ import math
 import re
 import shutil
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import metrics, run_script
 from PIL import Image
 
+from bags.analysis import report
 from bags.analysis.choice import read_choice
 from bags.analysis.examples import crop_window, judged, overlap
 from bags.analysis.run_files import read_categories
@@ -394,3 +396,15 @@ def test_a_run_is_read_as_it_was_written(folder):
     run = read_run(folder / "bags")
     assert run.label == "bags" and run.log and run.environment["ranks"] == 1
     assert {"id", "name", "bin", "AP", "AP50", "training_instances", "frequency"} <= run.rows[0].keys()
+
+
+def test_an_end_that_is_shown_as_0_is_not_beyond_0():
+    """A baseline that finds nothing differs from another by the last digits; that is no result."""
+    ends = {"AP": (2e-6, 3e-4), "AP1": (6e-5, 1e-3), "AP2": (-0.02, -4e-5), "AP3": (-0.02, -6e-5)}
+    nothing, new = dict.fromkeys(ends, 0.0), dict.fromkeys(ends, 1e-4)
+    result = SimpleNamespace(first=nothing, second=new, intervals=ends, rows=[])
+    runs = [SimpleNamespace(label=label) for label in ("new", "old")]
+    page = Page(report._changes(runs, SimpleNamespace(comparison={"bbox": result})))
+    table = page.tables["Means of boxes"]
+    assert [row[-1] for row in table] == ["beyond 0", "", "higher", "", "lower"]
+    assert [row[-2] for row in table[1:3]] == ["+0.00 to +0.03", "+0.01 to +0.10"]

@@ -57,7 +57,7 @@ def test_no_stage_is_trained_on_a_dead_detector(job, tmp_path):
     assert done.returncode == 0 and (tmp_path / "runs/tiny/bags/metrics.json").exists(), done.stderr
 
 
-def test_a_dead_run_has_no_numbers(glyphs, tmp_path, monkeypatch):
+def test_a_dead_run_has_no_numbers(glyphs, tmp_path, monkeypatch, capsys):
     configs = write_configs(tmp_path / "configs", glyphs)
     train = Pass.train
 
@@ -73,7 +73,9 @@ def test_a_dead_run_has_no_numbers(glyphs, tmp_path, monkeypatch):
     with pytest.raises(bags.UserError, match="softmax/last.pth: this detector is dead: 32 of the 32 units"):
         bags.train(configs / "softmax.yaml", overrides)
     assert not (tmp_path / "runs/tiny/softmax/metrics.json").exists()
+    assert "next to nothing" not in capsys.readouterr().err
     bags.train(configs / "softmax.yaml", [*overrides, "train.dead=ignore"])
+    assert "note: softmax: an AP of 0.00 % means that this detector finds next to nothing" in capsys.readouterr().err
     assert (tmp_path / "runs/tiny/softmax/metrics.json").exists()
 
 
