@@ -1,6 +1,7 @@
 """Make, fetch and check datasets."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,48 @@ def coco_lt(arguments: "argparse.Namespace") -> None:
     short = sum(counts[category] < target for category, target in targets.items()) if capped else 0
     if short:
         print(f"note: {arguments.source}: has less than the target of {short} categories; all is kept", file=sys.stderr)
+
+
+def split(arguments: "argparse.Namespace") -> None:
+    """Divide an annotation file into train and val; print the numbers of both and the command that comes next."""
+    from bags.data.split import split_annotations
+
+    source, group = arguments.source, arguments.group
+    train, val = (
+        given or source.with_name(f"{source.stem}_{name}.json")
+        for given, name in ((arguments.output_train, "train"), (arguments.output_val, "val"))
+    )
+    done = split_annotations(source, (train, val), arguments.val, group, arguments.seed)
+    share = done.images[1] / sum(done.images)
+    for path, images, objects, of_all in zip((train, val), done.images, done.objects, (1 - share, share), strict=True):
+        print(f"{path}: {images} images ({of_all:.1%}), {sum(objects)} objects")
+    kinds = [(bool(a), bool(b)) for a, b in zip(*done.objects, strict=True)]
+    alone = sum(number == 1 for number in done.units)
+    what = "group" if group else "image"
+    print(
+        f"categories: {kinds.count((True, True))} in both files, {kinds.count((True, False))} in train only "
+        f"({alone} of them cannot be in both: they have one {what} only), {kinds.count((False, True))} in val only, "
+        f"{kinds.count((False, False))} without objects"
+    )
+    if not group and abs(done.images[1] - arguments.val * sum(done.images)) > 1:
+        words = f"val has {share:.1%} of the images, not {arguments.val:.1%}"
+        print(f"note: {val}: {words}: otherwise categories would be missing from a file", file=sys.stderr)
+    keys = " ".join(map(shlex.quote, _keys_of_split(source, train, val)))
+    print(f"next: python scripts/prepare_data.py check configs/custom {keys}")
+
+
+def _keys_of_split(source: Path, train: Path, val: Path) -> list[str]:
+    """The overrides of configs/custom for two files of one image folder, which is looked for beside the source."""
+    from bags.data.json_files import read_annotations
+    from bags.data.packing import file_name_of
+
+    root = source.parent
+    name = file_name_of(val, read_annotations(val)["images"][0])
+    folders = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
+    images = next((str(folder.relative_to(root)) for folder in folders if (folder / name).is_file()), "FOLDER_OF_IMAGES")
+    files = [path.name if path.parent.resolve() == root.resolve() else str(path.resolve()) for path in (train, val)]
+    keys = [f"data.root={root}", f"data.name={source.stem}", f"data.train={files[0]}", f"data.val={files[1]}"]
+    return [*keys, f"data.train_images={images}", f"data.val_images={images}"]
 
 
 def remap(arguments: "argparse.Namespace") -> None:
