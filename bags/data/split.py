@@ -1,13 +1,14 @@
 """One annotation file divided into train and val, so that rare categories are in both.
 
 Iterative stratification (Sechidis, Tsoumakas and Vlahavas 2011, On the Stratification of Multi-Label Data): of the
-category with the fewest images that are still to be placed, each image goes to the file that lacks most of that category.
-Two steps follow. `_Sides.cover` moves images for the categories that a file misses, and `_Sides.balance` restores the
-share. Images that must stay together are one unit.
+category with the fewest images that are still to be placed, each image goes to the file that lacks most of that
+category. Two steps follow. `_Sides.cover` moves images for the categories that a file misses, and `_Sides.balance`
+restores the share. Images that must stay together are one unit.
 
 Command:  python scripts/prepare_data.py split mine.json --val 0.2
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,7 +187,10 @@ class _Sides:
         self.units, self.share = units, share
         size = int(units.labels.max()) + 1
         starts, labels = units.starts.tolist(), units.labels.tolist()
-        self.labels = [labels[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        images = units.images.tolist()
+        self.labels = [labels[a:b] for a, b in itertools.pairwise(starts)]
+        self.images = [images[a:b] for a, b in itertools.pairwise(starts)]  # of the unit, with each of its labels
+        self.sizes = units.sizes.tolist()
         self.by_label: list[list[int]] = [[] for _ in range(size)]
         for unit in order.tolist():
             for label in self.labels[unit]:
@@ -207,17 +211,19 @@ class _Sides:
 
     def stratify(self, rng: np.random.RandomState) -> None:
         """Place all units, those of the rarest category first. Of each divisible category val wants a unit at least."""
-        images = self.units.images.tolist()
-        weights = [dict(zip(of_unit, images[a:], strict=False)) for of_unit, a in zip(self.labels, self.units.starts)]
         wanted: list[list[float]] = [[], []]
-        for label, of_label in enumerate(self.by_label):
-            number = [weights[unit][label] for unit in of_label]
-            part = self.share * sum(number)
+        numbers: list[list[int]] = [[] for _ in self.by_label]  # images of each label in each of its units
+        for of_unit, images in zip(self.labels, self.images, strict=True):
+            for label, number in zip(of_unit, images, strict=True):
+                numbers[label].append(number)
+        for label, of_label in enumerate(numbers):
+            everything = sum(of_label)
+            part = self.share * everything
             if label:
-                part = min(max(part, min(number)), sum(number) - min(number)) if self.divisible[label] else 0
+                part = min(max(part, min(of_label)), everything - min(of_label)) if self.divisible[label] else 0
             wanted[VAL].append(part)
-            wanted[TRAIN].append(sum(number) - part)
-        total = int(self.units.sizes.sum())
+            wanted[TRAIN].append(everything - part)
+        total = sum(self.sizes)
         room = [(1 - self.share) * total, self.share * total]
         left, placed = [len(of_label) for of_label in self.by_label], [False] * len(self.units)
 
@@ -226,8 +232,8 @@ class _Sides:
             placed[unit] = True
             if side != self.side[unit]:
                 self.move(unit)
-            room[side] -= self.units.sizes[unit]
-            for label, weight in weights[unit].items():
+            room[side] -= self.sizes[unit]
+            for label, weight in zip(self.labels[unit], self.images[unit], strict=True):
                 wanted[side][label] -= weight
                 left[label] -= 1
 

@@ -1,8 +1,11 @@
 """Make, fetch and check datasets."""
 
+import itertools
 import json
 import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +16,8 @@ from bags.data.glyphs import PRESETS, make_glyphs
 
 if TYPE_CHECKING:
     import argparse
+
+    from bags.data.index import AnnotationIndex
 
 
 def glyphs(arguments: "argparse.Namespace") -> None:
@@ -86,7 +91,9 @@ def _keys_of_split(source: Path, train: Path, val: Path) -> list[str]:
     root = source.parent
     name = file_name_of(val, read_annotations(val)["images"][0])
     folders = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
-    images = next((str(folder.relative_to(root)) for folder in folders if (folder / name).is_file()), "FOLDER_OF_IMAGES")
+    images = next(
+        (str(folder.relative_to(root)) for folder in folders if (folder / name).is_file()), "FOLDER_OF_IMAGES"
+    )
     files = [path.name if path.parent.resolve() == root.resolve() else str(path.resolve()) for path in (train, val)]
     keys = [f"data.root={root}", f"data.name={source.stem}", f"data.train={files[0]}", f"data.val={files[1]}"]
     return [*keys, f"data.train_images={images}", f"data.val_images={images}"]
@@ -105,7 +112,7 @@ def remap(arguments: "argparse.Namespace") -> None:
 
 def check(arguments: "argparse.Namespace") -> None:
     """Print the defects of annotation files and images. Raises UserError for those that stop training."""
-    from bags.data.checks import check_annotations, check_images, check_splits
+    from bags.data.checks import check_annotations, check_images, check_splits, missing_folder, missing_validation
     from bags.data.findings import STOP, as_dicts, render
     from bags.data.index import AnnotationIndex
 
@@ -122,32 +129,57 @@ def check(arguments: "argparse.Namespace") -> None:
     findings, indices = [], []
     for path, images, boundaries, training in sources:
         in_file = check_annotations(path, boundaries, training, masks)
+        if not training and not path.exists():
+            in_file = missing_validation(path)
         if not any(finding.level == STOP for finding in in_file):
             indices.append(AnnotationIndex.open(path))
             if images is not None and not images.is_dir():
-                raise UserError(f"{images}: no such image folder; set data.root, data.*_images or --images")
-            if images is not None:
+                in_file += missing_folder(images)
+            elif images is not None:
                 in_file += check_images(indices[-1], images, arguments.decode, data.exif, data.max_pixels)
         findings += in_file
-    if len(sources) == len(indices) == 2:
+    if len(sources) == len(indices) == 2 and all(images.is_dir() for _, images, _, _ in sources):
         findings += check_splits(indices[0], indices[1], sources[0][1], sources[1][1])
-    if not any(finding.level == STOP for finding in findings):
-        _check_rows(configs)
+    problems = sum(finding.level == STOP for finding in findings)
+    refusal = None if problems else _refusal(configs)
     if arguments.json:
         print(json.dumps(as_dicts(findings), indent=1))
     else:
         print("\n".join(map(printable, render(findings).split("\n"))) or "no defects")
+        if indices and indices[0].path == sources[0][0]:
+            print(_bins(replace(indices[0], for_masks=masks), (configs[0] if configs else Config()).test.bins))
     if indices and sources[0][1] and not arguments.decode:
         print("note: only the headers of the images were read; --decode also finds truncated images", file=sys.stderr)
-    sys.exit(1 if any(finding.level == STOP for finding in findings) else 0)
+    if not arguments.json:
+        number = problems or int(refusal is not None)
+        print(f"not ready: {number} problem{'s' * (number > 1)}" if number else "ready to train", flush=True)
+    if refusal:
+        raise refusal
+    sys.exit(1 if problems else 0)
 
 
-def _check_rows(configs: list[Config]) -> None:
-    """Raise the error that the start of the rows' training would raise: impossible groups, for example."""
+def _bins(index: "AnnotationIndex", boundaries: Sequence[int]) -> str:
+    """A line for each bin of training objects: how many categories are in it."""
+    from bags.data.statistics import CategoryStats, instance_bin
+
+    bins = instance_bin(CategoryStats.from_index(index).instance_counts, boundaries).tolist()
+    names = [f"{low} to {high - 1}" for low, high in itertools.pairwise((0, *boundaries))] + [
+        f"{boundaries[-1]} or more"
+    ]
+    lines = [f"  AP{n + 1}: {name:<16}{bins.count(n):>6}" for n, name in enumerate(names)]
+    return "\n".join([f"categories by training objects (test.bins), of {len(bins)}:", *lines])
+
+
+def _refusal(configs: list[Config]) -> UserError | None:
+    """The error that the start of the rows' training would raise: impossible groups, for example."""
     if configs:
         from bags.jobs.preflight import check_data
 
-        check_data(configs)
+        try:
+            check_data(configs)
+        except UserError as error:
+            return error
+    return None
 
 
 def _sources(path: Path, overrides: list[str]) -> tuple[list[Config], list[tuple]]:
