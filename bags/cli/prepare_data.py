@@ -4,6 +4,7 @@
     python scripts/prepare_data.py glyphs-1230 --root /data/glyphs
     python scripts/prepare_data.py lvis --root data/lvis --version v0.5
     python scripts/prepare_data.py coco_lt --source instances_train2017.json --output coco_lt.json
+    python scripts/prepare_data.py split mine.json --val 0.2             # to mine_train.json and mine_val.json
     python scripts/prepare_data.py check configs/muscima data.root=/data/muscima_tiles
     python scripts/prepare_data.py check train.json --images train2017   # an annotation file without a configuration
     python scripts/prepare_data.py remap val.json --like train.json --output val_all.json   # categories by name
@@ -40,6 +41,13 @@ def main() -> None:
     coco_lt.add_argument("--image-lists", type=Path, help="JSON: the authors' image ids per category id, instead")
     coco_lt.add_argument("--output", type=Path, required=True)
     coco_lt.add_argument("--seed", type=int, default=0)
+    split = commands.add_parser("split", help="divide an annotation file into train and val, rare categories in both")
+    split.add_argument("source", type=Path, help="annotation file")
+    split.add_argument("--val", type=float, default=0.2, metavar="SHARE", help="share of the images in val (0.2)")
+    split.add_argument("--output-train", type=Path, help="default: NAME_train.json beside the source NAME.json")
+    split.add_argument("--output-val", type=Path, help="default: NAME_val.json beside it")
+    split.add_argument("--group", metavar="KEY", help="key of the images; those of equal value stay together: video")
+    split.add_argument("--seed", type=int, default=0)
     remap = commands.add_parser("remap", help="give a file the categories of another one, by name")
     remap.add_argument("source", type=Path, help="annotation file")
     remap.add_argument("--like", type=Path, required=True, help="the file whose categories are taken")
@@ -55,5 +63,5 @@ def main() -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "check":
         arguments.overrides += rest  # that stand after an option
-    verbs = {name: getattr(prepare_data, name) for name in ("lvis", "coco_lt", "remap", "check")}
+    verbs = {name: getattr(prepare_data, name) for name in ("lvis", "coco_lt", "split", "remap", "check")}
     verbs.get(arguments.command, prepare_data.glyphs)(arguments)

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bags.core.errors import UserError
-from bags.data.findings import STOP, Finding, Findings
+from bags.data.findings import ONE_FILE, STOP, Finding, Findings
 from bags.data.images import (
     MAX_PIXELS,
     ORIENTATION,
@@ -285,6 +285,20 @@ def _check_counts(
         for (low, high), size in zip(itertools.pairwise((0, *boundaries, math.inf)), sizes, strict=True):
             if not size:
                 findings.add("empty group", f"no category has {low} to {high} training instances")
+
+
+def missing_folder(folder: Path) -> list[Finding]:
+    """The finding that an image folder is not there."""
+    findings = Findings(folder)
+    findings.add("no such image folder", "set data.root, data.*_images or --images")
+    return findings.list()
+
+
+def missing_validation(path: Path) -> list[Finding]:
+    """The finding that a validation file is not there."""
+    findings = Findings(path)
+    findings.add("file", f"no such file. {ONE_FILE}")
+    return findings.list()
 
 
 def check_images(

@@ -7,6 +7,7 @@ from pathlib import Path
 EXAMPLES = 5
 STOP, DROP, NOTE = "stops", "dropped", "note"
 REMAP = "prepare_data.py remap VAL.json --like TRAIN.json --output NEW.json matches categories by name"
+ONE_FILE = "If you have one annotation file only, `prepare_data.py split` divides it into train and val"
 DEFECTS = {  # kind -> (level, what training does)
     "file": (STOP, "training refuses the file"),
     "key given twice": (NOTE, "the last value of the key in an entry counts"),
@@ -36,6 +37,7 @@ DEFECTS = {  # kind -> (level, what training does)
     "category without instances": (NOTE, "its classifier learns to say no"),
     "empty group": (NOTE, "the group's softmax has nothing but `others`"),
     "counts disagree": (NOTE, "the annotations are counted; the file's own numbers are not used"),
+    "no such image folder": (STOP, "training refuses it"),
     "missing image": (STOP, "training stops when it comes to it"),
     "unreadable image": (STOP, "training stops when it comes to it"),
     "too many pixels": (STOP, "training stops when it comes to it; data.max_pixels is the limit"),

@@ -1,5 +1,7 @@
 """Checks of a job's data before anything is trained."""
 
+import hashlib
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -7,7 +9,9 @@ from bags.assembly.initialise import check_categories
 from bags.assembly.loaders import open_index
 from bags.config.sections import Config, TailOnlyConfig
 from bags.core.errors import UserError
+from bags.core.files import read_bytes
 from bags.data.checks import why_nothing_scores, why_nothing_trains
+from bags.data.findings import ONE_FILE
 from bags.data.index import AnnotationIndex
 from bags.data.statistics import CategoryStats
 from bags.evaluation.truth import read_truth
@@ -26,6 +30,8 @@ def check_data(configs: Iterable[Config]) -> None:
         pair = (config.data.root, config.data.train, config.data.val)
         if pair not in checked:
             check_validation(config, stats)
+            if words := validated_on_training(config):
+                print(f"warning: {words}", file=sys.stderr)
         checked.add(pair)
 
 
@@ -44,13 +50,34 @@ def check_row(config: Config, index: AnnotationIndex, stats: CategoryStats) -> N
 
 def check_validation(config: Config, stats: CategoryStats) -> None:
     """Refuse validation data that the scorer would refuse after training, or that gives no AP. Raises UserError."""
-    truth = read_truth(Path(config.data.root) / config.data.val)
+    path = Path(config.data.root) / config.data.val
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; check the path. {ONE_FILE}")
+    truth = read_truth(path)
     if reason := why_nothing_scores(truth.content["annotations"]):
         raise UserError(f"{truth.path}: {reason}")
     index = open_index(config, "val")
     check_categories(stats, index, Path(config.data.root) / config.data.train)
     if not config.shares_features:  # whose features may be kept already
         check_present(index, Path(config.data.root) / config.data.val_images)
+
+
+def validated_on_training(config: Config) -> str | None:
+    """A sentence where the training and validation annotations are one file, or two with the same content."""
+    train, val = (Path(config.data.root) / name for name in (config.data.train, config.data.val))
+    try:
+        if not train.samefile(val):
+            if train.stat().st_size != val.stat().st_size:
+                return None
+            digests = [hashlib.sha256(read_bytes(path)).digest() for path in (train, val)]
+            if digests[0] != digests[1]:
+                return None
+    except OSError:  # the data of a finished run may have moved
+        return None
+    return (
+        f"{val}: validation has the images of training, so its numbers say nothing about new images; "
+        "`prepare_data.py split` divides an annotation file into train and val"
+    )
 
 
 def check_present(index: AnnotationIndex, folder: Path) -> None:

@@ -1,7 +1,11 @@
 """Make, fetch and check datasets."""
 
+import itertools
 import json
+import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +16,8 @@ from bags.data.glyphs import PRESETS, make_glyphs
 
 if TYPE_CHECKING:
     import argparse
+
+    from bags.data.index import AnnotationIndex
 
 
 def glyphs(arguments: "argparse.Namespace") -> None:
@@ -49,6 +55,50 @@ def coco_lt(arguments: "argparse.Namespace") -> None:
         print(f"note: {arguments.source}: has less than the target of {short} categories; all is kept", file=sys.stderr)
 
 
+def split(arguments: "argparse.Namespace") -> None:
+    """Divide an annotation file into train and val; print the numbers of both and the command that comes next."""
+    from bags.data.split import split_annotations
+
+    source, group = arguments.source, arguments.group
+    train, val = (
+        given or source.with_name(f"{source.stem}_{name}.json")
+        for given, name in ((arguments.output_train, "train"), (arguments.output_val, "val"))
+    )
+    done = split_annotations(source, (train, val), arguments.val, group, arguments.seed)
+    share = done.images[1] / sum(done.images)
+    for path, images, objects, of_all in zip((train, val), done.images, done.objects, (1 - share, share), strict=True):
+        print(f"{path}: {images} images ({of_all:.1%}), {sum(objects)} objects")
+    kinds = [(bool(a), bool(b)) for a, b in zip(*done.objects, strict=True)]
+    alone = sum(number == 1 for number in done.units)
+    what = "group" if group else "image"
+    print(
+        f"categories: {kinds.count((True, True))} in both files, {kinds.count((True, False))} in train only "
+        f"({alone} of them cannot be in both: they have one {what} only), {kinds.count((False, True))} in val only, "
+        f"{kinds.count((False, False))} without objects"
+    )
+    if not group and abs(done.images[1] - arguments.val * sum(done.images)) > 1:
+        words = f"val has {share:.1%} of the images, not {arguments.val:.1%}"
+        print(f"note: {val}: {words}: otherwise categories would be missing from a file", file=sys.stderr)
+    keys = " ".join(map(shlex.quote, _keys_of_split(source, train, val)))
+    print(f"next: python scripts/prepare_data.py check configs/custom {keys}")
+
+
+def _keys_of_split(source: Path, train: Path, val: Path) -> list[str]:
+    """The overrides of configs/custom for two files of one image folder, which is looked for beside the source."""
+    from bags.data.json_files import read_annotations
+    from bags.data.packing import file_name_of
+
+    root = source.parent
+    name = file_name_of(val, read_annotations(val)["images"][0])
+    folders = [root, *sorted(path for path in root.iterdir() if path.is_dir())]
+    images = next(
+        (str(folder.relative_to(root)) for folder in folders if (folder / name).is_file()), "FOLDER_OF_IMAGES"
+    )
+    files = [path.name if path.parent.resolve() == root.resolve() else str(path.resolve()) for path in (train, val)]
+    keys = [f"data.root={root}", f"data.name={source.stem}", f"data.train={files[0]}", f"data.val={files[1]}"]
+    return [*keys, f"data.train_images={images}", f"data.val_images={images}"]
+
+
 def remap(arguments: "argparse.Namespace") -> None:
     """Write an annotation file with the categories of another one."""
     from bags.data.remap import remap_categories
@@ -62,7 +112,7 @@ def remap(arguments: "argparse.Namespace") -> None:
 
 def check(arguments: "argparse.Namespace") -> None:
     """Print the defects of annotation files and images. Raises UserError for those that stop training."""
-    from bags.data.checks import check_annotations, check_images, check_splits
+    from bags.data.checks import check_annotations, check_images, check_splits, missing_folder, missing_validation
     from bags.data.findings import STOP, as_dicts, render
     from bags.data.index import AnnotationIndex
 
@@ -79,32 +129,57 @@ def check(arguments: "argparse.Namespace") -> None:
     findings, indices = [], []
     for path, images, boundaries, training in sources:
         in_file = check_annotations(path, boundaries, training, masks)
+        if not training and not path.exists():
+            in_file = missing_validation(path)
         if not any(finding.level == STOP for finding in in_file):
             indices.append(AnnotationIndex.open(path))
             if images is not None and not images.is_dir():
-                raise UserError(f"{images}: no such image folder; set data.root, data.*_images or --images")
-            if images is not None:
+                in_file += missing_folder(images)
+            elif images is not None:
                 in_file += check_images(indices[-1], images, arguments.decode, data.exif, data.max_pixels)
         findings += in_file
-    if len(sources) == len(indices) == 2:
+    if len(sources) == len(indices) == 2 and all(images.is_dir() for _, images, _, _ in sources):
         findings += check_splits(indices[0], indices[1], sources[0][1], sources[1][1])
-    if not any(finding.level == STOP for finding in findings):
-        _check_rows(configs)
+    problems = sum(finding.level == STOP for finding in findings)
+    refusal = None if problems else _refusal(configs)
     if arguments.json:
         print(json.dumps(as_dicts(findings), indent=1))
     else:
         print("\n".join(map(printable, render(findings).split("\n"))) or "no defects")
+        if indices and indices[0].path == sources[0][0]:
+            print(_bins(replace(indices[0], for_masks=masks), (configs[0] if configs else Config()).test.bins))
     if indices and sources[0][1] and not arguments.decode:
         print("note: only the headers of the images were read; --decode also finds truncated images", file=sys.stderr)
-    sys.exit(1 if any(finding.level == STOP for finding in findings) else 0)
+    if not arguments.json:
+        number = problems or int(refusal is not None)
+        print(f"not ready: {number} problem{'s' * (number > 1)}" if number else "ready to train", flush=True)
+    if refusal:
+        raise refusal
+    sys.exit(1 if problems else 0)
 
 
-def _check_rows(configs: list[Config]) -> None:
-    """Raise the error that the start of the rows' training would raise: impossible groups, for example."""
+def _bins(index: "AnnotationIndex", boundaries: Sequence[int]) -> str:
+    """A line for each bin of training objects: how many categories are in it."""
+    from bags.data.statistics import CategoryStats, instance_bin
+
+    bins = instance_bin(CategoryStats.from_index(index).instance_counts, boundaries).tolist()
+    names = [f"{low} to {high - 1}" for low, high in itertools.pairwise((0, *boundaries))] + [
+        f"{boundaries[-1]} or more"
+    ]
+    lines = [f"  AP{n + 1}: {name:<16}{bins.count(n):>6}" for n, name in enumerate(names)]
+    return "\n".join([f"categories by training objects (test.bins), of {len(bins)}:", *lines])
+
+
+def _refusal(configs: list[Config]) -> UserError | None:
+    """The error that the start of the rows' training would raise: impossible groups, for example."""
     if configs:
         from bags.jobs.preflight import check_data
 
-        check_data(configs)
+        try:
+            check_data(configs)
+        except UserError as error:
+            return error
+    return None
 
 
 def _sources(path: Path, overrides: list[str]) -> tuple[list[Config], list[tuple]]:

@@ -13,6 +13,7 @@ from bags.config.rows import find_dataset, row_beside
 from bags.core.errors import UserError
 from bags.core.terminal import printable
 from bags.jobs.folders import check_checkpoint, check_comparable, check_scored_on
+from bags.jobs.preflight import validated_on_training
 from bags.jobs.train import run_jobs
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None
     norms, correlations, stats, config = weight_norms(rows)
     print(f"\n{table}\n\nrank correlation of classifier weight norm and training instances:")
     print("\n".join(f"  {printable(name)}: {spread(of_row, '.2f')}" for name, of_row in correlations.items()))
+    if words := validated_on_training(config):
+        print(f"\nwarning: {words}")
     if save:
         for name, of_row in correlations.items():
             for folder, run, value in zip(rows[name], numbers[name], of_row, strict=True):

@@ -305,7 +305,8 @@ def test_check_of_the_embedded_data_and_of_nothing(glyphs, tmp_path):
     assert done.returncode == 0 and "[stops]" not in done.stdout, done.stderr
     assert run_script("prepare_data", "check", tmp_path / "none.json").returncode == 1
     done = run_script("prepare_data", "check", glyphs / "train.json", "--images", tmp_path / "none")
-    assert done.returncode == 2 and "no such image folder" in done.stderr
+    assert done.returncode == 1 and "[stops]" in done.stdout and "no such image folder: 1" in done.stdout
+    assert "categories by training objects" in done.stdout and done.stdout.endswith("\nnot ready: 1 problem\n")
 
 
 # --------------------------------------------------------------------------- images to tensors
