@@ -142,7 +142,7 @@ def _part(content: dict, chosen: np.ndarray, objects: np.ndarray, images: np.nda
     """The chosen images (bool [I]) and their annotations; categories with the training counts of their own keys."""
     kept = [image for image, wanted in zip(content["images"], chosen.tolist(), strict=True) if wanted]
     ids = {image["id"] for image in kept}
-    columns = {"instance_count": objects, "image_count": images, "frequency": frequency(images)}
+    columns = {"instance_count": objects, "image_count": images, "frequency": frequency(images.tolist())}
     ranks = np.argsort(np.argsort([category["id"] for category in content["categories"]])).tolist()
     categories = [
         {key: columns[key][rank].item() if key in columns else value for key, value in category.items()}
