@@ -284,9 +284,11 @@ def test_training_commands_of_the_pages_are_valid(arguments, monkeypatch):
     at = arguments.index("--methods") if "--methods" in arguments else len(arguments)
     flags = arguments.index("--seeds") if "--seeds" in arguments else at
     paths, overrides = split_arguments([a for a in arguments[: min(at, flags)] if not a.startswith("--")])
-    names = (*map(str, paths), *arguments[at + 1 :])
+    overrides += [text for text in arguments[at + 1 :] if "=" in text]
+    methods = [name for name in arguments[at + 1 :] if "=" not in name]
+    names = (*map(str, paths), *methods)
     if not any(name.startswith(("mine", "my", "birds", "label_")) for name in names):  # files of the reader's own
-        assert load_rows(paths, overrides, None, arguments[at + 1 :])
+        assert load_rows(paths, overrides, None, methods)
 
 
 def test_a_job_from_python(job, capsys):
