@@ -38,7 +38,8 @@ from bags.engine.shards import Layout, Record
 from bags.engine.train import Run
 
 NOT_OF_THE_FEATURES = ("init_from", "other_categories", "reset_classifier", "backbone_weights")
-DRAWN_LATER = ("batch_size", "positive_fraction")  # of the RoI section: how training draws from the store
+# Of the RoI section: how training draws from the store, and what only masks depend on.
+NO_BOXES = ("batch_size", "positive_fraction", "class_agnostic_masks")
 
 
 def training_store(
@@ -222,7 +223,7 @@ def _shape(detector: FasterRCNN) -> tuple[int, int]:
 def _detector_settings(detector: DetectorConfig) -> dict:
     """The settings that proposals and features depend on, beside the weights."""
     settings = {f.name: getattr(detector, f.name) for f in fields(detector) if f.name not in NOT_OF_THE_FEATURES}
-    settings["roi"] = {key: value for key, value in asdict(detector.roi).items() if key not in DRAWN_LATER}
+    settings["roi"] = {key: value for key, value in asdict(detector.roi).items() if key not in NO_BOXES}
     return settings
 
 

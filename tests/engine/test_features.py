@@ -15,6 +15,7 @@ from bags.assembly import stored as cached
 from bags.assembly.loaders import build_train_loader, build_val_dataset, open_index
 from bags.assembly.models import build_detector
 from bags.assembly.stored_samples import TrainingFeatures, collate_samples
+from bags.config.sections import DetectorConfig, RoIConfig
 from bags.core.errors import UserError
 from bags.data.statistics import CategoryStats
 from bags.detectors.from_features import FromFeatures, proposals_to_store
@@ -462,3 +463,10 @@ def test_mistakes_in_a_sweep(swept, arguments, message):
 def test_a_sweep_whose_configuration_comes_last():
     done = run_script("sweep", "--over", "classifier.others_ratio", "2", "8", "configs/glyphs-100/bags")
     assert done.returncode == 2 and "no configuration: put CONFIG and section.key=value before --over" in done.stderr
+
+
+def test_what_a_store_depends_on_has_not_changed():
+    """Stores of earlier versions stay in use: a new key of the box branch needs a reason, one of the masks is none."""
+    settings = cached._detector_settings(DetectorConfig())
+    assert set(settings["roi"]) == {"sampling_ratio", "fc", "class_agnostic"}
+    assert settings == cached._detector_settings(DetectorConfig(roi=RoIConfig(class_agnostic_masks=True)))
