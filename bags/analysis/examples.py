@@ -13,6 +13,7 @@ from bags.core.files import read_bytes
 
 TRUTH, CORRECT, WRONG, ASIDE = "#1b6ca8", "#2e933c", "#d1495b", "#9a9a9a"
 LEAST_SCORE = 0.4  # of a drawn detection
+BEST_FEW = 3  # detections of an image that are drawn whatever their scores
 SAME = 0.5  # IoU from which a detection belongs to an object
 LEAST_CROP, AROUND = 120, 2.5  # least side of a crop in pixels, and in multiples of the object's longer side
 GUESSES = 3  # detections of an object that are listed
@@ -80,9 +81,15 @@ def overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.divide(common, union, out=np.zeros_like(common), where=union > 0)
 
 
-def judged(entries: list[dict], truth: dict, name_of: dict[int, str], least: float = LEAST_SCORE) -> dict:
-    """Drawing of the detections with at least `least` as score: green if object and category are right, else red."""
-    kept = [entry for entry in entries if entry["score"] >= least]
+def judged(
+    entries: list[dict], truth: dict, name_of: dict[int, str], least: float = LEAST_SCORE, best: int = 0
+) -> dict:
+    """Drawing of an image's detections: green if object and category are right, else red.
+
+    Those with at least `least` as score are drawn, and the `best` ones of the image whatever their scores.
+    """
+    ranked = sorted(entries, key=lambda entry: -entry["score"]) if best else entries
+    kept = [entry for rank, entry in enumerate(ranked) if rank < best or entry["score"] >= least]
     boxes = corners(kept)
     names = [name_of[entry["category_id"]] for entry in kept]
     same = overlap(boxes, np.asarray(truth["boxes"], np.float32).reshape(-1, 4)) >= SAME

@@ -36,7 +36,7 @@ DEFECTS = {  # kind -> (level, what training does)
     "image without objects": (NOTE, "not trained on, unless data.empty_images is true"),
     "category without instances": (NOTE, "its classifier learns to say no"),
     "empty group": (NOTE, "the group's softmax has nothing but `others`"),
-    "counts disagree": (NOTE, "the annotations are counted; the file's own numbers are not used"),
+    "counts disagree": (NOTE, "training counts the annotations; only `evaluate` without --train reads these numbers"),
     "no such image folder": (STOP, "training refuses it"),
     "missing image": (STOP, "training stops when it comes to it"),
     "unreadable image": (STOP, "training stops when it comes to it"),

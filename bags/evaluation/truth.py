@@ -5,6 +5,7 @@ cannot stop or change an evaluation, and ids may be any whole numbers.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,11 @@ class Truth:
     def category_counts(self) -> list[dict]:
         """Categories by ascending id, with `counts`, as `statistics.training_of` takes them."""
         return [{"id": key} | counts for key, counts in zip(self.category_ids.tolist(), self.counts, strict=True)]
+
+    def counts_itself(self) -> bool:
+        """Whether every `instance_count` is the number of this file's own objects, so hardly that of training."""
+        objects = Counter(a["category_id"] for a in self.content["annotations"] if not a["iscrowd"])
+        return all(counts.get("instance_count") == objects[key] for key, counts in enumerate(self.counts, start=1))
 
     def lacks_masks(self) -> str | None:
         """Why masks cannot be scored, or None: every object needs a segmentation."""

@@ -56,7 +56,8 @@ def training_counts(source: Path | None, truth: "Truth") -> dict[str, list[int]]
 def say(notes: list[str], truth: "Truth", counts: dict) -> None:
     """Print notes, each once, and where the bins come from."""
     if not counts and all("instance_count" in category for category in truth.counts):
-        notes = [*notes, f"{truth.path}: its own instance_count makes the bins; {TRAIN}"]
+        doubt = ", although these are the numbers of its own objects, hardly those of training" * truth.counts_itself()
+        notes = [*notes, f"{truth.path}: its own instance_count makes the bins{doubt}; {TRAIN}"]
     elif not counts:
         notes = [*notes, f"{truth.path}: no instance_count, so there are no bins and no AP_tail; {TRAIN}"]
     for note in dict.fromkeys(notes):

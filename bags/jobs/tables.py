@@ -140,7 +140,7 @@ def _draw_predictions(
     """The validation images with most instances of tail categories, as each run sees them."""
     import numpy as np
 
-    from bags.analysis.examples import LEAST_SCORE, TRUTH, by_image, judged, read_detections
+    from bags.analysis.examples import BEST_FEW, LEAST_SCORE, TRUTH, by_image, judged, read_detections
     from bags.analysis.plots import plot_predictions
     from bags.analysis.tables import tail_below
     from bags.assembly.initialise import check_categories
@@ -164,8 +164,14 @@ def _draw_predictions(
     for run, folder in runs.items():
         check_scored_on(folder, index)
         detections = by_image(read_detections(folder, name_of))
-        columns[run] = [judged(detections.get(i, []), t, name_of) for i, t in zip(image_ids, truths, strict=True)]
-    caption = f"scores of {LEAST_SCORE:.0%} or more; green: object and category are right, red: one of them is wrong"
+        columns[run] = [
+            judged(detections.get(i, []), truth, name_of, best=BEST_FEW)
+            for i, truth in zip(image_ids, truths, strict=True)
+        ]
+    caption = (
+        f"scores of {LEAST_SCORE:.0%} or more, and the best {BEST_FEW} of each image; "
+        "green: object and category are right, red: one of them is wrong"
+    )
     tail_names = {name for name, is_tail in zip(stats.names, tail[1:], strict=True) if is_tail}
     if any(len(drawing["names"]) > CROWDED for column in columns.values() for drawing in column):
         caption += "; only tail categories are named"

@@ -386,6 +386,9 @@ def test_what_is_drawn():
         False,
     ]
     assert judged([], truth, names)["boxes"].shape == (0, 4)
+    weak = [{**entry, "score": 0.1} for entry in entries]
+    assert judged(weak, truth, names)["names"] == [] and judged(weak, truth, names, best=2)["names"] == ["a", "b"]
+    assert judged(entries, truth, names, best=4)["names"] == ["a", "b", "a", "a"]
     assert overlap(found["boxes"][:1], found["boxes"][1:2])[0, 0] == pytest.approx(0.9)
     assert crop_window(np.array([0, 0, 10, 10]), (300, 100)) == (0, 0, 120, 100)
     assert crop_window(np.array([290, 40, 300, 50]), (300, 200)) == (180, 0, 300, 120)

@@ -245,6 +245,12 @@ def test_training_counts_of_results_files(tmp_path, monkeypatch, capsys):
     command = (files[1], "--annotations", files[0], "--json", "--bins", "2,3")
     done = evaluate_script(monkeypatch, capsys, *command)
     assert "AP_tail" in json.loads(done.out) and "its own instance_count makes the bins; --train" in done.err
+    own = copy.deepcopy(content)
+    for category in own["categories"]:
+        category["instance_count"] = sum(a["category_id"] == category["id"] for a in own["annotations"])
+    files[0].write_text(json.dumps(own))
+    done = evaluate_script(monkeypatch, capsys, *command)
+    assert "the numbers of its own objects, hardly those of training" in done.err
     for category in content["categories"]:
         del category["instance_count"], category["image_count"], category["frequency"]
     files[0].write_text(json.dumps(content))
