@@ -1,9 +1,11 @@
 """Arguments that several verbs share: paths among overrides, and seeds."""
 
 import os
+import sys
 from pathlib import Path
 
 from bags.config.load import KEY
+from bags.config.rows import without_gpu
 from bags.core.errors import UserError
 
 
@@ -22,6 +24,22 @@ def split_arguments(arguments: list[str]) -> tuple[list[Path], list[str]]:
     is_path = ["=" not in argument or os.path.exists(argument) for argument in arguments]
     pairs = list(zip(arguments, is_path, strict=True))
     return [Path(argument) for argument, path in pairs if path], [argument for argument, path in pairs if not path]
+
+
+def for_this_machine(paths: list[Path], overrides: list[str]) -> list[Path]:
+    """The paths, with other datasets where there is no GPU and a dataset names one; a line says so.
+
+    An override `device=...` keeps the dataset as it is.
+    """
+    import torch
+
+    if torch.cuda.is_available() or any(text.startswith("device=") for text in overrides):
+        return paths
+    chosen = [without_gpu(path) for path in paths]
+    for path, other in zip(paths, chosen, strict=True):
+        if other != path and os.environ.get("RANK", "0") == "0":
+            print(f"{path}: torch sees no GPU here, so {other} takes its place; device=cpu keeps it", file=sys.stderr)
+    return chosen
 
 
 def seeds_of(text: str | None) -> list[int | None]:

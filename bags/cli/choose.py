@@ -24,7 +24,7 @@ import json
 import sys
 from pathlib import Path
 
-from bags.cli.arguments import seeds_of, split_arguments
+from bags.cli.arguments import for_this_machine, seeds_of, split_arguments
 from bags.cli.checks import check_draws, check_save
 from bags.core.errors import UserError
 from bags.jobs.choose import choose_seeds, show
@@ -55,6 +55,7 @@ def main() -> None:
     if arguments.draws < 100:
         raise UserError(f"--draws {arguments.draws}: expected 100 or more, for an interval of 95 %")
     check_save(arguments.save)
+    paths = for_this_machine(paths, overrides)
     seeds = seeds_of(arguments.seeds)
     with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
         contents = choose_seeds(

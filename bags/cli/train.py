@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from bags.analysis.paper import METHODS, PAPER
-from bags.cli.arguments import seeds_of, split_arguments
+from bags.cli.arguments import for_this_machine, seeds_of, split_arguments
 from bags.config.load import load_rows
 from bags.config.rows import compose, find_dataset, methods_of, rows_of, summary
 from bags.core.distributed import make_deterministic
@@ -44,6 +44,7 @@ def main() -> None:
     if arguments.list:
         show_rows(paths)
         return None
+    paths = for_this_machine(paths, overrides)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # outside training, which saves first
     if arguments.deterministic:
         make_deterministic()

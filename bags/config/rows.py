@@ -10,6 +10,7 @@ rows              the methods of its job
 classifier_stage  changes for every row that trains only the classifier (train.part cls), such as its schedule
 methods           method -> changes for that method, and for those built on it
 left_out          methods that the paper's tables leave out
+without_gpu       the dataset that takes this one's place where there is no GPU
 """
 
 import difflib
@@ -39,6 +40,7 @@ class Dataset(NamedTuple):
     classifier_stage: dict
     methods: dict[str, dict]
     left_out: list[str]
+    without_gpu: str
     settings: dict  # of a configuration, without the keys above
 
 
@@ -159,7 +161,9 @@ def read_tree(path: Path, children: tuple[Path, ...] = ()) -> dict:
         return tree
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: base: expected the path of a YAML file, a dataset or a row, got {shown(base)}")
-    return merge(_base_tree(path, base, (*children, path.resolve())), tree)
+    below = _base_tree(path, base, (*children, path.resolve()))
+    below.pop("without_gpu", None)  # stands for that file only
+    return merge(below, tree)
 
 
 def _base_tree(path: Path, base: str, children: tuple[Path, ...]) -> dict:
@@ -186,6 +190,16 @@ def find_dataset(path: Path) -> Dataset | None:
     return None
 
 
+def without_gpu(path: Path) -> Path:
+    """The path that takes the place of a dataset, or of a row of it, where there is no GPU; else the same path."""
+    dataset, of_row = find_dataset(path), None if path.is_file() else find_dataset(path.parent)
+    if dataset and dataset.without_gpu:
+        return dataset.name.with_name(dataset.without_gpu)
+    if not dataset and of_row and of_row.without_gpu:
+        return of_row.name.with_name(of_row.without_gpu) / path.name
+    return path
+
+
 def _candidates(path: Path) -> list[Path]:
     """Where the file of a dataset may be, the nearest first."""
     if path.suffix == ".yaml":
@@ -198,13 +212,15 @@ def _candidates(path: Path) -> list[Path]:
 
 
 def _dataset(name: Path, file: Path, tree: dict) -> Dataset:
-    kinds = {"rows": list, "classifier_stage": dict, "methods": dict, "left_out": list}
+    kinds = {"rows": list, "classifier_stage": dict, "methods": dict, "left_out": list, "without_gpu": str}
     values = {key: tree.pop(key, kind()) for key, kind in kinds.items()}
     for key in ("rows", "left_out"):
         if not isinstance(values[key], list):
             raise UserError(f"{file}: {key}: expected a list of methods, got {values[key]!r:.60}")
         if not all(isinstance(method, str) for method in values[key]):
             raise UserError(f"{file}: {key}: expected names of methods, got {values[key]!r:.60}")
+    if not isinstance(values["without_gpu"], str):
+        raise UserError(f"{file}: without_gpu: expected the name of a dataset, got {values['without_gpu']!r:.60}")
     if not values["rows"]:
         raise UserError(f"{file}: rows: expected one method or more, got none")
     return Dataset(name, file, settings=tree, **values)

@@ -78,7 +78,7 @@ def load_backbone_weights(backbone: Any, name: str, source: str) -> None:
     """
     if Path(source).suffix in (".pth", ".pt"):
         if not Path(source).exists():
-            raise UserError(f"{source}: no such file; detector.backbone_weights names it")
+            raise UserError(f"detector.backbone_weights: {source}: no such file")
         state = read_state(source)
     else:
         weights = torchvision.models.get_model_weights(name)
@@ -89,13 +89,19 @@ def load_backbone_weights(backbone: Any, name: str, source: str) -> None:
         try:
             state = weights[source].get_state_dict(progress=True, check_hash=True)
         except OSError as error:
-            raise UserError(f"{weights[source].url}: cannot be fetched ({error}); name a local file instead") from None
+            raise UserError(
+                f"detector.backbone_weights: {source}: {weights[source].url} cannot be fetched ({error}); "
+                "name a local .pth file of it, or null to start from random weights"
+            ) from None
     state = {key.removeprefix("backbone.body.").removeprefix("features."): value for key, value in state.items()}
     new = backbone.body.state_dict()
     misfits = [key for key, value in new.items() if key not in state or state[key].shape != value.shape]
     misfits = [key for key in misfits if not key.endswith("num_batches_tracked") and ".offsets." not in key]
     if misfits:
-        raise UserError(f"{source}: not the weights of {name}: {misfits[0]} is missing or of another shape")
+        raise UserError(
+            f"detector.backbone_weights: {source}: not the weights of {name}: {misfits[0]} is missing or of another "
+            "shape"
+        )
     backbone.body.load_state_dict({key: state[key] for key in new if key in state}, strict=False)
 
 

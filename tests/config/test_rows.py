@@ -4,11 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 
 import bags
 from bags.analysis.paper import METHODS, PAPER
+from bags.cli.arguments import for_this_machine
 from bags.config.load import config_to_dict
 from bags.config.rows import compose, find_dataset, methods_of, rows_of, summary
 
@@ -131,9 +133,29 @@ def test_every_method_composes_with_every_dataset(dataset):
     found = find_dataset(Path(dataset))
     for method in methods_of(found):
         config = bags.load_config(f"{dataset}/{method}")
-        assert (config.name, config.data.name) == (method, "mine" if dataset == "custom" else dataset)
+        assert (config.name, config.data.name) == (method, "mine" if "custom" in dataset else dataset)
         assert config.init_row in (None, "softmax", method.removesuffix("_bags").removesuffix("_retrained"))
     assert set(found.rows) | set(found.left_out) | set(found.methods) <= set(methods_of(found))
+
+
+def test_another_dataset_without_a_gpu(tmp_path, monkeypatch, capsys):
+    """A dataset or its row is replaced where there is no GPU, unless a device is named or the file is a user's."""
+    paths = [Path("configs/custom"), Path("custom/bags"), Path("glyphs-100/bags")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    others = [Path("configs/custom_cpu"), Path("custom_cpu/bags"), Path("glyphs-100/bags")]
+    assert for_this_machine(paths, ["data.root=x"]) == others
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[0].startswith(
+        "configs/custom: torch sees no GPU here, so configs/custom_cpu takes"
+    )
+    assert for_this_machine(paths, ["device=cpu"]) == paths
+    own = [write(tmp_path, "own.yaml", base="custom", data={"name": "own"}), tmp_path / "own/bags"]
+    assert for_this_machine(own, []) == own and capsys.readouterr().err == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert for_this_machine(paths, []) == paths
+    wrong = write(tmp_path, "wrong.yaml", rows=["bags"], without_gpu=["x"])
+    with pytest.raises(bags.UserError, match="wrong.yaml: without_gpu: expected the name of a dataset"):
+        find_dataset(wrong)
 
 
 def test_every_row_of_a_table_is_a_method():
