@@ -18,5 +18,9 @@ def everyone(width: int = 6) -> dict:
         "balanced_sigmoid": bags.BalancedSigmoid(width, COUNTS),
         "drop_loss": bags.DropLoss(width, IMAGES),
         "acsl": bags.ACSL(width, IMAGES),
+        "ecm": bags.EffectiveClassMargin(width, COUNTS),
+        "gumbel": bags.Gumbel(width, IMAGES, drop=False),
+        "iif": bags.InverseFrequency(width, COUNTS, "smooth"),
+        "ldam": bags.LDAM(width, COUNTS),
         "class_balanced_sigmoid": bags.ClassBalancedSigmoid(width, COUNTS),
     }

@@ -216,7 +216,8 @@ def new_classifier(
     settings: keys of a configuration's section. counts, images: [C] training boxes and images. keep_weights: the
     detector's own layer will be copied to it.
     """
-    kinds = {key: kind for key, kind in classifier_settings().items() if not kind.fitted and not kind.combines}
+    unusable = ("fitted", "located", "combines")  # need more than counts
+    kinds = {key: k for key, k in classifier_settings().items() if not any(getattr(k, flag) for flag in unusable)}
     if name not in kinds:
         raise ValueError(f"classifier: expected a classifier or one of {', '.join(sorted(kinds))}, got {name!r}")
     if kinds[name].on_softmax and not keep_weights:

@@ -5,9 +5,11 @@ import itertools
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from bags.classifiers.base import ProposalClassifier
 from bags.config.load import check_config, config_from_dict
 from bags.config.sections import Config, DetectorConfig
 from bags.core.errors import UserError
@@ -72,6 +74,20 @@ def initialise(
             f"({len(foreign)} tensors in all); use the same {section} as the run it comes from"
         )
     return new
+
+
+def locate_objects(detector: FasterRCNN, index: AnnotationIndex) -> None:
+    """Show the boxes that train to the classifiers that learn where the objects of each category are."""
+    classifiers = [c for c in detector.classifiers() if type(c).locate is not ProposalClassifier.locate]
+    if not classifiers:
+        return
+    trained = index.trained
+    boxes = torch.from_numpy(np.array(index.boxes[trained], dtype=np.float64))
+    heights_widths = torch.from_numpy(np.array(index.image_sizes[index.owners[trained]], dtype=np.float64))
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2 / heights_widths.flip(1)
+    labels = torch.from_numpy(np.array(index.labels[trained]))
+    for classifier in classifiers:
+        classifier.locate(centres, labels)
 
 
 def with_members(config: Config) -> tuple[Config, list[dict]]:

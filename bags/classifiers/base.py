@@ -67,6 +67,13 @@ class ProposalClassifier(nn.Module, ABC):
         The pass is made only for classifiers that override this.
         """
 
+    def locate(self, centres: Tensor, labels: Tensor) -> None:
+        """Learn where the objects of each category are, before anything else.
+
+        centres: [K, 2] x, y of the training boxes in 0..1, as parts of the image's width and height; labels: [K] int64
+        in 1..C. Called only for classifiers that override this; what they keep belongs into buffers.
+        """
+
 
 class TrainingCounts(Protocol):
     """The training counts that a classifier may use: C categories in label order, without the background.
@@ -100,6 +107,7 @@ class ClassifierSettings(Settings, ABC):
     trained = True  # False: no gradients; a configuration then needs train.part=none
     on_softmax = False  # works on, or beside, the layer of a softmax that is trained already
     fitted = False  # `ProposalClassifier.fit` must see training proposals, pooled features included
+    located = False  # `ProposalClassifier.locate` must see the training boxes
     combines = False  # made of the classifiers of other runs, the `sources`
 
     @property

@@ -13,7 +13,7 @@ import torch
 
 from bags.analysis.run_files import without_nan, write_metrics, write_scored_on, write_scores
 from bags.assembly import stored
-from bags.assembly.initialise import check_members, initialise, load_members, with_members
+from bags.assembly.initialise import check_members, initialise, load_members, locate_objects, with_members
 from bags.assembly.loaders import build_train_loader, build_val_dataset, open_index
 from bags.assembly.models import build_detector
 from bags.config.load import config_to_dict, load_rows
@@ -256,6 +256,7 @@ def begin(config: Config, index: AnnotationIndex, stats: CategoryStats, device: 
         start = load_checkpoint(config.init_file) if config.init_file else None
         initialise(detector, config, index, stats, start)
     load_members(detector, config, members)
+    locate_objects(detector, index)
     detector.to(device, memory_format=torch.channels_last)
     distributed.on_main(lambda: describe(config))
     init = sources_digest([*([start] if start else []), *members])
