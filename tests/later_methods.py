@@ -18,5 +18,8 @@ def everyone(width: int = 6) -> dict:
         "balanced_sigmoid": bags.BalancedSigmoid(width, COUNTS),
         "drop_loss": bags.DropLoss(width, IMAGES),
         "acsl": bags.ACSL(width, IMAGES),
+        "bacl": bags.BACL(width, 8),
+        "disalign": bags.DisAlign(width, COUNTS),
+        "loce": bags.LOCE(width, 8, queue=3),
         "class_balanced_sigmoid": bags.ClassBalancedSigmoid(width, COUNTS),
     }
