@@ -1,8 +1,9 @@
 """Foreground classification balance loss (FCBL) of BACL (Qi et al., IEEE Transactions on Multimedia 2023).
 
-Published (Faster R-CNN R50, LVIS v1, box AP, from the authors' repository): 26.1 against 19.3 of the baseline, trained for
-24 epochs. BACL has two stages of 12 epochs: a detector with sigmoids and pasted objects, then classifier, box regression
-and RPN with this loss and with hallucinated features. Features are not hallucinated here.
+Published (Faster R-CNN R50, LVIS v1, box AP, from the authors' repository): 26.1 against 19.3 of the baseline, which was
+trained for 24 epochs. BACL has two stages of 12 epochs. The first trains a detector with sigmoids and pasted objects.
+The second trains classifier, box regression and RPN with this loss and with hallucinated features. Here only the
+classifier is trained, and features are not hallucinated.
 """
 
 from dataclasses import dataclass
@@ -45,9 +46,9 @@ class BACL(Softmax):
         w_j = 1 if p_j >= p_i or p_j >= threshold;  else 0
 
     i is the category of a foreground proposal. S_ij, at least 0.001, is the mean share of category j in a softmax over
-    the categories, over all proposals of category i so far. A category j that often takes the proposals of i, but seldom
-    the other way round, is so pushed down harder by i. p are the scores of `probs`. Background proposals, and
-    the background's column 0, have margin 0 and weight 1.
+    the categories, over all proposals of category i so far. Where proposals of i are often taken for j, but seldom the
+    other way round, i pushes j down harder. p are the scores of `probs`. Background proposals, and the background's
+    column 0, have margin 0 and weight 1.
     alpha >= 0: 0 is without margins. threshold: between 0 and 1. prior: between 0 and 1, every score before training.
 
     Shape shorthand: R proposals, C categories; logits [R, C+1], column 0 the background's sigmoid.

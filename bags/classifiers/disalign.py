@@ -1,8 +1,8 @@
 """Distribution alignment of a trained softmax (DisAlign; Zhang et al., CVPR 2021).
 
-Published (Mask R-CNN R50, LVIS v1, trained at several scales, then 9,000 iterations of the stage; box AP / mask AP, from
-the table of the authors' repository): 21.9 / 21.3 against 18.8 / 18.3 of the baseline; 24.8 / 24.2 against 21.3 / 21.1
-with a cosine layer in the baseline.
+Published (Mask R-CNN R50, LVIS v1, several scales; 180,000 iterations for the baseline, then 9,000 for the calibration;
+box AP / mask AP, from the authors' repository): 21.9 / 21.3 against 18.8 / 18.3 of the baseline; with a cosine layer in
+the baseline 24.8 / 24.2 against 21.3 / 21.1. Boxes of r, c, f: 3.3 21.1 31.1 against 0.9 15.1 30.6.
 """
 
 from collections.abc import Sequence
@@ -46,8 +46,8 @@ class DisAlign(Softmax):
         z'_j = s(x) (a_j z_j + b_j) + (1 - s(x)) z_j,   s(x) = sigmoid(v x + d)      (adaptive calibration)
         L = -w_y log softmax(z')_y,   w_c = C (1/r_c)^rho / sum_k (1/r_k)^rho        (generalised re-weighting)
 
-    r_c is a category's share of the training objects. The background keeps its logit and has weight 1. The paper
-    divides the sum of the losses by the number of proposals, as here; the released code divides it by the sum of weights.
+    r_c is a category's share of the training objects. The background keeps its logit and has weight 1. The sum of the
+    losses is divided by the number of proposals, as in the paper; the released code divides it by the sum of weights.
     counts: [C] training instances, 0 is taken as 1. rho >= 0: the authors' models have 0.8.
     Trained are scale a [C], offset b [C] and the confidence (v, d); at first a = 1 and b = 0, which changes nothing.
     The authors' mask heads and the cosine layer of the baseline are not part of it.

@@ -67,8 +67,8 @@ class NearestNeighbours(Softmax):
     temperature   above 0; a high one lets all k count alike
 
     Logits are [R, (C+1) + C]: plain, then votes in 0..1, which sum to 1. A category without stored features scores 0.
-    The search is exact, by `torch.cdist` in chunks. The buffer `bank` takes 4 C per_category in_features bytes: 493 MB for
-    LVIS v1 with 1,024 numbers, 10 MB for 100 categories with 256.
+    The search is exact, by `torch.cdist` in chunks. The buffer `bank` takes 4 C per_category in_features bytes: 493 MB
+    for LVIS v1 with 1,024 numbers, 10 MB for 100 categories with 256.
     """
 
     bank: Tensor

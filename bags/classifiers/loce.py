@@ -1,7 +1,8 @@
 """Equilibrium loss and memory-augmented feature sampling (LOCE; Feng et al., ICCV 2021).
 
-Published (Mask R-CNN R50, LVIS v1, multi-scale, 24 epochs, then 6 epochs of the stage; box AP / mask AP, from the authors'
-repository): 27.4 / 26.6. Their mask predictor is normalised, and the stage also trains box regression, RPN and masks.
+Published (Mask R-CNN R50, LVIS v1, several scales, 24 epochs and then 6 of the stage; box AP / mask AP, from the
+authors' repository): 27.4 / 26.6. Their mask predictor is normalised, and the stage also trains box regression, RPN and
+masks.
 """
 
 from dataclasses import dataclass
@@ -54,18 +55,19 @@ class LOCE(Softmax):
         L = CE(z + log s),   s_j: mean score of category j, the probability of its own proposals; s_0 = background
         s_j <- momentum s_j + (1 - momentum) mean of the batch's scores of j
 
-    CE(z + log s) gives z_j - z_i the margin log(s_j / s_i). Each batch also trains on `sampled_features` stored features
-    of each of `sampled_categories` categories, drawn with a probability proportional to 1 / s_j; one without stored
-    features adds none. Stored are the last `queue` features of foreground proposals of each category. The loss is divided
-    by the number of proposals and drawn features.
-    The released code makes 16 boxes around each object for the memory, where this takes the batch's proposals. It repeats
-    the update of s_j for each object of j in a batch, where this updates once for a batch with j.
+    CE(z + log s) gives z_j - z_i the margin log(s_j / s_i). Each batch also trains on stored features:
+    `sampled_categories` categories are drawn with a probability proportional to 1 / s_j, and `sampled_features` features
+    of each. A category without stored features adds none. Stored are the last `queue` features of foreground proposals
+    of each category. The loss is divided by the number of proposals and drawn features.
+    The released code stores features of 16 boxes around each object; here those of the batch's proposals are stored. It
+    repeats the update of s_j for each object of j in a batch; here a batch updates s_j once.
     momentum: from 0, below 1. background: above 0, to 1. queue >= 0: 0 is the equilibrium loss only. The others: >= 1.
 
     Shape shorthand: R proposals, C categories; logits [R, C+1], column 0 the background. In training mode with a memory
     they are [R, C+1+in_features]: the features come behind, because `loss` stores them.
     `loss` changes the buffers `mean_scores`, `memory`, `stored` and `pointers` in training mode, as it sees all ranks,
-    so that a checkpoint resumes exactly. The memory takes 4 C queue in_features bytes: 394 MB for LVIS v1 and 1,024 numbers.
+    so that a checkpoint resumes exactly. The memory takes 4 C queue in_features bytes: 394 MB for LVIS v1 with 1,024
+    numbers.
     """
 
     mean_scores: Tensor

@@ -1,4 +1,4 @@
-"""DisAlign, BACL, LOCE, nearest neighbours and Euclidean groups against slow versions from the equations and by hand."""
+"""DisAlign, BACL, LOCE, nearest neighbours and Euclidean groups: slow versions from the equations, and by hand."""
 
 import copy
 import math
@@ -41,7 +41,8 @@ def slow_disalign(classifier, fc, labels, rho=0.8):
     total, shares = 0, [n / sum(COUNTS) for n in COUNTS]
     raw = [(1 / r) ** rho for r in shares]
     for row, label in zip(fc, labels, strict=True):
-        plain = [(weight * row).sum() + bias for weight, bias in zip(classifier.linear.weight, classifier.linear.bias)]
+        layer = zip(classifier.linear.weight, classifier.linear.bias, strict=True)
+        plain = [(weight * row).sum() + bias for weight, bias in layer]
         confidence = 1 / (1 + torch.exp(-(classifier.confidence.weight[0] * row).sum() - classifier.confidence.bias[0]))
         aligned = [plain[0]]
         for c in range(8):
@@ -262,13 +263,19 @@ def test_loce_resumes_exactly():
 # --------------------------------------------------------------------------- odd batches
 
 
-@pytest.mark.parametrize("make", [lambda c: bags.DisAlign(WIDTH, c), lambda c: bags.BACL(WIDTH, len(c)),
-                                  lambda c: bags.LOCE(WIDTH, len(c), queue=2)])  # fmt: off
+MAKERS = {
+    "disalign": lambda counts: bags.DisAlign(WIDTH, counts),
+    "bacl": lambda counts: bags.BACL(WIDTH, len(counts)),
+    "loce": lambda counts: bags.LOCE(WIDTH, len(counts), queue=2),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("counts", [(7,), (0, 7)])
 @pytest.mark.parametrize("labels", [(), (0, 0, 0), (1, 0), (1, 1, 1, 1)])
-def test_odd_batches(make, counts, labels):
+def test_odd_batches(name, counts, labels):
     """No proposal, no foreground, no background, one category, a category without objects: finite, and trainable."""
-    classifier = make(counts)
+    classifier = MAKERS[name](counts)
     for _ in range(2):
         fc = torch.randn(len(labels), WIDTH)
         loss = classifier.loss(classifier(features(fc)), torch.tensor(labels, dtype=torch.long))["loss_classifier"]
@@ -355,7 +362,7 @@ def test_neighbours_without_any():
 
 
 def test_euclidean_groups_are_softmaxes_of_distances():
-    """Loss and scores with the layer's logits are those with -||x - c||^2 / T^2; so are the gradients of the centres."""
+    """Loss, scores and the centres' gradients of the layer's logits are those of -||x - c||^2 / T^2."""
     torch.manual_seed(0)
     classifier = bags.GroupSoftmax(4, bags.assign_groups((5, 50, 6), (10,)), "n", euclidean=1.5).double()
     with torch.no_grad():
