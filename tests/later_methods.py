@@ -22,5 +22,8 @@ def everyone(width: int = 6) -> dict:
         "gumbel": bags.Gumbel(width, IMAGES, drop=False),
         "iif": bags.InverseFrequency(width, COUNTS, "smooth"),
         "ldam": bags.LDAM(width, COUNTS),
+        "bacl": bags.BACL(width, 8),
+        "disalign": bags.DisAlign(width, COUNTS),
+        "loce": bags.LOCE(width, 8, queue=3),
         "class_balanced_sigmoid": bags.ClassBalancedSigmoid(width, COUNTS),
     }

@@ -177,10 +177,34 @@ class CosineLinear(nn.Linear):
         return F.linear(self.scale * F.normalize(features, dim=1), F.normalize(self.weight, dim=1), self.bias)
 
 
+class EuclideanLinear(nn.Linear):
+    """Minus the squared distance of feature and centre over temperature^2, without the feature's own square.
+
+    -||x - c||^2 / T^2 = (2 x c - ||c||^2) / T^2 - ||x||^2 / T^2. The last term is the same for all outputs, so a softmax
+    over them does not depend on it. The rows of `weight` are the centres c.
+    """
+
+    def __init__(self, in_features: int, outputs: int, temperature: float):
+        super().__init__(in_features, outputs, bias=False)
+        self.temperature = temperature
+        nn.init.normal_(self.weight, std=0.01)
+
+    def matrix(self) -> tuple[Tensor, Tensor]:
+        """The map as weight [outputs, in_features] and bias [outputs] of a linear layer."""
+        factor = self.temperature**-2
+        return 2 * factor * self.weight, -factor * self.weight.square().sum(1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map [R, in_features] to [R, outputs]."""
+        return F.linear(features, *self.matrix())
+
+
 def affine_of(layer: nn.Module) -> Affine | None:
-    """Describe a linear or a cosine layer as one matrix; None for any other layer, of which nothing is known."""
+    """Describe one of the layers of this file as one matrix; None for any other layer, of which nothing is known."""
     if type(layer) is CosineLinear:
         return Affine(layer.scale * F.normalize(layer.weight, dim=1), layer.bias, True)
+    if type(layer) is EuclideanLinear:
+        return Affine(*layer.matrix(), False)
     if type(layer) is nn.Linear and layer.bias is not None:
         return Affine(layer.weight, layer.bias, False)
     return None

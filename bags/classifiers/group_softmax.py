@@ -19,6 +19,7 @@ from bags.classifiers.base import (
     BoxFeatures,
     ClassifierSettings,
     CosineLinear,
+    EuclideanLinear,
     ProposalClassifier,
     TrainingCounts,
     affine_of,
@@ -48,6 +49,7 @@ class GroupSoftmaxSettings(ClassifierSettings):
     equal_groups: Annotated[int, Range(ge=0)] = 0  # so many groups of equal total instances, in place of boundaries
     groups: tuple[tuple[int, ...], ...] | None = None  # category ids of each, in place of boundaries
     scale: Annotated[float, Range(ge=0)] = 0.0  # of a cosine layer; 0: a linear layer
+    euclidean: Annotated[float, Range(ge=0)] = 0.0  # temperature of a layer of distances; 0: a linear layer
     temperatures: Annotated[tuple[float, ...] | Literal["learned"] | None, Range(gt=0)] = None  # one for each group
 
     def __post_init__(self) -> None:
@@ -56,6 +58,7 @@ class GroupSoftmaxSettings(ClassifierSettings):
         groups, weights, temperatures = self.groups, self.group_weights, self.temperatures
         need(groups is None or len(groups) > 0, "groups", "one list of category ids or more, got none")
         need(groups is None or not self.equal_groups, "groups", "only one of groups and equal_groups")
+        need(not (self.scale and self.euclidean), "euclidean", "only one of scale and euclidean")
         number = (len(groups or ()) or self.equal_groups or len(self.boundaries) + 1) + 1
         fits = weights is None or len(weights) == number
         need(fits, "group_weights", f"{number} numbers, the background group's first", weights)
@@ -75,11 +78,18 @@ class GroupSoftmaxSettings(ClassifierSettings):
             within_group_weights(groups, training.instance_counts) if self.reweight else None,
             self.scale,
             self.temperatures,
+            self.euclidean,
         )
 
     def columns(self, training: TrainingCounts) -> tuple:
         """Each category's group, and which columns the layer has."""
-        return self.category_groups(training).group_of, self.background_group, self.others, self.scale > 0
+        return (
+            self.category_groups(training).group_of,
+            self.background_group,
+            self.others,
+            self.scale > 0,
+            self.euclidean > 0,
+        )
 
     def category_groups(self, training: TrainingCounts) -> CategoryGroups:
         """Divide the categories. Raises UserError, naming the key, for groups that they do not allow."""
@@ -110,6 +120,8 @@ class GroupSoftmax(ProposalClassifier):
                       the released `with0_reweight` variant
     Not in the paper:
     scale             >= 0, of a cosine layer (its factor); 0 is the paper's linear layer
+    euclidean         >= 0, the temperature T of a layer whose logits are -||x - c||^2 / T^2 for a learned centre c (the
+                      Euclidean cross entropy of Gaba 2025, arXiv 2511.16619, with the features as embedding)
     temperatures      [1 + N] numbers above 0 that divide each group's logits before the softmax of the scores, the
                       background group's first, or "learned": factors of the logits, trained with the layer
     Raises ValueError for an impossible choice.
@@ -135,6 +147,7 @@ class GroupSoftmax(ProposalClassifier):
         class_weights: Tensor | None = None,
         scale: float = GroupSoftmaxSettings.scale,
         temperatures: Sequence[float] | Literal["learned"] | None = None,
+        euclidean: float = GroupSoftmaxSettings.euclidean,
     ):
         super().__init__()
         fixed = None if temperatures is None or isinstance(temperatures, str) else tuple(temperatures)
@@ -146,6 +159,7 @@ class GroupSoftmax(ProposalClassifier):
             groups=tuple(tuple(groups.members(group)) for group in range(len(groups.sizes))),  # as labels
             scale=scale,
             temperatures=temperatures if isinstance(temperatures, str) else fixed,
+            euclidean=euclidean,
         )
         self.groups, self.num_categories = groups, groups.num_categories
         self.others_ratio, self.background_group, self.others = others_ratio, background_group, others
@@ -168,7 +182,7 @@ class GroupSoftmax(ProposalClassifier):
         buffers |= {"learned_columns": learned, "group_weights": group_factors, "class_weights": weights}
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
-        self.linear = CosineLinear(in_features, len(learned), scale) if scale else new_linear(in_features, len(learned))
+        self.linear = _layer(in_features, len(learned), scale, euclidean)
 
     def forward(self, features: BoxFeatures) -> Tensor:
         """Compute logits [R, D]; D = L = C + 2 + N with `others` and `background_group`, else fewer."""
@@ -251,6 +265,13 @@ class GroupSoftmax(ProposalClassifier):
         if not self.background_group:
             norms[0] = float("nan")
         return norms
+
+
+def _layer(in_features: int, outputs: int, scale: float, euclidean: float) -> nn.Linear:
+    """Make a cosine layer with a scale, one of distances with a temperature, or a linear one where both are 0."""
+    if euclidean:
+        return EuclideanLinear(in_features, outputs, euclidean)
+    return CosineLinear(in_features, outputs, scale) if scale else new_linear(in_features, outputs)
 
 
 class _Layout(NamedTuple):
