@@ -180,8 +180,8 @@ class CosineLinear(nn.Linear):
 class EuclideanLinear(nn.Linear):
     """Minus the squared distance of feature and centre over temperature^2, without the feature's own square.
 
-    -||x - c||^2 / T^2 = (2 x c - ||c||^2) / T^2 - ||x||^2 / T^2. The last term is the same for all outputs, so a softmax
-    over them does not depend on it. The rows of `weight` are the centres c.
+    -||x - c||^2 / T^2 = (2 x c - ||c||^2) / T^2 - ||x||^2 / T^2. The last term is the same for all outputs, so a
+    softmax over them does not depend on it. The rows of `weight` are the centres c.
     """
 
     def __init__(self, in_features: int, outputs: int, temperature: float):

@@ -56,9 +56,9 @@ class LOCE(Softmax):
         s_j <- momentum s_j + (1 - momentum) mean of the batch's scores of j
 
     CE(z + log s) gives z_j - z_i the margin log(s_j / s_i). Each batch also trains on stored features:
-    `sampled_categories` categories are drawn with a probability proportional to 1 / s_j, and `sampled_features` features
-    of each. A category without stored features adds none. Stored are the last `queue` features of foreground proposals
-    of each category. The loss is divided by the number of proposals and drawn features.
+    `sampled_categories` categories are drawn with a probability proportional to 1 / s_j, and `sampled_features`
+    features of each. A category without stored features adds none. Stored are the last `queue` features of foreground
+    proposals of each category. The loss is divided by the number of proposals and drawn features.
     The released code stores features of 16 boxes around each object; here those of the batch's proposals are stored. It
     repeats the update of s_j for each object of j in a batch; here a batch updates s_j once.
     momentum: from 0, below 1. background: above 0, to 1. queue >= 0: 0 is the equilibrium loss only. The others: >= 1.
