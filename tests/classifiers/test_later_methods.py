@@ -588,7 +588,7 @@ def test_odd_batches_and_precisions(name):
     assert torch.autograd.grad(sum(losses.values()), extreme)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "disalign"])  # whose layer is frozen
 def test_each_learns_to_tell_separable_categories(name):
     """60 steps on nine clusters: the label has the highest score, the background's included."""
     torch.manual_seed(0)
