@@ -146,14 +146,26 @@ METHOD_ROWS = """
 softmax | softmax | 16.1 0.0 12.0 27.4
 NorCal | norcal
 logit adjustment of the scores | logit_adjustment_scores
+FRACAL | fracal
+LogN | logit_normalisation
+nearest neighbours | knn
 softmax, retrained | softmax_retrained
 softmax, class-balanced proposals | softmax_balanced
 SimCal | simcal
 BAGS | bags | 23.1 13.1 22.5 28.2
 BAGS, cosine layer | bags_cosine
+BAGS, Euclidean | bags_euclidean
+DisAlign | disalign
+IIF | iif
+LDAM | ldam
+LOCE | loce
 logit adjustment (Balanced Softmax) | logit_adjustment
 Seesaw | seesaw
+ECM | ecm
 sigmoid | sigmoid
+FRACAL of the sigmoids | fracal_sigmoid
+GOL | gumbel
+BACL's loss | bacl
 EQL | eql
 EQL v2 | eql_v2
 DropLoss | drop_loss

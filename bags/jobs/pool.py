@@ -57,6 +57,15 @@ FULL = (
     "norcal classifier.gamma=0.3",
     "tau_norm",
     "tau_norm_select",
+    "ecm",
+    "gumbel",
+    "bacl",
+    "loce",
+    "iif",
+    "ldam",
+    "disalign",
+    "bags_euclidean",
+    "fracal",
 )
 POOLS = {"quick": QUICK, "full": FULL}
 SECTIONS = ("classifier", "sampler", "train")  # that rows may differ in: all have the same images, detector and scoring
