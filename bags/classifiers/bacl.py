@@ -2,8 +2,8 @@
 
 Published (Faster R-CNN R50, LVIS v1, box AP, from the authors' repository): 26.1 against 19.3 of the baseline, which
 was trained for 24 epochs. BACL has two stages of 12 epochs. The first trains a detector with sigmoids and pasted
-objects. The second trains classifier, box regression and RPN with this loss and with hallucinated features. Here only the
-classifier is trained, and features are not hallucinated.
+objects. The second trains classifier, box regression and RPN with this loss and with hallucinated features. Here only
+the classifier is trained, and features are not hallucinated.
 """
 
 from dataclasses import dataclass
