@@ -57,6 +57,7 @@ def all_classifiers():
         "reweighted_softmax": bags.ReweightedSoftmax(6, bags.class_weights(COUNTS, "inverse")),
         "sigmoid_focal": bags.SigmoidFocal(6, 8),
         "group_softmax": bags.GroupSoftmax(6, bags.assign_groups(COUNTS)),
+        "knn": bags.NearestNeighbours(6, 8, 3),
         "ncm": bags.NearestClassMean(6, 8, 6),
         "tau_norm": bags.TauNorm(6, 8),
         "norcal": bags.NorCal(6, COUNTS),
@@ -74,7 +75,7 @@ def test_classifiers_on_the_device(name):
     with other_device() as waits:
         for classifier, device in ((ours, "cpu"), (move(theirs), OTHER)):
             torch.manual_seed(1)
-            if name == "ncm":
+            if name in ("knn", "ncm"):
                 classifier.fit([(BoxFeatures(fc.to(device), fc.to(device)), labels.to(device))])
             logits = classifier(BoxFeatures(fc.to(device), fc.to(device)))
             results = [classifier.probs(logits)]
@@ -83,7 +84,7 @@ def test_classifiers_on_the_device(name):
                 losses = classifier.loss(logits, labels.to(device))
                 sum(losses.values()).backward()
                 assert not waits, name
-                results += [*losses.values(), *(p.grad for p in classifier.parameters())]
+                results += [*losses.values(), *(p.grad for p in classifier.parameters() if p.requires_grad)]
             found.append([result.detach().cpu() for result in results])
     for own, other in zip(*found, strict=True):
         assert torch.allclose(own, other, rtol=1e-5, atol=1e-7)
