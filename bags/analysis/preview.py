@@ -68,4 +68,5 @@ def _draw(image: Tensor, target: dict, names: Sequence[str], font: str) -> Tenso
         warnings.filterwarnings("ignore", message=".*[Gg]lyph")
         boxes = target["boxes"] * scale
         texts = [names[label - 1] for label in labels]
-        return draw_bounding_boxes(drawing, boxes, texts, colours, width=1, font=font, font_size=FONT)
+        fonts: dict = {"font": font, "font_size": FONT, "label_colors": "white", "label_background_colors": colours}
+        return draw_bounding_boxes(drawing, boxes, texts, colours, width=2, fill_labels=True, **fonts)

@@ -169,8 +169,8 @@ def _check_sources(config: Config) -> None:
     need(not detector.other_categories or train.part in parts, "train.part", words, train.part)
     words = f"live: {data.redrawn} makes images anew each time, which cannot be stored"
     need(train.features != "cached" or not data.redrawn, "train.features", words)
-    for key in ("jitter", "copy_paste"):
-        words = "off: conventions=released has the resizing of the paper's code"
+    for key, off in (("jitter", "[]"), ("copy_paste", "0")):
+        words = f"{off}: detector.conventions=released has the resizing of the paper's code"
         need(detector.conventions != "released" or not getattr(data, key), f"data.{key}", words)
     for path in config.classifier.sources:
         words = f"a path without ~, which only a shell expands, got {path!r}"

@@ -58,15 +58,13 @@ def paste(image: Tensor, target: dict, source: Tensor, source_target: dict, chos
     2021, section 3: I1 * alpha + I2 * (1 - alpha), without smoothing of alpha.)
     """
     size = image.shape[-2:]
-    chosen = chosen & source_target["masks"].flatten(1).any(1)
-    pasted = {key: source_target[key][chosen] for key in OF_OBJECTS}
+    pasted = {key: source_target[key][chosen & _visible(source_target["masks"])] for key in OF_OBJECTS}
     whole = pasted["masks"]
     pasted["masks"] = _fitted(whole, size)
     pasted = _follow(pasted, pasted["masks"].flatten(1).sum(1) < whole.flatten(1).sum(1))
-    alpha = pasted["masks"].any(0)
-    hidden = {key: target[key] for key in OF_OBJECTS}
-    hidden["masks"] = hidden["masks"] * ~alpha
-    hidden = _follow(hidden, (target["masks"] * alpha).flatten(1).any(1))
+    alpha = pasted["masks"].bool().any(0)
+    left = target["masks"] * ~alpha
+    hidden = _follow({**{key: target[key] for key in OF_OBJECTS}, "masks": left}, _visible(target["masks"] * alpha))
     result = target | {key: torch.cat([hidden[key], pasted[key]]) for key in OF_OBJECTS}
     if "semantic" in target:
         result["semantic"] = torch.where(alpha, _fitted(source_target["semantic"], size), target["semantic"])
@@ -88,5 +86,10 @@ def _follow(objects: dict, changed: Tensor) -> dict:
         if len(rows):
             corners = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
             boxes[k] = torch.tensor(corners, dtype=boxes.dtype)
-    visible = masks.flatten(1).any(1) | ~changed
+    visible = _visible(masks) | ~changed
     return {"boxes": boxes[visible], "labels": objects["labels"][visible], "masks": masks[visible]}
+
+
+def _visible(masks: Tensor) -> Tensor:
+    """Which masks [K, H, W] have a pixel, bool [K]."""
+    return masks.bool().flatten(1).any(1)

@@ -212,7 +212,7 @@ def _left(target: dict) -> dict:
     sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
     left = (sides >= LEAST_LEFT).all(1)
     if "masks" in target:
-        left &= target["masks"].flatten(1).any(1)
+        left &= target["masks"].bool().flatten(1).any(1)
     return target | {key: target[key][left] for key in OF_OBJECTS if key in target}
 
 
