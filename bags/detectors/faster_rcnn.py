@@ -220,11 +220,12 @@ def _mask_branch(
     normed: the logits are cosines, see `NormedConv`.
     """
     width = backbone.out_channels
+    head = MaskRCNNHeads(width, (width,) * 4, 1)  # made first: the order of random numbers is that of the weights
     predictor = MaskRCNNPredictor(width, width, masks)
     if normed:
         predictor.mask_fcn_logits = NormedConv.of(predictor.mask_fcn_logits)
     return {
         "mask_roi_pool": parts.roi_align(backbone.roi_levels, MASK_POOLED, 2, strides),
-        "mask_head": MaskRCNNHeads(width, (width,) * 4, 1),
+        "mask_head": head,
         "mask_predictor": predictor,
     }

@@ -48,8 +48,8 @@ class NormedConv(nn.Conv2d):
 
     @classmethod
     def of(cls, plain: nn.Conv2d) -> "NormedConv":
-        """The same weights with normalisation."""
-        normed = cls(plain.in_channels, plain.out_channels, 1)
+        """The same weights with normalisation. No random number is drawn."""
+        normed: NormedConv = nn.utils.skip_init(cls, plain.in_channels, plain.out_channels, 1)
         normed.load_state_dict(plain.state_dict())
         return normed
 

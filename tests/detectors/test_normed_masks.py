@@ -43,15 +43,19 @@ def test_logits_are_cosines():
 @pytest.mark.parametrize("framework", ["mask_rcnn", "cascade_mask_rcnn", "htc"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_detector_with_normed_masks(tmp_path, framework, shared):
-    """It trains, and the logits of single labels are those of the whole layer."""
+    """It begins like one without, it trains, and the logits of single labels are those of the whole layer."""
     path = tmp_path / "c.yaml"
     path.write_text("detector: {backbone: small, fpn_channels: 16, min_size: 64, max_size: 64}\ndevice: cpu")
     keys = ["detector.rpn.anchor_sizes=[[16],[32]]", "detector.rpn.train_proposals=20", "detector.roi.fc=16"]
     keys += [f"detector.framework={framework}", "detector.roi.class_agnostic=true"]
     keys += [f"detector.roi.class_agnostic_masks={str(shared).lower()}"]
-    plain = build_detector(bags.load_config(path, keys), STATS)
-    detector = build_detector(bags.load_config(path, [*keys, "detector.roi.normed_masks=true"]), STATS)
-    assert detector.state_dict().keys() == plain.state_dict().keys()
+    states = []
+    for normed in ("false", "true"):
+        torch.manual_seed(0)
+        detector = build_detector(bags.load_config(path, [*keys, f"detector.roi.normed_masks={normed}"]), STATS)
+        states.append(detector.state_dict())
+    assert states[0].keys() == states[1].keys(), "both start from the same weights"
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     heads = detector.roi_heads.box_stages[-1]
     hidden, labels = torch.randn(5, 16, 14, 14), torch.tensor([1, 3, 2, 1, 3])
     every = heads.mask_predictor(hidden)
