@@ -184,10 +184,13 @@ def _kind(tensor: Tensor) -> tuple:
 
 def _check_same_images(theirs: DetectorConfig, ours: DetectorConfig, path: Path) -> None:
     """Raises UserError where frozen weights would see other numbers than they were trained with."""
-    for key in ("conventions", "image_mean", "image_std"):
-        if getattr(theirs, key) != getattr(ours, key):
+    pairs = {key: (getattr(theirs, key), getattr(ours, key)) for key in ("conventions", "image_mean", "image_std")}
+    if theirs.has_masks and ours.has_masks:
+        pairs["roi.normed_masks"] = (theirs.roi.normed_masks, ours.roi.normed_masks)
+    for key, (before, now) in pairs.items():
+        if before != now:
             raise UserError(
-                f"{path}: was trained with detector.{key}={getattr(theirs, key)}, now it is {getattr(ours, key)}: "
+                f"{path}: was trained with detector.{key}={before}, now it is {now}: "
                 "what is not trained again needs the same"
             )
 

@@ -16,6 +16,7 @@ from bags.config.sections import (
     UniformConfig,
 )
 from bags.core.errors import UserError
+from bags.data.copy_paste import CopyPaste
 from bags.data.dataset import DetectionDataset, Loader, collate
 from bags.data.index import AnnotationIndex
 from bags.data.samplers import (
@@ -26,7 +27,7 @@ from bags.data.samplers import (
     repeat_factors,
 )
 from bags.data.statistics import CategoryStats
-from bags.data.transforms import training_transform
+from bags.data.transforms import jitter_transform, training_transform
 from bags.detectors.conventions import CONVENTIONS
 
 
@@ -65,8 +66,18 @@ def build_train_loader(config: Config, index: AnnotationIndex, stats: CategorySt
             sampler = ClassBalancedSampler(index, batch_size, seed)
         case UniformConfig() | TailOnlyConfig():
             sampler = TrainSampler(len(index), batch_size, seed, wide)
+    return make_loader(config, _train_dataset(config, index), sampler)
+
+
+def _train_dataset(config: Config, index: AnnotationIndex) -> Dataset:
+    """Some training images, augmented as the configuration says."""
+    data = config.data
+    check_copy_paste(config, index)
     if CONVENTIONS[config.detector.conventions].augments:
         transform = training_transform()
+    elif data.jitter:
+        side = data.jitter_size or config.detector.max_size
+        transform = jitter_transform(data.jitter, side, config.detector.image_mean, data.flip)
     else:
         transform = training_transform(data.flip, data.short_sides, data.any_short_side, data.long_side)
     images = Path(data.root) / data.train_images
@@ -76,14 +87,29 @@ def build_train_loader(config: Config, index: AnnotationIndex, stats: CategorySt
         index,
         images,
         transform,
-        masks,
+        masks or data.copy_paste > 0,
         data.exif,
         semantic,
         data.semantic_classes,
         data.max_bad_images,
         data.max_pixels,
+        bool(data.jitter),
     )
-    return make_loader(config, dataset, sampler)
+    return CopyPaste(dataset, data.copy_paste, masks) if data.copy_paste > 0 else dataset
+
+
+def check_copy_paste(config: Config, index: AnnotationIndex) -> None:
+    """Refuse data.copy_paste where objects that are trained on have no mask. Raises UserError."""
+    without = index.trained & ~index.has_segmentation  # of none where the detector learns masks
+    if config.data.copy_paste > 0 and without.any():
+        first = int(index.annotation_ids[np.argmax(without)])
+        mend = "set data.copy_paste=0"
+        if index.has_segmentation.any():
+            mend += ", or detector.framework=mask_rcnn, which leaves these objects out"
+        raise UserError(
+            f"{index.path}: annotation {first}: data.copy_paste needs a segmentation of every object, but "
+            f"{int(without.sum())} of {int(index.trained.sum())} have none: {mend}"
+        )
 
 
 def build_val_loader(config: Config, dataset: DetectionDataset) -> DataLoader:

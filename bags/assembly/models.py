@@ -3,11 +3,12 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from bags.config.load import check_config, config_from_dict, override_config
 from bags.config.sections import Config, DetectorConfig
@@ -69,14 +70,19 @@ def build_detector(config: Config, stats: CategoryStats) -> FasterRCNN:
         config.test,
         data.semantic_classes if data.train_semantic else stats.num_categories + 1,
     )
-    transform = model.transform
-    if CONVENTIONS[detector.conventions].augments:
+    set_training_sizes(model.transform, config)
+    return model
+
+
+def set_training_sizes(transform: GeneralizedRCNNTransform, config: Config) -> None:
+    """Tell a detector's transform how training images are resized: by it, or by the dataset before."""
+    data, transform = config.data, cast(Any, transform)
+    if CONVENTIONS[config.detector.conventions].augments:
         transform.flip = data.flip
         transform.training_sides = short_sides(data.short_sides, data.any_short_side)
         transform.training_long_side = data.long_side if transform.training_sides else 0
     else:
-        transform.resize_in_training = not data.short_sides
-    return model
+        transform.resize_in_training = not (data.short_sides or data.jitter)
 
 
 def least_bytes(detector: DetectorConfig, num_categories: int, layers: int = 1) -> int:

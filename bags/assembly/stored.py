@@ -39,7 +39,7 @@ from bags.engine.train import Run
 
 NOT_OF_THE_FEATURES = ("init_from", "other_categories", "reset_classifier", "backbone_weights")
 # Of the RoI section: how training draws from the store, and what only masks depend on.
-NO_BOXES = ("batch_size", "positive_fraction", "class_agnostic_masks")
+NO_BOXES = ("batch_size", "positive_fraction", "class_agnostic_masks", "normed_masks")
 
 
 def training_store(

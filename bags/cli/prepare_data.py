@@ -7,6 +7,7 @@
     python scripts/prepare_data.py split mine.json --val 0.2             # to mine_train.json and mine_val.json
     python scripts/prepare_data.py check configs/muscima data.root=/data/muscima_tiles
     python scripts/prepare_data.py check train.json --images train2017   # an annotation file without a configuration
+    python scripts/prepare_data.py preview configs/custom data.root=/data/mine --batches 2   # what training sees
     python scripts/prepare_data.py remap val.json --like train.json --output val_all.json   # categories by name
 
 check lists every defect with its count, examples by id, and what training will do about it. It ends with
@@ -58,10 +59,16 @@ def main() -> None:
     check.add_argument("--images", type=Path, help="image folder of an annotation file")
     check.add_argument("--decode", action="store_true", help="read every pixel, not only the images' headers")
     check.add_argument("--json", action="store_true")
+    preview = commands.add_parser("preview", help="draw what training sees: augmented images, boxes, masks")
+    preview.add_argument("source", type=Path, help="configuration; of a dataset its first row")
+    preview.add_argument("overrides", nargs="*", help="section.key=value")
+    preview.add_argument("--batches", type=int, default=1, metavar="N", help="batches of the first epoch (1)")
+    preview.add_argument("--output", type=Path, default=Path("preview.png"), metavar="FILE.png")
     arguments, rest = parser.parse_known_args()  # parse_intermixed_args does not take commands
-    if rest and (arguments.command != "check" or any(text.startswith("-") for text in rest)):
+    takes_more = arguments.command in ("check", "preview")
+    if rest and (not takes_more or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if arguments.command == "check":
+    if takes_more:
         arguments.overrides += rest  # that stand after an option
-    verbs = {name: getattr(prepare_data, name) for name in ("lvis", "coco_lt", "split", "remap", "check")}
+    verbs = {name: getattr(prepare_data, name) for name in ("lvis", "coco_lt", "split", "remap", "check", "preview")}
     verbs.get(arguments.command, prepare_data.glyphs)(arguments)

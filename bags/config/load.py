@@ -167,8 +167,11 @@ def _check_sources(config: Config) -> None:
     parts = ("all", *(("head",) if masks else ()), *(("cls",) if masks and detector.roi.class_agnostic else ()))
     words = f"{' or '.join(parts)}: with detector.other_categories more starts new"
     need(not detector.other_categories or train.part in parts, "train.part", words, train.part)
-    words = "live: data.short_sides draws sizes anew each time, which cannot be stored"
-    need(train.features != "cached" or not data.short_sides, "train.features", words)
+    words = f"live: {data.redrawn} makes images anew each time, which cannot be stored"
+    need(train.features != "cached" or not data.redrawn, "train.features", words)
+    for key, off in (("jitter", "[]"), ("copy_paste", "0")):
+        words = f"{off}: detector.conventions=released has the resizing of the paper's code"
+        need(detector.conventions != "released" or not getattr(data, key), f"data.{key}", words)
     for path in config.classifier.sources:
         words = f"a path without ~, which only a shell expands, got {path!r}"
         need(path.split("/")[0] != "~", "classifier.of", words)
@@ -190,4 +193,5 @@ def _check_classifier(config: Config) -> None:
         need(part == "cls", "train.part", f"cls: {classifier.name} keeps the softmax of init_from", part)
     if isinstance(config.sampler, ClassBalancedConfig):
         words = "cached, and train.part=cls: sampler class_balanced draws from stored proposals"
+        words += f", which {config.data.redrawn} rules out" * bool(config.data.redrawn)
         need(config.is_cached, "train.features", words)

@@ -53,6 +53,11 @@ class DataConfig(Settings):
     long_side: Positive = 1333  # the shorter side is less than drawn where the longer one would exceed this
     exif: bool = False  # turn images as their EXIF orientation says (COCO: no)
     flip: Fraction = 0.5  # probability of a horizontal flip; 0 where mirrored objects change their class
+    # Large-scale jitter: the lowest and the highest scale. Images become squares of jitter_size pixels a side, in which
+    # the longer side of an image at scale 1 just fits.
+    jitter: Annotated[tuple[float, ...], Range(gt=0, le=100)] = ()
+    jitter_size: Annotated[int | None, Range(ge=1, le=2**15 - 1)] = None  # null: detector.max_size
+    copy_paste: Fraction = 0.0  # probability that an image gets objects of another one; their masks are needed
     # Loader processes per rank; 0 loads in the training process.
     workers: Annotated[int, Range(ge=0, le=64), NO_RESULT] = 2
     # Training images, per rank, that may be unreadable: the next one takes the place of each; 0: stop at the first.
@@ -65,9 +70,18 @@ class DataConfig(Settings):
         super().__post_init__()
         _need_folder_name("name", self.name)
         _need_path("root", self.root)
+        pair = not self.jitter or (len(self.jitter) == 2 and self.jitter[0] <= self.jitter[1])
+        need(pair, "jitter", "the lowest and the highest scale, such as [0.1, 2.0], or []", list(self.jitter))
+        need(not (self.jitter and self.short_sides), "short_sides", "[]: data.jitter draws sizes, too")
         rising = all(low <= high for low, high in itertools.pairwise(self.short_sides))
         need(rising, "short_sides", "rising numbers above 0", list(self.short_sides))
         need(self.long_side >= max(self.short_sides, default=1), "long_side", "short_sides or more", self.long_side)
+
+    @property
+    def redrawn(self) -> str | None:
+        """The first key that makes training images anew each time, beyond mirroring; None where none does."""
+        keys = ("short_sides", "jitter", "copy_paste")
+        return next((f"data.{key}" for key in keys if getattr(self, key)), None)
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,7 @@ class RoIConfig(Settings):
     fc: Annotated[int, Range(ge=1, le=2**17 - 1)] = 1024  # width of the two box-head layers
     class_agnostic: bool = False  # one box regression for all categories; cascades need it
     class_agnostic_masks: bool = False  # one mask for all categories, which few objects of each can teach
+    normed_masks: bool = False  # mask logits are 20 times the cosine of feature and weight, as in Seesaw's paper
 
 
 @dataclass(frozen=True)
@@ -198,12 +213,14 @@ class TrainConfig(Settings):
     scale_lr: bool = False  # lr is that of 16 images: times batch_size / 16
     momentum: Fraction = 0.9
     weight_decay: Fraction = 1e-4
+    schedule: Literal["step", "cosine"] = "step"  # cosine: lr falls to 0 along half a period; no milestones, no gamma
     # Epochs after which lr is multiplied by gamma.
     milestones: Annotated[tuple[float, ...], Range(gt=0, rising=True)] = (8, 11)
     gamma: Fraction = 0.1
     warmup_iterations: Annotated[int, Range(ge=0)] = 500
     warmup_factor: Fraction = 1 / 3
     clip_norm: Annotated[float, Range(ge=0)] = 35.0  # gradient norm; 0 does not clip
+    ema: Annotated[float, Range(ge=0, lt=1)] = 0.0  # decay of the moving average of the weights, the result; 0: none
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of training, by autocast; the losses are in fp32
     compile: bool = False  # the backbone by torch.compile
     # A loss that is not finite ends the run, or its step is left out.
@@ -288,10 +305,9 @@ class Config(Settings):
 
     @property
     def is_cached(self) -> bool:
-        """Whether the classifier is trained from stored features: sizes drawn anew each time cannot be stored."""
-        one_size = not self.data.short_sides
+        """Whether the classifier is trained from stored features: images drawn anew each time cannot be stored."""
         return self.train.features == "cached" or (
-            self.train.features is None and self.train.part == "cls" and one_size
+            self.train.features is None and self.train.part == "cls" and not self.data.redrawn
         )
 
     @property

@@ -32,6 +32,8 @@ from bags.data.transforms import training_transform
 
 SHARED_MEMORY = "/dev/shm"
 LITTLE = 2**30  # bytes
+LEAST_LEFT = 1  # pixel of width and of height of an object that is cropped
+OF_OBJECTS = ("boxes", "labels", "masks")  # tensors of a target that have a row for each object
 FILES = 8  # that a loader process needs to be heard, in itself and in the main one
 OF_MAIN_PROCESS = (signal.SIGTERM, signal.SIGINT)  # what loader processes leave to it
 
@@ -49,7 +51,8 @@ class DetectionDataset(Dataset):
     semantic: folder of label maps, a PNG named as each image (with or without the image's folder): labels
     0 .. semantic_classes-1, and 255 for none. max_bad: for an image that cannot be read the next one stands in, with
     target["unread"], [what was wrong]; more than max_bad of them in a row raise UserError, as does the first for 0.
-    max_pixels: of an image; a larger one cannot be read (see `read_image`).
+    max_pixels: of an image; a larger one cannot be read (see `read_image`). crops: the transform also crops, so it gets
+    the masks, too; objects of which less than a pixel of width, of height or of the mask is left are left out.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class DetectionDataset(Dataset):
         semantic_classes: int = 183,
         max_bad: int = 0,
         max_pixels: int = MAX_PIXELS,
+        crops: bool = False,
     ):
+        self.crops = crops
         self.max_bad, self.max_pixels = max_bad, max_pixels
         self.index, self.folder = index, Path(image_folder)
         self.transform = transform or training_transform()
@@ -99,18 +104,24 @@ class DetectionDataset(Dataset):
         # One box more than there are objects tells where the left half of the image went.
         boxes = torch.cat([target["boxes"], torch.tensor([[0, 0, width / 2, height]])])
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
-        maps = [tv_tensors.Mask(self._label_map(self.semantic, position, (height, width)))] if self.semantic else []
+        maps = [self._label_map(self.semantic, position, (height, width))] if self.semantic else []
+        if self.crops:
+            maps = [labels + 1 for labels in maps]  # uint8: 255 becomes 0, with which masks are padded
+            maps += [self._masks(kept, (height, width), (height, width), False)] if self.masks else []
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            image, boxes, *maps = self.transform(image, boxes, *maps)
+            image, boxes, *maps = self.transform(image, boxes, *map(tv_tensors.Mask, maps))
         boxes = boxes.as_subclass(Tensor)
+        maps = [masks.as_subclass(Tensor) for masks in maps]
         target["boxes"] = boxes[:-1]
-        if self.masks:
+        if self.masks and self.crops:
+            target["masks"] = maps.pop()
+        elif self.masks:
             mirrored = bool(boxes[-1, 0] > 0)
             target["masks"] = self._masks(kept, (height, width), tuple(image.shape[1:]), mirrored)
         if maps:
-            target["semantic"] = maps[0].as_subclass(Tensor)[0]
-        return image.as_subclass(Tensor), target
+            target["semantic"] = maps[0][0] - 1 if self.crops else maps[0][0]
+        return image.as_subclass(Tensor), _left(target) if self.crops else target
 
     def read(self, position: int) -> tuple[Image.Image, dict]:
         """The RGB image and its target (without masks), before any transform."""
@@ -194,6 +205,15 @@ class DetectionDataset(Dataset):
                 mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *new)))
             masks[k] = mask[:, ::-1] if mirrored else mask
         return torch.from_numpy(masks)
+
+
+def _left(target: dict) -> dict:
+    """A target without the objects that cropping and shrinking have taken away."""
+    sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
+    left = (sides >= LEAST_LEFT).all(1)
+    if "masks" in target:
+        left &= target["masks"].bool().flatten(1).any(1)
+    return target | {key: target[key][left] for key in OF_OBJECTS if key in target}
 
 
 def collate(items: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:

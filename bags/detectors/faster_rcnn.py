@@ -15,7 +15,7 @@ from bags.detectors.backbones import Backbone
 from bags.detectors.cascade import STAGES, CascadeRoIHeads, Stage
 from bags.detectors.conventions import CONVENTIONS, Conventions
 from bags.detectors.htc import HTCRoIHeads, SemanticBranch, fuse_semantic
-from bags.detectors.roi_heads import RoIHeads
+from bags.detectors.roi_heads import NormedConv, RoIHeads
 from bags.detectors.settings import DetectorSettings, RPNSettings, SelectionSettings
 
 POOLED = 7  # side of the box branch's RoIAlign output
@@ -177,9 +177,10 @@ def _second_stage(
     labels = classifier.num_categories + 1
     strides = backbone.strides[: len(backbone.roi_levels)]
     box_pool = parts.roi_align(backbone.roi_levels, POOLED, roi.sampling_ratio, strides)
-    masks = (
-        _mask_branch(parts, backbone, 1 if roi.class_agnostic_masks else labels, strides) if settings.has_masks else {}
-    )
+    masks = {}
+    if settings.has_masks:
+        number = 1 if roi.class_agnostic_masks else labels
+        masks = _mask_branch(parts, backbone, number, strides, roi.normed_masks)
     if semantic:
         box_pool = fuse_semantic(box_pool, parts, roi.sampling_ratio, semantic)
         masks["mask_roi_pool"] = fuse_semantic(masks["mask_roi_pool"], parts, 2, semantic)
@@ -211,11 +212,20 @@ def _box_head(channels: int, fc: int) -> TwoMLPHead:
     return head
 
 
-def _mask_branch(parts: Conventions, backbone: Backbone, masks: int, strides: Sequence[int]) -> dict[str, nn.Module]:
-    """Four convolutions and a deconvolution, as in Mask R-CNN, for C + 1 masks or one; their width is the pyramid's."""
+def _mask_branch(
+    parts: Conventions, backbone: Backbone, masks: int, strides: Sequence[int], normed: bool
+) -> dict[str, nn.Module]:
+    """Four convolutions and a deconvolution, as in Mask R-CNN, for C + 1 masks or one; their width is the pyramid's.
+
+    normed: the logits are cosines, see `NormedConv`.
+    """
     width = backbone.out_channels
+    head = MaskRCNNHeads(width, (width,) * 4, 1)  # made first: the order of random numbers is that of the weights
+    predictor = MaskRCNNPredictor(width, width, masks)
+    if normed:
+        predictor.mask_fcn_logits = NormedConv.of(predictor.mask_fcn_logits)
     return {
         "mask_roi_pool": parts.roi_align(backbone.roi_levels, MASK_POOLED, 2, strides),
-        "mask_head": MaskRCNNHeads(width, (width,) * 4, 1),
-        "mask_predictor": MaskRCNNPredictor(width, width, masks),
+        "mask_head": head,
+        "mask_predictor": predictor,
     }

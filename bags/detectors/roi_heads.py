@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import roi_heads as torchvision_roi_heads
 
-from bags.classifiers.base import BoxFeatures, ProposalClassifier
+from bags.classifiers.base import BoxFeatures, ProposalClassifier, at_least_float32
 from bags.core.errors import UserError
 from bags.detectors.conventions import STANDARD, Conventions
 from bags.detectors.postprocess import select_detections
@@ -35,6 +35,34 @@ class Samples(NamedTuple):
     def take(self, chosen: list[Tensor]) -> "Samples":
         """Keep the samples at positions `chosen` [n] of each image; with masks, each field would wait for the GPU."""
         return Samples(*([field[rows] for field, rows in zip(images, chosen, strict=True)] for images in self))
+
+
+class NormedConv(nn.Conv2d):
+    """A 1 x 1 convolution whose outputs are 20 times the cosine of each pixel's features and each weight, plus a bias.
+
+    The normalised mask predictor of Wang et al. 2021 (Seesaw), with their temperature. 1e-6 is added to each norm.
+    """
+
+    temperature = 20.0
+    eps = 1e-6
+
+    @classmethod
+    def of(cls, plain: nn.Conv2d) -> "NormedConv":
+        """The same weights with normalisation. No random number is drawn."""
+        normed: NormedConv = nn.utils.skip_init(cls, plain.in_channels, plain.out_channels, 1)
+        normed.load_state_dict(plain.state_dict())
+        return normed
+
+    def normed(self, features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [K, width, H, W] of norm 20 at each pixel, and weights [K, width] of norm 1, in float32 at least."""
+        features, weight = at_least_float32(features), at_least_float32(weight)
+        features = self.temperature * features / (features.norm(dim=1, keepdim=True) + self.eps)
+        return features, weight / (weight.norm(dim=1, keepdim=True) + self.eps)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [K, width, H, W] -> logits [K, outputs, H, W]."""
+        features, weight = self.normed(features, self.weight[:, :, 0, 0])
+        return nn.functional.conv2d(features, weight[:, :, None, None], self.bias)
 
 
 class RoIHeads(torchvision_roi_heads.RoIHeads):
@@ -185,6 +213,8 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
             labels = torch.zeros_like(labels)
         hidden = predictor.relu(predictor.conv5_mask(mask_features))
         weight, bias = predictor.mask_fcn_logits.weight[labels, :, 0, 0], predictor.mask_fcn_logits.bias[labels]
+        if isinstance(predictor.mask_fcn_logits, NormedConv):
+            hidden, weight = predictor.mask_fcn_logits.normed(hidden, weight)
         return torch.einsum("kchw,kc->khw", hidden, weight) + bias[:, None, None]
 
     def mask_loss(self, mask_features: Tensor, samples: Samples, targets: list[dict]) -> Tensor:

@@ -54,6 +54,10 @@ class RoISettings(Protocol):
     def class_agnostic_masks(self) -> bool:
         """One mask for all categories."""
 
+    @property
+    def normed_masks(self) -> bool:
+        """Mask logits are cosines; see `NormedConv`."""
+
 
 class DetectorSettings(Protocol):
     """The network and the size of its images."""

@@ -2,7 +2,8 @@
 
 A checkpoint is a dict: `format`, `config` (resolved, plain), `stats` (category ids, names and
 training counts), `model` (state dict), and in a run's own file `init` (digest of the weights that it
-started from), `optimizer`, `iteration` and with fp16 `scaler`. The file ends with a digest of itself, as the
+started from), `optimizer`, `iteration`, with fp16 `scaler`, and with train.ema `unaveraged` (the weights that the
+optimiser goes on from; `model` then has their averages). The file ends with a digest of itself, as the
 comment of the zip file that torch writes: zip's own checksums do not cover all bytes.
 """
 

@@ -1,6 +1,7 @@
 """The trained part of a detector, its optimiser and its learning rate."""
 
 import bisect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,9 +71,15 @@ def base_rate(config: TrainConfig) -> float:
 
 
 def learning_rate(config: TrainConfig, iteration: int, epoch: float) -> float:
-    """The rate of an iteration (0-based) at `epoch`: linear warm-up times a step schedule."""
+    """The rate of an iteration (0-based) at `epoch`: linear warm-up times the schedule.
+
+    `step` multiplies lr by gamma at each milestone. `cosine` gives lr / 2 * (1 + cos(pi * epoch / epochs)), half a
+    period over all epochs, warm-up included (Loshchilov and Hutter 2017, Eq. 5, without restarts).
+    """
     rate = base_rate(config)
     if iteration < config.warmup_iterations:
         progress = iteration / config.warmup_iterations
         rate *= config.warmup_factor + (1 - config.warmup_factor) * progress
+    if config.schedule == "cosine":
+        return rate * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
     return rate * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)

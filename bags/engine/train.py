@@ -26,6 +26,7 @@ from bags.core.errors import Stopped, UserError
 from bags.core.tensor_files import check_finite
 from bags.data.samplers import TrainSampler
 from bags.engine.checkpoint import load_latest, save_checkpoint
+from bags.engine.ema import MovingAverage
 from bags.engine.faults import StopSignals, report_nonfinite
 from bags.engine.metrics import Clock, Monitor, Stopwatch
 from bags.engine.optim import (
@@ -61,6 +62,7 @@ class Run:
     # Filled in by `train`.
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
+    average: MovingAverage | None = None  # of the weights, with train.ema
     save_every: int = 0  # iterations
     done: int = 0  # iterations
     skipped: int = 0  # steps in a row
@@ -74,6 +76,8 @@ class Run:
                 state["optimizer"] = self.optimizer.state_dict()
             if self.scaler and self.scaler.is_enabled():
                 state["scaler"] = self.scaler.state_dict()
+            if self.average:
+                state |= self.average.state()
             save_checkpoint(self.folder / "last.pth", {**self.about, **state})
 
 
@@ -99,10 +103,12 @@ def train_one_epoch(
         for run in runs:
             if iteration < run.done:  # killed while the others were saved
                 continue
-            distributed.seed_rank(_iteration_seed(run.seed, iteration), device)
+            distributed.seed_rank(iteration_seed(run.seed, iteration), device)
             lr = learning_rate(run.config, iteration, epoch_at(epochs, iteration))
             with run.stopwatch:
                 losses = optimisation_step(run, images, targets, iteration, lr, device, clock)
+                if run.average:
+                    run.average.update(iteration)
             after_step(run, iteration, losses, lr)
 
 
@@ -165,7 +171,7 @@ def _leave_out(
         "iteration": iteration,
         "images": images,
         "targets": targets,
-        "seed": _iteration_seed(run.seed, iteration),
+        "seed": iteration_seed(run.seed, iteration),
     }
     text = report_nonfinite(run.folder, losses, targets, {**run.about, **content})
     text = f"{run.title}: iteration {iteration + 1}: {text}"
@@ -182,7 +188,7 @@ def _leave_out(
         print(f"warning: {text}: step left out", file=sys.stderr)
 
 
-def _iteration_seed(seed: int, iteration: int) -> int:
+def iteration_seed(seed: int, iteration: int) -> int:
     """Derive the seed of one iteration from the seed of its run."""
     return seed * 1_000_003 + iteration
 
@@ -215,7 +221,7 @@ def fit_classifiers(detector: Any, loader: DataLoader, device: torch.device, see
         """Yield the features and labels that one classifier is fitted to."""
         bar = tqdm(loader, desc=f"{title}: fit", unit="batch", disable=not distributed.is_main())
         for iteration, (images, targets) in enumerate(bar):
-            distributed.seed_rank(_iteration_seed(seed, iteration), device)
+            distributed.seed_rank(iteration_seed(seed, iteration), device)
             for owner, features, labels in detector.training_proposals(*to_device(images, targets, device)):
                 if owner is classifier:
                     yield BoxFeatures(*map(distributed.gather_rows, features)), distributed.gather_rows(labels)
@@ -236,7 +242,10 @@ def _resume(run: Run) -> bool:
         raise UserError(f"{run.folder}: its checkpoint is not a run's own (no iteration or optimizer in it): remove it")
     check_finite(saved["model"], run.folder)
     try:
-        run.model.load_state_dict(saved["model"])
+        if run.average:
+            run.average.load(saved)
+        else:
+            run.model.load_state_dict(saved["model"])
         if run.optimizer:
             for theirs, ours in zip(saved["optimizer"]["param_groups"], run.optimizer.param_groups, strict=False):
                 theirs["fused"] = ours["fused"]  # this device's kernel
@@ -340,7 +349,8 @@ def _between_epochs(
             run.save(done)
     with signals.paused() if due else contextlib.nullcontext():
         for run in due:
-            after_epoch(run, epoch)
+            with run.average.in_model() if run.average else contextlib.nullcontext():
+                after_epoch(run, epoch)
 
 
 def _finish(runs: Sequence[Run], total: int) -> None:
@@ -349,6 +359,8 @@ def _finish(runs: Sequence[Run], total: int) -> None:
         distributed.share_buffers(run.model)
         if run.done < total or not (run.folder / "last.pth").exists():
             run.save(total)
+        if run.average:
+            run.average.copy_to_model()
     distributed.barrier()
 
 
@@ -365,6 +377,7 @@ def _start(run: Run, loader: DataLoader, device: torch.device) -> None:
     trainable = any(p.requires_grad for p in run.model.parameters())
     if trainable:
         run.optimizer = build_optimizer(run.model, config)
+        run.average = MovingAverage(run.model, config.ema) if config.ema else None
         run.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         if config.scale_lr and distributed.is_main():
             print(

@@ -53,6 +53,8 @@ def import_weights(source: str, config: Config, annotations: Path | None, eps: f
     stats = read_stats(config, annotations, names)
     translated = translate(state, source)
     tensors, lines, wanted = translated.state, [], config.detector
+    if wanted.has_masks and wanted.roi.normed_masks:
+        raise UserError(f"{source}: its mask logits are no cosines: import it with detector.roi.normed_masks=false")
     for key, value in describe(tensors).items():
         if key != "logits" and getattr(wanted, key) != value:
             raise UserError(f"{source}: its detector has {key} {value}, the configuration {getattr(wanted, key)}")
@@ -162,6 +164,8 @@ def export(checkpoint: Path, output: Path) -> None:
     }
     if settings.conventions == "released":
         raise UserError(f"{checkpoint}: has the released models' conventions, which torchvision's models do not have")
+    if settings.has_masks and settings.roi.normed_masks:
+        raise UserError(f"{checkpoint}: has detector.roi.normed_masks, which torchvision's Mask R-CNN does not have")
     family = "mobilenet" if settings.backbone.startswith("mobilenet") else "resnet"
     if (rpn.anchor_sizes, rpn.aspect_ratios) != (TORCHVISION_ANCHORS[family], (0.5, 1.0, 2.0)):
         raise UserError(f"{checkpoint}: its anchors are not those of torchvision's {torchvision_model(config)}")

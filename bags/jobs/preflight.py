@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bags.assembly.initialise import check_categories
-from bags.assembly.loaders import open_index
+from bags.assembly.loaders import check_copy_paste, open_index
 from bags.config.sections import Config, TailOnlyConfig
 from bags.core.errors import UserError
 from bags.core.files import read_bytes
@@ -39,6 +39,7 @@ def check_row(config: Config, index: AnnotationIndex, stats: CategoryStats) -> N
     """Refuse what the training data does not allow. Raises UserError."""
     if reason := why_nothing_trains(index):
         raise UserError(f"{index.path}: {reason}")
+    check_copy_paste(config, index)
     config.classifier.columns(stats)  # refuses impossible groups
     tail = isinstance(config.sampler, TailOnlyConfig) and config.sampler.below
     if tail and not any(0 < count < tail for count in stats.instance_counts):

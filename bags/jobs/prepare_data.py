@@ -158,6 +158,13 @@ def check(arguments: "argparse.Namespace") -> None:
     sys.exit(1 if problems else 0)
 
 
+def preview(arguments: "argparse.Namespace") -> None:
+    """Draw what the training of a row sees."""
+    from bags.jobs import preview
+
+    preview.preview(arguments.source, arguments.overrides, arguments.batches, arguments.output)
+
+
 def _bins(index: "AnnotationIndex", boundaries: Sequence[int]) -> str:
     """A line for each bin of training objects: how many categories are in it."""
     from bags.data.statistics import CategoryStats, instance_bin

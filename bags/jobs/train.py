@@ -191,7 +191,8 @@ class Pass:
         if self.first.is_cached and not trained:  # a store that was removed is not made again only to evaluate
             loader = stored.training_loader(self.first, self.runs, loader, self.device)
         elif self.first.train.part == "cls" and self.first.train.features is None and distributed.is_main():
-            note = "data.short_sides draws sizes anew, so nothing is stored: train.features=live"
+            key = self.first.data.redrawn
+            note = f"{key} makes images anew each time, so nothing is stored: train.features=live"
             print(f"note: {self.first.name}: {note}")
         training.train(self.runs, loader, self.device, self.validate)
 

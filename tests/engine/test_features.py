@@ -469,4 +469,6 @@ def test_what_a_store_depends_on_has_not_changed():
     """Stores of earlier versions stay in use: a new key of the box branch needs a reason, one of the masks is none."""
     settings = cached._detector_settings(DetectorConfig())
     assert set(settings["roi"]) == {"sampling_ratio", "fc", "class_agnostic"}
-    assert settings == cached._detector_settings(DetectorConfig(roi=RoIConfig(class_agnostic_masks=True)))
+    assert settings == cached._detector_settings(
+        DetectorConfig(roi=RoIConfig(class_agnostic_masks=True, normed_masks=True))
+    )
