@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from bags.classifiers.base import BoxFeatures, ProposalClassifier
 from bags.config.sections import TrainConfig
 from bags.core import distributed
 from bags.core.errors import Stopped, UserError
+from bags.core.progress import Progress
 from bags.core.tensor_files import check_finite
 from bags.data.samplers import TrainSampler
 from bags.engine.checkpoint import load_latest, save_checkpoint
@@ -213,7 +213,7 @@ def fit_classifiers(detector: Any, loader: DataLoader, device: torch.device, see
 
     def batches(classifier: ProposalClassifier) -> Iterator[tuple[BoxFeatures, torch.Tensor]]:
         """Yield the features and labels that one classifier is fitted to."""
-        bar = tqdm(loader, desc=f"{title}: fit", unit="batch", disable=not distributed.is_main())
+        bar = Progress(loader, desc=f"{title}: fit", unit="batch", disable=not distributed.is_main())
         for iteration, (images, targets) in enumerate(bar):
             distributed.seed_rank(_iteration_seed(seed, iteration), device)
             for owner, features, labels in detector.training_proposals(*to_device(images, targets, device)):
@@ -320,7 +320,8 @@ def train(
                 _between_epochs(runs, done, epoch, after_epoch, signals)
                 clock.leave_out()
             sampler.start(epoch, done - epochs[epoch])
-            train_one_epoch(runs, loader, device, done, epochs, after_step, clock)
+            with monitors[0].epoch(epoch + 1, len(runs) - 1):
+                train_one_epoch(runs, loader, device, done, epochs, after_step, clock)
             done = epochs[epoch + 1]
     _finish(runs, total)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from bags.core.errors import UnreadableImage, UserError
 from bags.core.files import JsonList
+from bags.core.progress import Progress, say
 from bags.core.terminal import printable
 from bags.data.images import SUFFIXES, read_image
 
@@ -54,8 +55,6 @@ def detect(
     device: "torch.device",
 ) -> None:
     """Writes drawings and predictions.json to `output`, image by image."""
-    from tqdm import tqdm
-
     from bags.engine.predict import results_entries
 
     stats, exif = meta["stats"], meta["config"].data.exif
@@ -64,11 +63,11 @@ def detect(
     output.mkdir(parents=True, exist_ok=True)
     objects, unreadable, undrawn, drawn = 0, 0, 0, {file.name for file in files}
     with _results(output / "predictions.json") as results:
-        for number, file in enumerate(tqdm(files, unit="image")):
+        for number, file in enumerate(Progress(files, desc="predict", unit="image")):
             try:
                 image = read_image(file, exif, max_pixels)
             except UnreadableImage as error:
-                tqdm.write(f"warning: left out: {error}", file=sys.stderr)
+                say(f"warning: left out: {error}")
                 unreadable += 1
                 continue
             detection = _detections(detector, image, least_score, device)
@@ -83,7 +82,7 @@ def detect(
                 _draw(output / _drawing_name(number, file), image, detection, stats.names)
                 drawn.add(_drawing_name(number, file))
             except OSError as error:
-                tqdm.write(f"warning: drawing of {file}: cannot be written ({error})", file=sys.stderr)
+                say(f"warning: drawing of {file}: cannot be written ({error})")
                 undrawn += 1
     if unreadable == len(files):
         raise UserError(f"{output}: nothing predicted: none of the {unreadable} images could be read")
