@@ -1,5 +1,6 @@
 """Progress on stderr: a bar on a terminal, and a line every half minute elsewhere."""
 
+import math
 import sys
 from typing import Any
 
@@ -27,12 +28,12 @@ class Progress(tqdm):
             settings |= {"delay": 1e-9}  # no line at the start
         super().__init__(*arguments, **settings)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Draw the bar, or write a line."""
-        if not self.in_lines:
-            return bool(super().display(msg, pos))
-        print(str(self) if msg is None else msg, file=self.fp, flush=True)
-        return True
+        if self.in_lines:
+            print(str(self) if msg is None else msg, file=self.fp, flush=True)
+        else:
+            super().display(msg, pos)
 
     def clear(self, nolock: bool = False) -> None:
         """Remove the bar from the screen; lines stay."""
@@ -43,11 +44,8 @@ class Progress(tqdm):
         """Finish the bar, or write the last line."""
         if self.in_lines and not self.disable:
             self.display()
-            self.leave = False  # tqdm would write it again
-            self.disable = True
-            self._decr_instances(self)
-        else:
-            super().close()
+            self.delay = math.inf  # tqdm writes nothing more before it is over
+        super().close()
 
 
 def say(message: str) -> None:

@@ -17,6 +17,7 @@ from bags.config.sections import TrainConfig
 from bags.core import distributed
 from bags.core.files import naming, read_bytes, replacing
 from bags.core.progress import Progress, say
+from bags.engine.board import Board, training_tags
 
 PHASES = ("data", "forward", "backward", "step")
 TYPICAL, KNOWN, JUMP = 25, 3, 10  # losses whose median is usual, at least so many; how far above it is told of
@@ -148,6 +149,7 @@ class Monitor:
         self.stopwatch = stopwatch or Stopwatch()
         main, images = distributed.is_main(), config.batch_size
         self.log = JsonLog(folder / "log.jsonl", done) if main else None
+        self.board = Board(folder / "tensorboard/training", done) if main and config.tensorboard else None
         self.stopwatch.total += self.log.last.get("seconds", 0.0) if self.log else 0.0
         self.bar = Progress(
             total=total * images,
@@ -172,6 +174,8 @@ class Monitor:
         self.bar.close()
         if self.log:
             self.log.close()
+        if self.board:
+            self.board.close()
 
     def step(self, iteration: int, epoch: float, losses: dict[str, torch.Tensor], lr: float) -> None:
         """Takes in one iteration, and the epochs done with it; every `log_every`-th is logged."""
@@ -199,6 +203,8 @@ class Monitor:
                 **times,
                 **values,
             )
+            if self.board:
+                self.board.numbers(iteration, training_tags({"lr": lr, "images_per_s": rate, **values}))
             self._look_for_a_jump(steps, float(self.peak), lr)
             if math.isfinite(values["loss"]):
                 self.typical.append(values["loss"])
