@@ -291,7 +291,7 @@ def _free_place(
     width, height = (extent.width + 4) / pixel, (extent.height + 4) / pixel
     limits = max(0, image.width - width), max(0, image.height - height)
     rows = [y1 - height, y1, y2, y2 - height, *(y1 + n * height for n in range(1, 5))]
-    places = []
+    places: list[tuple[float, int, float, float]] = []
     for y in rows:
         for x in (x1, x2 - width):
             left, top = min(max(x, 0), limits[0]), min(max(y, 0), limits[1])

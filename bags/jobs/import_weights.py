@@ -9,7 +9,6 @@ import torchvision
 from torch import Tensor
 
 from bags.assembly.models import Undrawn, build_undrawn, load_detector
-from bags.classifiers.group_softmax import GroupSoftmaxSettings
 from bags.config.load import config_to_dict, override_config
 from bags.config.sections import Config
 from bags.core.errors import UserError
@@ -92,9 +91,10 @@ def import_weights(source: str, config: Config, annotations: Path | None, eps: f
 
 def _groups_line(config: Config, stats: CategoryStats) -> list[str]:
     """Say which groups a group softmax has; their sizes cannot be read from a file."""
-    if not isinstance(config.classifier, GroupSoftmaxSettings):
+    divide = getattr(config.classifier, "category_groups", None)
+    if divide is None:
         return []
-    groups = config.classifier.category_groups(stats)
+    groups = divide(stats)
     limits = f", divided at {', '.join(map(str, groups.boundaries))} training instances" if groups.boundaries else ""
     return [f"groups: {len(groups.sizes)}, of {', '.join(map(str, groups.sizes))} categories{limits}"]
 

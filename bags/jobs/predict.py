@@ -70,7 +70,7 @@ def detect(
                 say(f"warning: left out: {error}")
                 unreadable += 1
                 continue
-            detection = _detections(detector, image, least_score, device)
+            detection = detections_of(detector, image, least_score, device)
             entries = results_entries(number, detection, stats.category_ids)
             for entry in entries:
                 del entry["image_id"]
@@ -105,7 +105,7 @@ def _results(path: Path) -> JsonList:
         raise UserError(f"{path}: another process writes it: choose another --output, or wait for that one") from None
 
 
-def _detections(detector: "FasterRCNN", image: "Image.Image", least_score: float, device: "torch.device") -> dict:
+def detections_of(detector: "FasterRCNN", image: "Image.Image", least_score: float, device: "torch.device") -> dict:
     """The detections of one image with a score of `least_score` or more: boxes, labels, scores, and rles of masks."""
     import torch
 
