@@ -8,6 +8,7 @@
 #   RUN, OTHER  run folders: what report is about, and what it is compared with
 #   TABLE       which table of the paper (1, 2, 3, 4, fig4, coco_lt), or methods
 #   PYTHON      the interpreter that makes VENV                      VENV    an existing environment can be used
+#   INSTALL     yes: install what is missing into a VENV that make has not made
 
 CONFIG ?= configs/glyphs-100
 CHECKPOINT ?= runs/glyphs-100/bags/last.pth
@@ -22,6 +23,7 @@ POOL ?= quick
 TABLE ?=
 PYTHON ?= python3
 VENV ?= .venv
+INSTALL ?=
 
 BIN = $(VENV)/bin
 READY = $(VENV)/.bags-ready
@@ -67,14 +69,19 @@ clean:  ## Remove the environment and caches; data/ and runs/ stay
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# An environment that make has not made, which has no .bags-made, belongs to someone else: it is only looked at.
+MADE = $(VENV)/.bags-made
+OURS = [ -e $(MADE) ] || [ -e $(READY) ] || [ "$(VENV)" = .venv ] || [ "$(INSTALL)" = yes ]
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
 $(READY): requirements.txt
-	@$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv $(VENV)
+	@if [ -e $(VENV) ]; then $(OURS) || [ -x $(BIN)/python ] || { echo "VENV=$(VENV): is no environment: bin/python is missing" >&2; exit 2; }; \
+	else $(PYTHON) -m venv $(VENV) && touch $(MADE); fi
+	@if $(OURS); then $(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv $(VENV); fi
 	@$(BIN)/python -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make clean, then make PYTHON=... names one")'
-	@echo "installing requirements.txt into $(VENV) (once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@touch $@
+	@if $(OURS); then echo "installing requirements.txt into $(VENV) (once)"; $(PIP) -r requirements.txt && touch $@; \
+	else $(BIN)/python scripts/requirements.py requirements.txt; fi
 
 $(READY_DEV): $(READY) requirements-dev.txt
-	@echo "installing requirements-dev.txt into $(VENV) (once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	@touch $@
+	@if $(OURS); then echo "installing requirements-dev.txt into $(VENV) (once)"; $(PIP) -r requirements-dev.txt && touch $@; \
+	else $(BIN)/python scripts/requirements.py requirements-dev.txt; fi

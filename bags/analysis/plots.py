@@ -2,7 +2,8 @@
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +23,10 @@ if "ipykernel" not in sys.modules:  # in a notebook, figures are shown below the
 import matplotlib.pyplot as plt
 
 COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d5a97", "#e08e45", "#555555")
+PALETTE = ("#1b9e9e", "#b5651d", "#6a51a3", "#c2185b", "#5b7f11", "#7a6a53", "#0f7fd6", "#a8324a", "#3f8f6b", "#c49000")
+METHODS = {"softmax": "#1b6ca8", "softmax_retrained": "#e08e45", "bags": "#d1495b", "choose": "#2e933c"}
+BASELINES = ("softmax", "softmax_retrained")  # come first, in this order
+LINES = (("-", 3.0), ("--", 1.8), ("-.", 1.8), (":", 2.2))  # a later curve leaves an earlier one visible
 DPI = 110
 LONGEST_SIDE = 4096  # pixels of the drawing of one image: it takes memory in proportion to its area
 FAST = {"compress_level": 1}  # of PNG: half as long to write, a tenth larger
@@ -52,14 +57,15 @@ def draw_weight_norms(
     borders = [int((counts >= border).sum()) for border in sorted(boundaries, reverse=True)]
     pieces = [piece for piece in np.split(np.arange(len(counts)), borders) if len(piece)]
     half = max(1, len(counts) // 40)
-    for (name, with_background), colour in zip(norms.items(), _colours(len(norms)), strict=True):
+    for name, colour, (style, width) in styles(norms):
+        with_background = norms[name]
         background, foreground = with_background[0], with_background[1:]
         correlation = rank_correlation(foreground, counts)
         label = f"{plain(name)}  (rank correlation with count {correlation:.2f})"
         axes.plot(index, foreground[order], ".", ms=4, alpha=0.45, color=colour)
         for piece in pieces:
-            axes.plot(index[piece], _running_mean(foreground[order][piece], half), color=colour, lw=1.8)
-        axes.plot([], [], color=colour, lw=1.8, label=label)
+            axes.plot(index[piece], _running_mean(foreground[order][piece], half), style, color=colour, lw=width)
+        axes.plot([], [], style, color=colour, lw=width, label=label)
         axes.plot(0, background, "D", ms=6, color=colour)
     for border in borders:
         axes.axvline(border + 0.5, color="0.5", ls="--", lw=1)
@@ -106,6 +112,29 @@ def plot_norms_and_counts(
     _save(figure, path)
 
 
+def method_name(label: str) -> str:
+    """The method in the label of a run: a name, a folder, or either with a remark after a colon."""
+    return label.split(":")[0].rstrip("/").rpartition("/")[2]
+
+
+def method_colour(label: str) -> str:
+    """The colour of a method, the same in every figure; it depends on nothing but its name."""
+    name = method_name(label)
+    return METHODS.get(name) or PALETTE[zlib.crc32(name.encode(errors="replace")) % len(PALETTE)]
+
+
+def baseline_first(labels: Iterable[str]) -> list[str]:
+    """Order labels of runs: the baseline, its control, then the others as given."""
+    place = {name: number for number, name in enumerate(BASELINES)}
+    return sorted(labels, key=lambda label: place.get(method_name(label), len(BASELINES)))
+
+
+def styles(labels: Iterable[str]) -> list[tuple[str, str, tuple[str, float]]]:
+    """(label, colour, (line style, width)) of each curve of a figure, in the order of drawing, the baseline first."""
+    ordered = baseline_first(labels)
+    return [(label, method_colour(label), LINES[k % len(LINES)]) for k, label in enumerate(ordered)]
+
+
 def _colours(number: int) -> list[str]:
     return [COLOURS[k % len(COLOURS)] for k in range(number)]
 
@@ -147,8 +176,8 @@ def plot_ap_by_instances(path: Path | BinaryIO, runs: dict[str, list[dict]], bou
     runs: name -> rows with AP in 0..1 and training_instances, as from `detection_ap.score`; other rows are left out.
     """
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
-    for (name, rows), colour in zip(runs.items(), _colours(len(runs)), strict=True):
-        known = [(r["training_instances"], 100 * r["AP"]) for r in rows if "training_instances" in r]
+    for name, colour, (style, width) in styles(runs):
+        known = [(r["training_instances"], 100 * r["AP"]) for r in runs[name] if "training_instances" in r]
         points = np.array(sorted(p for p in known if p[1] == p[1]), float).reshape(-1, 2)
         if not len(points):
             continue
@@ -156,7 +185,7 @@ def plot_ap_by_instances(path: Path | BinaryIO, runs: dict[str, list[dict]], bou
         half = max(1, len(points) // 40)
         axes.plot(counts, points[:, 1], ".", ms=5, alpha=0.4, color=colour)
         smooth = [_running_mean(side, half) for side in (counts, points[:, 1])]
-        axes.plot(*smooth, color=colour, lw=1.8, label=plain(name))
+        axes.plot(*smooth, style, color=colour, lw=width, label=plain(name))
     for border in boundaries:
         axes.axvline(border, color="0.5", ls="--", lw=1)
     axes.set(xscale="log", xlabel="training instances of the category", ylabel="AP", ylim=(0, None))
@@ -231,15 +260,49 @@ def draw_boxes(
     """Draw an image with labelled boxes [K, 4] in pixels on matplotlib axes; see `plot_predictions`."""
     axes.imshow(image)
     axes.axis("off")
+    taken: list[tuple[float, float, float, float]] = []  # by labels
     for k, (x1, y1, x2, y2) in enumerate(np.asarray(boxes).reshape(-1, 4).tolist()):
         width = 1.8 if names[k] else 1
         axes.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colours[k], lw=width))
         if not names[k]:
             continue
         text = names[k] if scores is None else f"{names[k]} {100 * scores[k]:.0f}"
-        side = "bottom" if y1 > 0.06 * image.height else "top"  # above the box if there is room
         background = {"facecolor": colours[k], "pad": 0.8, "lw": 0}
-        axes.text(x1, y1, text, fontsize=9, color="white", va=side, parse_math=False, clip_on=True, bbox=background)
+        label = axes.text(x1, y1, text, fontsize=9, color="white", va="top", parse_math=False, clip_on=True)
+        label.set_bbox(background)
+        label.set_position(_free_place(axes, image, label, (x1, y1, x2, y2), taken))
+
+
+def _free_place(
+    axes: Axes,
+    image: Image.Image,
+    label: Any,
+    box: tuple[float, float, float, float],
+    taken: list[tuple[float, float, float, float]],
+) -> tuple[float, float]:
+    """The left upper corner in pixels for the label of a box: at the box, inside the image, off earlier labels.
+
+    taken: rectangles of earlier labels (x1, y1, x2, y2); this one's is added.
+    """
+    x1, y1, x2, y2 = box
+    axes.apply_aspect()
+    extent = label.get_window_extent()
+    pixel = abs(axes.transData.transform((1, 0))[0] - axes.transData.transform((0, 0))[0])  # on the canvas
+    width, height = (extent.width + 4) / pixel, (extent.height + 4) / pixel
+    limits = max(0, image.width - width), max(0, image.height - height)
+    rows = [y1 - height, y1, y2, y2 - height, *(y1 + n * height for n in range(1, 5))]
+    places: list[tuple[float, int, float, float]] = []
+    for y in rows:
+        for x in (x1, x2 - width):
+            left, top = min(max(x, 0), limits[0]), min(max(y, 0), limits[1])
+            hidden = sum(
+                max(0, min(left + width, r) - max(left, first)) * max(0, min(top + height, b) - max(top, upper))
+                for first, upper, r, b in taken
+            )
+            places.append((hidden, len(places), left, top))
+    _, _, left, top = min(places)
+    taken.append((left, top, left + width, top + height))
+    return left, top
 
 
 def save_drawing(

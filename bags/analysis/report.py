@@ -10,6 +10,7 @@ import yaml
 from bags.analysis import plots
 from bags.analysis.choice import section
 from bags.analysis.examples import LEAST_SCORE, Example
+from bags.analysis.mistakes import Confusion
 from bags.analysis.page import document, drawn, figure, percent, table, text
 from bags.analysis.run_results import RunResults, about, differences
 from bags.analysis.tables import column_title, tail_below
@@ -32,6 +33,8 @@ class Findings:
     examples: dict[int, Example] = field(default_factory=dict)  # by category id
     choice: dict | None = None  # of choose.json, where the run is what `choose` has chosen
     choice_rows: dict[str, list[dict]] = field(default_factory=dict)  # name -> rows of categories.csv, for its figure
+    confusions: list[dict[int, Confusion]] = field(default_factory=list)  # of each run: by category id of the tail
+    errors: list[dict[str, float]] = field(default_factory=list)  # of each run: what AP50 each kind of error costs
     notes: list[str] = field(default_factory=list)  # what is missing, and how to mend it
 
 
@@ -56,6 +59,8 @@ def render(runs: list[RunResults], findings: Findings) -> str:
         "Weight norms": _weight_norms(runs),
         "Training": _training(runs),
         "The tail": _tail(runs, findings),
+        "What the tail is taken for": _confusions(runs, findings),
+        "Kinds of errors": _errors(runs, findings),
         "Categories without detections": _undetected(runs, findings),
         "What was run": _what(runs, findings),
     }
@@ -245,6 +250,60 @@ def _tail(runs: list[RunResults], findings: Findings) -> str:
         parts += [f"<h3>Among the {title}</h3>"] if chosen else []
         parts += [_example(example, [run.label for run in reversed(runs)]) for example in chosen]
     return "".join(parts)
+
+
+def _confusions(runs: list[RunResults], findings: Findings) -> str:
+    """Counts over all objects of the tail, and the categories whose objects are most often taken for the head."""
+    if not any(findings.confusions):
+        return ""
+    parts = [
+        "<p>Each validation object of the tail is taken for the category of the best-scored detection on it (IoU of "
+        "0.5 or more), whatever its score. The head has at least "
+        f"{tail_below(runs[0].config.test.bins)} training instances.</p>"
+    ]
+    head = ["", "objects", "right", "taken for the head", "for others of the tail", "not found"]
+    of_runs = list(reversed(list(zip(runs, findings.confusions, strict=True))))
+    keys = ("objects", "right", "head", "tail", "missed")
+    rows = [[run.label, *(sum(getattr(c, key) for c in of.values()) for key in keys)] for run, of in of_runs]
+    parts.append(table(head, rows, "All objects of the tail"))
+    names = {row["id"]: row for row in runs[0].rows}
+    for run, of in of_runs:
+        worst = sorted(of, key=lambda k: (-of[k].head, -of[k].head / of[k].objects, k))[:MOST]
+        rows = [
+            [
+                names[k]["name"],
+                names[k]["training_instances"],
+                *(getattr(of[k], key) for key in keys),
+                ", ".join(f"\u2068{name}\u2069 {number}" for name, number in of[k].names),
+            ]
+            for k in worst
+            if of[k].head
+        ]
+        columns = ["category", "training", *head[1:], "mostly taken for"]
+        parts.append(table(columns, rows, f"{run.label}: most often taken for the head") if rows else "")
+    return "".join(parts)
+
+
+def _errors(runs: list[RunResults], findings: Findings) -> str:
+    """AP50 that each kind of error costs."""
+    if not any(findings.errors):
+        return ""
+    words = {
+        "Cls": "other category",
+        "Loc": "box too far off",
+        "Both": "both",
+        "Dupe": "object found twice",
+        "Bkg": "no object there",
+        "Miss": "object not found",
+    }
+    rows = [
+        [run.label, percent(of["AP50"]), *(percent(of[key], "+.1f") for key in words)]
+        for run, of in reversed(list(zip(runs, findings.errors, strict=True)))
+    ]
+    return (
+        "<p>What AP50 would gain if all errors of one kind were mended (TIDE, Bolya et al. 2020). The gains do not add "
+        "up.</p>" + table(["", "AP50", *words.values()], rows, "Boxes, all categories")
+    )
 
 
 def _example(example: Example, labels: list[str]) -> str:

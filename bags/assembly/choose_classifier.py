@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bags.assembly.balance import BalancedRoIHeads, balance, check_fits, copy_layer, new_classifier, unbalance
 from bags.assembly.in_memory import Trained, ValidationImages, train_together, training_proposals, validation_proposals
@@ -27,6 +26,7 @@ from bags.assembly.mixtures import detect_stored
 from bags.classifiers import average_of, classifier_settings
 from bags.classifiers.base import ProposalClassifier, checked_counts
 from bags.config.sections import StoreConfig, TestConfig, TrainConfig
+from bags.core.progress import Progress
 from bags.core.settings import need
 from bags.data.statistics import training_of
 from bags.engine.optim import ADAMW_RATE
@@ -340,7 +340,7 @@ def _select(
 
     def with_bar(mixtures: Iterable[Mixture], value: Callable[[Mixture], np.ndarray]) -> list[np.ndarray]:
         """The value of each mixture."""
-        return [value(mixture) for mixture in tqdm(list(mixtures), desc="choose", unit="mixture")]
+        return [value(mixture) for mixture in Progress(list(mixtures), desc="choose", unit="mixture")]
 
     detect = selection.MatchedMixtures(results, seen.truth)
     order = np.array([image["id"] for image in seen.truth.content["images"]])

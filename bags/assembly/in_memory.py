@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bags.classifiers.base import BoxFeatures, ProposalClassifier
 from bags.config.sections import TrainConfig
 from bags.core.distributed import seed_rank
 from bags.core.files import write_text
+from bags.core.progress import Progress
 from bags.core.settings import need
 from bags.detectors.from_features import StoredProposals, proposals_to_store, training_pool
 from bags.detectors.torchvision_private import BalancedPositiveNegativeSampler
@@ -108,7 +108,7 @@ def checked_batches(
     """
     need(isinstance(batches, Iterable), name, "an iterable of batches (images, targets)", type(batches).__name__)
     number = -1
-    for number, batch in enumerate(tqdm(batches, desc=f"{name}: features", unit="batch")):
+    for number, batch in enumerate(Progress(batches, desc=f"{name}: features", unit="batch")):
         where = f"{name}: batch {number}"
         need(isinstance(batch, tuple | list) and len(batch) == 2, where, "(images, targets)", type(batch).__name__)
         images, targets = map(list, batch)
@@ -163,7 +163,7 @@ def train_together(
     epochs, batch_size = rows[0].config.epochs, rows[0].config.batch_size
     steps = -(-len(proposals) // batch_size)
     optimizers = [build_optimizer(row.classifier.train(), row.config) for row in rows]
-    bar = tqdm(total=epochs * steps, desc=f"train {', '.join(row.name for row in rows)}", unit="step")
+    bar = Progress(total=epochs * steps, desc=f"train {', '.join(row.name for row in rows)}", unit="step")
     for iteration in range(epochs * steps):
         epoch, step = divmod(iteration, steps)
         order = torch.randperm(len(proposals), generator=torch.Generator().manual_seed(APART * seed + epoch))

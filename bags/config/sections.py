@@ -232,6 +232,7 @@ class TrainConfig(Settings):
     checkpoint_every: Annotated[int | None, Range(ge=1, le=999_999), NO_RESULT] = None
     # Epochs between validations, the best of which keeps its weights in best.pth; 0: none.
     evaluate_every: Annotated[int, Range(ge=0), NO_RESULT] = 0
+    tensorboard: Annotated[bool, NO_RESULT] = False  # numbers and pictures also for TensorBoard, a package of its own
 
     def __post_init__(self) -> None:
         """Check also that the keys go together. Raises ValueError, naming a key."""

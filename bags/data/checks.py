@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from bags.core.errors import UserError
+from bags.core.progress import Progress
 from bags.data.findings import ONE_FILE, STOP, Finding, Findings
 from bags.data.images import (
     MAX_PIXELS,
@@ -309,7 +309,7 @@ def check_images(
     decode: also all of its pixels. exif: as training does, turn it first. max_pixels: the limit of `data.max_pixels`.
     """
     findings = Findings(folder)
-    for position in tqdm(range(len(index)), desc=f"images of {index.path.name}", unit="image"):
+    for position in Progress(range(len(index)), desc=f"images of {index.path.name}", unit="image"):
         name, key = index.file_name(position), index.image_ids[position]
         try:
             path = image_path(folder, name)

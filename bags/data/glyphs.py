@@ -32,11 +32,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tqdm import tqdm
 
 from bags.core import locks
 from bags.core.errors import UserError
 from bags.core.files import write_text
+from bags.core.progress import Progress
 from bags.data.glyph_images import coverage, draw_image, load_outlines
 
 DUPLICATE_SIMILARITY = 0.985  # cosine of two 24 x 24 renderings; glyphs that are more similar are one category
@@ -255,7 +255,7 @@ def _make(root: Path, folder: Path, preset: Preset, seed: int, workers: int | No
 
 
 def _run(jobs: list, workers: int, title: str) -> None:
-    progress = tqdm(total=sum(len(job[5]) for job in jobs), desc=f"making {title}", unit="image")
+    progress = Progress(total=sum(len(job[5]) for job in jobs), desc=f"making {title}", unit="image")
     # The workers run NumPy and Pillow only, so that forking is safe even after torch was imported.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     with multiprocessing.get_context(method).Pool(workers) as pool:

@@ -12,10 +12,9 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from tqdm import tqdm
-
 from bags.core import locks
 from bags.core.errors import UserError
+from bags.core.progress import Progress
 
 ANNOTATIONS = "https://dl.fbaipublicfiles.com/LVIS/"
 IMAGES = "http://images.cocodataset.org/zips/"
@@ -91,7 +90,7 @@ def download(url: str, path: Path) -> None:
         done = done if resumes else 0
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else None
-        with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=path.name) as bar:
+        with Progress(total=total, initial=done, unit="B", unit_scale=True, desc=path.name) as bar:
             while chunk := response.read(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
@@ -108,7 +107,7 @@ def unpack(archive: Path, root: Path, name: str) -> None:
             members = [m for m in file.namelist() if m == name or m.startswith(f"{name}/")]
             if not members or any(".." in Path(m).parts or Path(m).is_absolute() for m in members):
                 raise UserError(f"{archive}: holds no {name}, or names that lead out of the folder; remove it")
-            for member in tqdm(members, desc=f"unpacking {archive.name}", unit="file"):
+            for member in Progress(members, desc=f"unpacking {archive.name}", unit="file"):
                 file.extract(member, temporary)  # checks the CRC-32
             os.replace(temporary / name, root / name)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:

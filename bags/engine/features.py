@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from bags.core import distributed
 from bags.core.errors import UserError
 from bags.core.files import read_text, write_problem, write_text
+from bags.core.progress import Progress
 from bags.engine.shards import Layout, Record, Shard, ShardWriter, is_complete, open_shards
 
 FORMAT = 2  # 1 had no checksums
@@ -238,7 +238,7 @@ def _write(
         for first in range(0, len(shards[number]), batch_size)
     ]
     loader = loader_of([positions for _, positions in plan])
-    bar = tqdm(
+    bar = Progress(
         total=sum(len(p) for _, p in plan), desc=f"{title}: features", unit="image", disable=not distributed.is_main()
     )
     with bar:

@@ -1,21 +1,23 @@
 """Numbers of a run: JSON lines on disk, a progress bar on screen, a clock."""
 
+import contextlib
 import itertools
 import json
 import math
 import statistics
-import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from bags.config.sections import TrainConfig
 from bags.core import distributed
 from bags.core.files import naming, read_bytes, replacing
+from bags.core.progress import Progress, say
+from bags.engine.board import Board, training_tags
 
 PHASES = ("data", "forward", "backward", "step")
 TYPICAL, KNOWN, JUMP = 25, 3, 10  # losses whose median is usual, at least so many; how far above it is told of
@@ -29,6 +31,14 @@ def _now(device: torch.device) -> Any:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def time_text(seconds: float) -> str:
+    """A duration as in "2 h 5 min", "3 min 20 s" or "45 s"."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
 
 
 class Clock:
@@ -139,8 +149,9 @@ class Monitor:
         self.stopwatch = stopwatch or Stopwatch()
         main, images = distributed.is_main(), config.batch_size
         self.log = JsonLog(folder / "log.jsonl", done) if main else None
+        self.board = Board(folder / "tensorboard/training", done) if main and config.tensorboard else None
         self.stopwatch.total += self.log.last.get("seconds", 0.0) if self.log else 0.0
-        self.bar = tqdm(
+        self.bar = Progress(
             total=total * images,
             initial=done * images,
             desc=title,
@@ -151,7 +162,10 @@ class Monitor:
         self.typical: deque[float] = deque(maxlen=TYPICAL)  # the losses logged last
         self.peak: torch.Tensor | None = None  # the largest loss since the last log
         self.waited = False
+        self.sums: dict[str, torch.Tensor] = {}  # of the losses of this epoch
+        self.began = time.perf_counter()
         self.last_time, self.last_steps, self.first_steps = time.perf_counter(), done, done
+        self.steps, self.lr = done, math.nan
 
     def __enter__(self) -> "Monitor":
         return self
@@ -160,12 +174,17 @@ class Monitor:
         self.bar.close()
         if self.log:
             self.log.close()
+        if self.board:
+            self.board.close()
 
     def step(self, iteration: int, epoch: float, losses: dict[str, torch.Tensor], lr: float) -> None:
         """Takes in one iteration, and the epochs done with it; every `log_every`-th is logged."""
         steps = iteration + 1
         self.bar.update(self.config.batch_size)
         total = sum(losses.values(), torch.tensor(0.0)).detach()
+        for name, loss in {"loss": total, **losses}.items():
+            self.sums[name] = self.sums.get(name, 0) + loss.detach()
+        self.steps, self.lr = steps, lr
         self.peak = total if self.peak is None else torch.maximum(self.peak, total)
         if steps % self.config.log_every and steps != self.total:
             return
@@ -184,6 +203,8 @@ class Monitor:
                 **times,
                 **values,
             )
+            if self.board:
+                self.board.numbers(iteration, training_tags({"lr": lr, "images_per_s": rate, **values}))
             self._look_for_a_jump(steps, float(self.peak), lr)
             if math.isfinite(values["loss"]):
                 self.typical.append(values["loss"])
@@ -191,15 +212,39 @@ class Monitor:
         self.peak = None
         self.last_steps = steps
 
+    @contextlib.contextmanager
+    def epoch(self, number: int, others: int) -> Iterator[None]:
+        """Follow an epoch, numbered from 1, and write a line about it to stderr; all ranks take part.
+
+        others: runs that are trained on the same batches. Losses are means over the steps since the epoch began
+        or was resumed; the time left counts everything since the start, with validations.
+        """
+        first, start = self.steps, time.perf_counter()
+        self.sums = {}
+        yield
+        steps = self.steps - first
+        if not steps:
+            return
+        means = distributed.average({name: total / steps for name, total in self.sums.items()})
+        now = time.perf_counter()
+        loss = means.pop("loss")
+        parts = ", ".join(f"{name.removeprefix('loss_')} {value:.3g}" for name, value in means.items())
+        left = (self.total - self.steps) * (now - self.began) / (self.steps - self.first_steps)
+        if self.log:
+            say(
+                f"{self.title}{f' and {others} more' if others else ''}: epoch {number} of {self.config.epochs}: "
+                f"loss {loss:.4g}{f' ({parts})' if len(means) > 1 else ''}, lr {self.lr:.3g}, "
+                f"{steps * self.config.batch_size / (now - start):.3g} images/s, {time_text(left)} left"
+            )
+
     def _look_for_a_jump(self, steps: int, peak: float, lr: float) -> None:
         """Say, in the main process, that a loss is far above those before it: training may be about to diverge."""
         usual = statistics.median(self.typical) if len(self.typical) >= KNOWN else math.nan
         if peak > JUMP * usual:
-            tqdm.write(
+            say(
                 f"warning: {self.title}: iterations {self.last_steps + 1} to {steps}: the loss was {peak:.3g}, "
                 f"{peak / usual:.0f} times what is usual in this run: train.lr (now {lr:.2g}) or train.clip_norm "
-                f"({self.config.clip_norm:g}) may be too high",
-                file=sys.stderr,
+                f"({self.config.clip_norm:g}) may be too high"
             )
 
     def _times(self, steps: int) -> dict[str, float]:
@@ -211,8 +256,5 @@ class Monitor:
         begun = self.last_steps > self.first_steps  # at first, loader processes start
         if self.clock.on_gpu and share > WAITS and begun and not self.waited and distributed.is_main():
             self.waited = True
-            tqdm.write(
-                f"warning: {self.title}: the GPU waits for data {share:.0%} of the time: raise data.workers",
-                file=sys.stderr,
-            )
+            say(f"warning: {self.title}: the GPU waits for data {share:.0%} of the time: raise data.workers")
         return {f"{phase}_s": value / steps for phase, value in seconds.items()}

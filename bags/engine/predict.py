@@ -12,11 +12,11 @@ import orjson
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from bags.core import distributed
 from bags.core.errors import UserError
 from bags.core.files import naming, open_regular, replacing
+from bags.core.progress import Progress
 from bags.data.samplers import ShardSampler
 
 
@@ -56,7 +56,7 @@ def predict(
     batches, observed = _resume(share, header, plan)
     sampler.start(batches)
     with naming(share), share.open("ab") as file:
-        bar = tqdm(
+        bar = Progress(
             loader,
             desc=f"{title}: predict",
             unit="batch",

@@ -24,11 +24,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from bags.core import distributed
 from bags.core.errors import UserError
 from bags.core.files import open_regular, read_text, write_problem, write_text
+from bags.core.progress import Progress
 
 Result = TypeVar("Result")
 KINDS = ("fc", "rows", "views")
@@ -148,7 +148,7 @@ def open_shards(folder: Path, layout: Layout, shards: list[range], title: str) -
     """
     mine = range(distributed.rank(), len(shards), distributed.world_size())
     nbytes = sum(path.stat().st_size for path in folder.glob("*.fc"))
-    bar = tqdm(
+    bar = Progress(
         total=len(mine),
         desc=f"{title}: checksums",
         unit="shard",

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from bags.classifiers.base import BoxFeatures, ProposalClassifier
 from bags.config.sections import TrainConfig
 from bags.core import distributed
 from bags.core.errors import Stopped, UserError
+from bags.core.progress import Progress
 from bags.core.tensor_files import check_finite
 from bags.data.samplers import TrainSampler
 from bags.engine.checkpoint import load_latest, save_checkpoint
@@ -219,7 +219,7 @@ def fit_classifiers(detector: Any, loader: DataLoader, device: torch.device, see
 
     def batches(classifier: ProposalClassifier) -> Iterator[tuple[BoxFeatures, torch.Tensor]]:
         """Yield the features and labels that one classifier is fitted to."""
-        bar = tqdm(loader, desc=f"{title}: fit", unit="batch", disable=not distributed.is_main())
+        bar = Progress(loader, desc=f"{title}: fit", unit="batch", disable=not distributed.is_main())
         for iteration, (images, targets) in enumerate(bar):
             distributed.seed_rank(iteration_seed(seed, iteration), device)
             for owner, features, labels in detector.training_proposals(*to_device(images, targets, device)):
@@ -280,11 +280,13 @@ def train(
     loader: DataLoader,
     device: torch.device,
     after_epoch: Callable[[Run, int], None] | None = None,
+    after_first_epoch: Callable[[Sequence[Run]], None] | None = None,
 ) -> None:
     """Trains to the last epoch, from each folder's checkpoint if there is one; part `none` is fitted instead.
 
     after_epoch(run, epochs done) is called on all ranks after every `evaluate_every`-th epoch but the last, with
-    everything saved; a run that is resumed there calls it again.
+    everything saved; a run that is resumed there calls it again. after_first_epoch(runs) is called before it, on the
+    main process; it may change nothing but the mode of the model.
 
     All runs see the same batches, so their epochs and batch size are the same; each draws its random numbers as
     it would in a job of its own. `loader.batch_sampler` has `start(epoch, first_batch)` and `batches_in(epoch)`. Writes
@@ -299,12 +301,7 @@ def train(
     done = min(run.done for run in runs)
     with contextlib.ExitStack() as stack:
         clock, signals = Clock(device), stack.enter_context(StopSignals())
-        monitors = [
-            stack.enter_context(
-                Monitor(r.folder, r.title, r.config, r.done, total, clock if r is runs[0] else None, r.stopwatch)
-            )
-            for r in runs
-        ]
+        monitors = [stack.enter_context(_monitor(run, done, total, clock if run is runs[0] else None)) for run in runs]
         monitor_of = dict(zip(map(id, runs), monitors, strict=True))
 
         def after_step(run: Run, iteration: int, losses: dict[str, torch.Tensor], lr: float) -> None:
@@ -325,13 +322,21 @@ def train(
 
         while done < total:
             epoch = int(epoch_at(epochs, done))
+            if after_first_epoch and done == epochs[1] and distributed.is_main():
+                after_first_epoch(runs)
             if after_epoch and done == epochs[epoch]:
                 _between_epochs(runs, done, epoch, after_epoch, signals)
-                clock.leave_out()
+            clock.leave_out()
             sampler.start(epoch, done - epochs[epoch])
-            train_one_epoch(runs, loader, device, done, epochs, after_step, clock)
+            with monitors[0].epoch(epoch + 1, len(runs) - 1):
+                train_one_epoch(runs, loader, device, done, epochs, after_step, clock)
             done = epochs[epoch + 1]
     _finish(runs, total)
+
+
+def _monitor(run: Run, done: int, total: int, clock: Clock | None) -> Monitor:
+    """Make the monitor of one run; clock: for the one that shows the progress of the pass."""
+    return Monitor(run.folder, run.title, run.config, done, total, clock, run.stopwatch)
 
 
 def _between_epochs(

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from bags.core.errors import UserError
+from bags.core.progress import Progress
 from bags.data.statistics import training_of
 from bags.evaluation.detection_ap import default_limit, match
 from bags.evaluation.results_file import Results, read_results
@@ -191,7 +191,7 @@ def ap_of(
     objects: see `Matches`. title: of the progress bar; None shows none.
     """
     result = np.full((len(weights), IOUS, len(file)), np.nan)
-    for label, detections in enumerate(tqdm(file, desc=title, unit="category", disable=title is None)):
+    for label, detections in enumerate(Progress(file, desc=title, unit="category", disable=title is None)):
         where, numbers = objects[label].T
         totals = weights[:, where] @ numbers  # [draws]
         present = np.flatnonzero(totals > 0)

@@ -136,6 +136,26 @@ def match(
     return entries
 
 
+def error_kinds(
+    annotations: str | Path | Truth, predictions: str | Path | Results, max_detections: int | None = None
+) -> dict[str, float]:
+    """AP50 in 0..1, and what it would gain without each kind of error (TIDE, Bolya et al. 2020, section 2).
+
+    Keys: AP50; Cls (on an object, other category), Loc (right category, IoU 0.1 to 0.5), Both, Dupe (a second detection
+    of an object), Bkg (on no object), Miss (an object without a detection); FP and FN for all of them. Empty for LVIS:
+    a detection on no object says nothing in an image where only some categories are annotated.
+    Raises UserError for a file that cannot be used.
+    """
+    truth, results, limit = _inputs(annotations, predictions, "bbox", max_detections)
+    if truth.lvis:
+        return {}
+    with _engine_errors(truth, results):
+        evaluation = _evaluation(_engine_truth(truth, "bbox"), results, "bbox", truth.lvis, limit)
+        evaluation.evaluate()
+        errors = evaluation.tide_errors()
+    return {"AP50": errors["ap_base"], **errors["delta_ap"]}
+
+
 def _inputs(
     annotations: str | Path | Truth, predictions: str | Path | Results, iou_type: str, max_detections: int | None
 ) -> tuple[Truth, Results, int]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from bags.analysis.choice import read_choice
 from bags.analysis.results import environment, save_results, this_command
@@ -27,6 +26,7 @@ from bags.config.sections import Config, UniformConfig
 from bags.core import locks
 from bags.core.errors import UserError
 from bags.core.files import read_text, write_text
+from bags.core.progress import Progress
 from bags.data import glyphs
 from bags.data.statistics import CategoryStats, training_of
 from bags.engine.checkpoint import load_checkpoint, weights_digest
@@ -241,7 +241,7 @@ class _Memory:
     def values(self, mixtures: Iterable[Mixture], value: Callable[[Mixture], np.ndarray]) -> list[np.ndarray]:
         """The value of each mixture, with a progress bar for those that are not known."""
         mixtures = list(mixtures)
-        bar = tqdm([m for m in mixtures if m not in self.known], desc="choose", unit="mixture")
+        bar = Progress([m for m in mixtures if m not in self.known], desc="choose", unit="mixture")
         with self.file.open("a") as file:
             for mixture in bar:
                 self.known[mixture] = value(mixture)

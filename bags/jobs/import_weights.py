@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torchvision
+from torch import Tensor
 
 from bags.assembly.models import Undrawn, build_undrawn, load_detector
 from bags.config.load import config_to_dict, override_config
@@ -26,6 +27,7 @@ from bags.detectors.weights import (
 )
 from bags.engine.checkpoint import write_file
 
+MOST_GROUPS = 50  # of a group softmax that is recognised by its number of logits
 TORCHVISION_ANCHORS = {
     "resnet": ((32,), (64,), (128,), (256,), (512,)),
     "mobilenet": ((32, 64, 128, 256, 512),) * 3,
@@ -57,7 +59,8 @@ def import_weights(source: str, config: Config, annotations: Path | None, eps: f
         raise UserError(f"{source}: its mask logits are no cosines: import it with detector.roi.normed_masks=false")
     for key, value in describe(tensors).items():
         if key != "logits" and getattr(wanted, key) != value:
-            raise UserError(f"{source}: its detector has {key} {value}, the configuration {getattr(wanted, key)}")
+            words = f"its detector has {key} {value}, the configuration {getattr(wanted, key)}"
+            raise UserError(f"{source}: {words}: name the row that describes this file; docs/weights.md lists them")
     if translated.origin == "torchvision" and config.classifier.name == "softmax":
         logits, ids = describe(tensors)["logits"], stats.category_ids
         if logits == 91 and len(ids) == 80 and min(ids) >= 1 and max(ids) == 90:  # COCO's ids are its labels
@@ -73,6 +76,7 @@ def import_weights(source: str, config: Config, annotations: Path | None, eps: f
     config = override_config(config, [*keys, "detector.other_categories=false", "train.part=all"])
     detector = build_undrawn(config, stats)
     state = detector.state_dict()
+    _need_head(source, tensors, describe(state)["logits"], config, stats)
     _need_exact(
         source,
         {k: tuple(v.shape) for k, v in tensors.items()},
@@ -81,9 +85,49 @@ def import_weights(source: str, config: Config, annotations: Path | None, eps: f
     detector.load_state_dict({**state, **tensors})
     reasons = collections.Counter(translated.skipped.values())
     lines += [f"left out: {number} tensors: {reason}" for reason, number in reasons.items()]
+    lines += [f"conventions: {translated.origin}, by the names of the tensors", *_groups_line(config, stats)]
     lines.insert(0, f"taken: {len(tensors)} tensors, {sum(v.numel() for v in tensors.values()):,} numbers")
     content = {"config": config_to_dict(config), "stats": stats.to_dict(), "model": detector.state_dict()}
     return content, lines
+
+
+def _groups_line(config: Config, stats: CategoryStats) -> list[str]:
+    """Say which groups a group softmax has; their sizes cannot be read from a file."""
+    divide = getattr(config.classifier, "category_groups", None)
+    if divide is None:
+        return []
+    groups = divide(stats)
+    limits = f", divided at {', '.join(map(str, groups.boundaries))} training instances" if groups.boundaries else ""
+    return [f"groups: {len(groups.sizes)}, of {', '.join(map(str, groups.sizes))} categories{limits}"]
+
+
+def _need_head(source: str, tensors: dict[str, Tensor], wanted: object, config: Config, stats: CategoryStats) -> None:
+    """Raise UserError, saying what to use, for a file whose classifier has another number of logits.
+
+    A group softmax of N groups has C + N logits of categories and `others`, and 2 of the background group.
+    """
+    logits, number = describe(tensors)["logits"], stats.num_categories
+    if logits == wanted or not isinstance(logits, int):
+        return
+    labels = {v.shape[0] for k, v in tensors.items() if k.endswith("mask_fcn_logits.weight")}
+    labels |= {v.shape[0] // 4 for k, v in tensors.items() if k.endswith("box_regressor.weight")}
+    labels -= {1}  # for all categories together
+    groups = logits - number - 2
+    if labels and labels != {number + 1}:
+        have = min(labels) - 1
+        mend = f"this file knows {have} categories, the annotations {number}: name the annotations that it was "
+        mend += "trained with: --annotations FILE"
+    elif logits == number + 1:
+        mend = "this file holds a softmax: use classifier.name=softmax, or a row without groups"
+    elif 1 <= groups <= MOST_GROUPS:
+        plural = "s" if groups > 1 else ""
+        rows = {2: "as in the row bags_2_groups", 4: "as in the row bags", 8: "as in the row bags_8_groups"}
+        words = f"and {groups - 1} numbers in classifier.boundaries ({rows.get(groups, 'training instances')})"
+        mend = f"this file holds a group softmax of {groups} group{plural}: use classifier.name=group_softmax {words}"
+    else:
+        mend = f"this file's classifier has {logits} logits, which fits no softmax and no group softmax of {number} "
+        mend += "categories: name the annotations that it was trained with: --annotations FILE"
+    raise UserError(f"{source}: {mend}. The configuration {config.name} wants {wanted} logits")
 
 
 def read_stats(config: Config, annotations: Path | None, names: Sequence[str]) -> CategoryStats:
@@ -96,6 +140,10 @@ def read_stats(config: Config, annotations: Path | None, names: Sequence[str]) -
         ids = [label for label, name in enumerate(names) if label and name != "N/A"]
         zeros = (0,) * len(ids)
         return CategoryStats(tuple(ids), tuple(names[i] for i in ids), zeros, zeros)
+    if annotations is None and not path.exists():
+        raise UserError(
+            f"{path}: no such file; categories and their training counts come from it: --annotations FILE names another"
+        )
     with open_regular(path) if path.exists() else io.BytesIO() as file:
         is_list = file.read(64).lstrip().startswith(b"[")  # annotations may be a gigabyte: not parsed for this
     if is_list:

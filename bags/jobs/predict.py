@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from bags.core.errors import UnreadableImage, UserError
 from bags.core.files import JsonList
+from bags.core.progress import Progress, say
 from bags.core.terminal import printable
 from bags.data.images import SUFFIXES, read_image
 
@@ -54,8 +55,6 @@ def detect(
     device: "torch.device",
 ) -> None:
     """Writes drawings and predictions.json to `output`, image by image."""
-    from tqdm import tqdm
-
     from bags.engine.predict import results_entries
 
     stats, exif = meta["stats"], meta["config"].data.exif
@@ -64,14 +63,14 @@ def detect(
     output.mkdir(parents=True, exist_ok=True)
     objects, unreadable, undrawn, drawn = 0, 0, 0, {file.name for file in files}
     with _results(output / "predictions.json") as results:
-        for number, file in enumerate(tqdm(files, unit="image")):
+        for number, file in enumerate(Progress(files, desc="predict", unit="image")):
             try:
                 image = read_image(file, exif, max_pixels)
             except UnreadableImage as error:
-                tqdm.write(f"warning: left out: {error}", file=sys.stderr)
+                say(f"warning: left out: {error}")
                 unreadable += 1
                 continue
-            detection = _detections(detector, image, least_score, device)
+            detection = detections_of(detector, image, least_score, device)
             entries = results_entries(number, detection, stats.category_ids)
             for entry in entries:
                 del entry["image_id"]
@@ -83,7 +82,7 @@ def detect(
                 _draw(output / _drawing_name(number, file), image, detection, stats.names)
                 drawn.add(_drawing_name(number, file))
             except OSError as error:
-                tqdm.write(f"warning: drawing of {file}: cannot be written ({error})", file=sys.stderr)
+                say(f"warning: drawing of {file}: cannot be written ({error})")
                 undrawn += 1
     if unreadable == len(files):
         raise UserError(f"{output}: nothing predicted: none of the {unreadable} images could be read")
@@ -106,7 +105,7 @@ def _results(path: Path) -> JsonList:
         raise UserError(f"{path}: another process writes it: choose another --output, or wait for that one") from None
 
 
-def _detections(detector: "FasterRCNN", image: "Image.Image", least_score: float, device: "torch.device") -> dict:
+def detections_of(detector: "FasterRCNN", image: "Image.Image", least_score: float, device: "torch.device") -> dict:
     """The detections of one image with a score of `least_score` or more: boxes, labels, scores, and rles of masks."""
     import torch
 

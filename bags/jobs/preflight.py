@@ -14,6 +14,7 @@ from bags.data.checks import why_nothing_scores, why_nothing_trains
 from bags.data.findings import ONE_FILE
 from bags.data.index import AnnotationIndex
 from bags.data.statistics import CategoryStats
+from bags.engine.board import need_tensorboard
 from bags.evaluation.truth import read_truth
 
 
@@ -23,6 +24,9 @@ def check_data(configs: Iterable[Config]) -> None:
     `prepare_data.py check` and the start of a training both call it, so that the first foresees the second.
     """
     checked: set[tuple] = set()
+    configs = list(configs)
+    if any(config.train.tensorboard for config in configs):
+        need_tensorboard()
     for config in configs:
         index = open_index(config, "train")
         stats = CategoryStats.from_index(index)

@@ -65,14 +65,34 @@ def gather(runs: list["RunResults"], draws: int) -> "Findings":
     dataset = open_validation(runs, stats, findings)
     if findings.objects is not None and len(runs) > 1:
         findings.comparison = compare_runs(runs, stats, draws)
+    detections = {run.label: shown.by_image(of_run) for run, of_run in zip(runs, entries, strict=True)}
+    if findings.objects is not None:
+        gather_mistakes(runs, detections, findings)
     if dataset is not None:
         rows = [row for part in findings.tail for row in part[:EXAMPLES]]
-        detections = {run.label: shown.by_image(of_run) for run, of_run in zip(runs, entries, strict=True)}
         try:
             findings.examples = {e.category["id"]: e for e in shown.examples(dataset, rows, detections, name_of)}
         except UserError as error:
             findings.notes.append(f"{error}: no example images; {MEND}")
     return findings
+
+
+def gather_mistakes(
+    runs: list["RunResults"], detections: dict[str, dict[int, list[dict]]], findings: "Findings"
+) -> None:
+    """Find what the tail is taken for, and what each kind of error costs. detections: of each run, `by_image`."""
+    from bags.analysis.mistakes import confusions
+    from bags.analysis.tables import tail_below
+    from bags.assembly.loaders import open_index
+    from bags.evaluation.detection_ap import error_kinds
+
+    config = runs[0].config
+    index = open_index(config, "val")
+    limit = tail_below(config.test.bins)
+    findings.confusions = [confusions(index, detections[run.label], run.rows, limit) for run in runs]
+    truth = Path(config.data.root) / config.data.val
+    most = [run.config.test.max_detections for run in runs]
+    findings.errors = [error_kinds(truth, r.folder / "predictions.json", n) for r, n in zip(runs, most, strict=True)]
 
 
 def gather_choice(run: "RunResults", findings: "Findings") -> None:

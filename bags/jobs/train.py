@@ -35,6 +35,7 @@ from bags.engine.train import Run
 from bags.jobs import preflight
 from bags.jobs.folders import describe, is_complete, is_finished
 from bags.jobs.score import predict_and_evaluate
+from bags.jobs.watching import draw_validation, picture_file, to_board
 
 NOTHING = 0.01  # AP in 0..1 of a detector that is of no use to a classifier
 LOOKED_AT = 4  # validation images that tell whether a detector is alive
@@ -194,7 +195,22 @@ class Pass:
             key = self.first.data.redrawn
             note = f"{key} makes images anew each time, so nothing is stored: train.features=live"
             print(f"note: {self.first.name}: {note}")
-        training.train(self.runs, loader, self.device, self.validate)
+        early = None if self.first.is_cached else self.draw_first_epoch
+        training.train(self.runs, loader, self.device, self.validate, early)
+
+    def draw_first_epoch(self, runs: Sequence[Run]) -> None:
+        """Draw detections in a few validation images, so that a mistake is seen early."""
+        for run in runs:
+            if file := self.draw(run, 1):
+                print(f"{run.title}: first detections: {file}")
+
+    def draw(self, run: Run, epoch: int) -> Path | None:
+        """Draw detections after an epoch, in the main process; the file, or None where none is drawn."""
+        config, file = self.configs[self.runs.index(run)], picture_file(run.folder, epoch)
+        if not config.test.figures or not isinstance(run.model, FasterRCNN) or not len(self.validation.index.labels):
+            return None
+        done = draw_validation(run.model, self.validation, self.stats, file, epoch, self.device)
+        return file if done else None
 
     def validate(self, run: Run, epoch: int) -> None:
         """Score a run between epochs, unless that was done before the run was resumed."""
@@ -205,6 +221,8 @@ class Pass:
         if distributed.is_main():  # only this process has metrics, and has read the file
             _keep(run, epoch, metrics)
             file.unlink(missing_ok=True)
+            if config.train.tensorboard:
+                to_board(config, epoch, metrics, self.draw(run, epoch))
 
     def score(self) -> None:
         """Predict and score every row, from stored features where several rows share them."""
@@ -224,6 +242,8 @@ class Pass:
                     note_weakness(config, metrics["AP"])
                 if config.train.evaluate_every:
                     _keep(run, config.train.epochs, metrics)
+                if config.train.tensorboard:
+                    to_board(config, config.train.epochs, metrics, self.draw(run, config.train.epochs))
         distributed.barrier()
 
 

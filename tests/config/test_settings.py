@@ -144,7 +144,10 @@ def test_keys_that_change_no_result():
         "test.batch_size",
         "test.figures",
     }
-    left_out |= {f"train.{key}" for key in ("log_every", "checkpoint_every", "nonfinite", "dead", "evaluate_every")}
+    left_out |= {
+        f"train.{key}"
+        for key in ("log_every", "checkpoint_every", "nonfinite", "dead", "evaluate_every", "tensorboard")
+    }
     assert everything.keys() - kept.keys() == left_out
     assert all(everything[key] == value for key, value in kept.items())
     assert yaml.safe_load(yaml.safe_dump(result_settings(config))) == result_settings(config)

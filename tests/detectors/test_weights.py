@@ -98,6 +98,8 @@ def test_torchvisions_detector_comes_in_and_goes_out(tmp_path, categories, build
     files = ("--annotations", categories, "--output", tmp_path / "ours.pth")
     done = run_script("import_weights", tmp_path / "theirs.pth", config, *extra, *files)
     assert done.returncode == 0, done.stderr
+    assert "conventions: released, by the names of the tensors\n" in done.stdout
+    assert "groups: 3, of 1, 1, 1 categories, divided at 10, 100 training instances\n" in done.stdout
     assert "taken: " in done.stdout and "a counter that frozen batch normalisation does not have" in done.stdout
     ours, meta = load_detector(tmp_path / "ours.pth")
     assert meta["config"].detector.conventions == "torchvision" and meta["counts"] == [5, 2000, 60]
@@ -415,6 +417,8 @@ def test_a_released_file_becomes_a_checkpoint(tmp_path, categories, framework):
     files = ("--annotations", categories, "--output", tmp_path / "deep/ours.pth")
     done = run_script("import_weights", tmp_path / "released.pth", config, *files)
     assert done.returncode == 0, done.stderr
+    assert "conventions: released, by the names of the tensors\n" in done.stdout
+    assert "groups: 3, of 1, 1, 1 categories, divided at 10, 100 training instances\n" in done.stdout
     assert "taken: " in done.stdout and ("never used" in done.stdout) == (framework == "htc")
     detector, meta = load_detector(tmp_path / "deep/ours.pth")
     assert meta["config"].detector.conventions == "released"
@@ -440,12 +444,23 @@ REFUSED = {
     "another classifier": (
         {},
         ["classifier.name=group_softmax"],
-        "linear.weight has shape [4, 64], expected [9, 64]",
+        "r.pth: this file holds a softmax: use classifier.name=softmax, or a row without groups",
     ),
+    "four groups": (
+        {"logits": 9},
+        [],
+        "holds a group softmax of 4 groups: use classifier.name=group_softmax and 3 numbers in classifier.boundaries",
+    ),
+    "other groups": (
+        {"logits": 7},
+        ["classifier.name=group_softmax"],
+        "holds a group softmax of 2 groups: use classifier.name=group_softmax and 1 numbers in classifier.boundaries",
+    ),
+    "no such head": ({"logits": 3}, [], "has 3 logits, which fits no softmax and no group softmax of 3 categories"),
     "other categories": (
         {"labels": 9, "logits": 9},
         [],
-        "linear.weight has shape [9, 64], expected [4, 64]",
+        "this file knows 8 categories, the annotations 3: name the annotations that it was trained with",
     ),
 }
 
@@ -459,6 +474,14 @@ def test_what_a_file_is_not(tmp_path, categories, case):
     done = run_script("import_weights", tmp_path / "r.pth", config, *overrides, *files)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert text in done.stderr and not (tmp_path / "o.pth").exists()
+
+
+def test_missing_annotations_name_the_option(tmp_path):
+    released_file(tmp_path / "r.pth", "faster_rcnn")
+    config = released_config(tmp_path, "faster_rcnn")
+    done = run_script("import_weights", tmp_path / "r.pth", config, "--output", tmp_path / "o.pth")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "train.json: no such file; categories and their training counts come from it: --annotations" in done.stderr
 
 
 class Malice:
