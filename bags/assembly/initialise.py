@@ -101,8 +101,8 @@ def with_members(config: Config) -> tuple[Config, list[dict]]:
         check_finite(checkpoints[-1]["model"], path)
         source = f"{path}: config"
         saved = check_config(config_from_dict(checkpoints[-1]["config"], source), source)
-        if saved.classifier.fitted or not saved.classifier.layers:
-            why = "needs to be fitted" if saved.classifier.fitted else "has no classifier.members"
+        if saved.classifier.fits_pooled or not saved.classifier.layers:
+            why = "needs pooled features" if saved.classifier.fits_pooled else "has no classifier.members"
             raise UserError(f"{path}: its classifier {saved.classifier.name} {why}, so it cannot be averaged")
         _check_same_images(saved.detector, config.detector, path)
         members.append(saved.classifier)

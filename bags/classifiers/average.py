@@ -54,8 +54,8 @@ class AverageSettings(ClassifierSettings):
         need(max(len(self.of), self.layers) <= MOST_CLASSIFIERS, "of", words, max(len(self.of), self.layers))
         known = all(member.layers for member in self.members)
         need(known, "members", "averages with members of their own")
-        fitted = ", ".join(member.name for member in self.members if member.fitted)
-        need(not fitted, "of", "runs whose classifiers need no fitting", fitted)
+        pooled = ", ".join(member.name for member in self.members if member.fits_pooled)
+        need(not pooled, "of", "runs whose classifiers need no pooled features", pooled)
         need(self.depth <= MOST_DEPTH, "members", f"averages of averages at most {MOST_DEPTH} deep")
 
     @property

@@ -106,7 +106,8 @@ class ClassifierSettings(Settings, ABC):
 
     trained = True  # False: no gradients; a configuration then needs train.part=none
     on_softmax = False  # works on, or beside, the layer of a softmax that is trained already
-    fitted = False  # `ProposalClassifier.fit` must see training proposals, pooled features included
+    fitted = False  # `ProposalClassifier.fit` must see training proposals
+    fits_pooled = False  # and their pooled features, which are not stored
     located = False  # `ProposalClassifier.locate` must see the training boxes
     combines = False  # made of the classifiers of other runs, the `sources`
 

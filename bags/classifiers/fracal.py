@@ -87,8 +87,8 @@ class Fractal(Softmax):
     def probs(self, logits: Tensor) -> Tensor:
         """Calibrated scores [R, C+1], column 0 the background. Rows sum to 1."""
         logits = at_least_float32(logits)
-        scores = super().probs(logits + self.shift.to(logits.dtype)) / self.dimensions.to(logits.dtype) ** self.power
-        return scores / scores.sum(1, keepdim=True)
+        shift = self.shift - self.power * self.dimensions.to(self.shift).log()  # divides e^z by D^power
+        return super().probs(logits + shift.to(logits.dtype))
 
 
 class FractalSigmoid(Sigmoid):
@@ -114,9 +114,9 @@ class FractalSigmoid(Sigmoid):
     def probs(self, logits: Tensor) -> Tensor:
         """Calibrated scores [R, C+1]; the background scores 1 minus the best. Rows do not sum to 1."""
         logits = at_least_float32(logits)
-        sizes = self.dimensions.to(logits.dtype) ** self.power
-        spread = -(sizes / sizes.sum()).log10() - math.log10(self.num_categories)
-        scores = torch.sigmoid(logits) * torch.sigmoid(logits + self.shift.to(logits.dtype) + spread)
+        sizes = self.power * self.dimensions.to(self.shift).log()
+        spread = (sizes.logsumexp(0) - sizes) / math.log(10) - math.log10(self.num_categories)
+        scores = torch.sigmoid(logits) * torch.sigmoid(logits + (self.shift + spread).to(logits.dtype))
         return torch.cat([1 - scores.amax(1, keepdim=True), scores], dim=1)
 
 

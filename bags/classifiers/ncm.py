@@ -19,7 +19,7 @@ Features = Literal["fc", "conv"]
 class NearestClassMeanSettings(ClassifierSettings):
     """Nearest class mean; takes a trained softmax, trains nothing."""
 
-    trained, on_softmax, fitted = False, True, True
+    trained, on_softmax, fitted, fits_pooled = False, True, True, True
 
     name: Literal["ncm"] = "ncm"
     features: Features = "fc"

@@ -306,17 +306,15 @@ class Config(Settings):
 
     @property
     def is_cached(self) -> bool:
-        """Whether the classifier is trained from stored features: images drawn anew each time cannot be stored."""
+        """Whether the classifier is trained or fitted from stored features: images drawn anew cannot be stored."""
+        fitted = self.train.part == "none" and self.classifier.fitted and not self.classifier.fits_pooled
         return self.train.features == "cached" or (
-            self.train.features is None and self.train.part == "cls" and not self.data.redrawn
+            self.train.features is None and (self.train.part == "cls" or fitted) and not self.data.redrawn
         )
 
     @property
     def shares_features(self) -> bool:
-        """Whether only the classifier may differ from `init_from`: such rows can share the detector's features.
-
-        Methods that are fitted may need the pooled features, which are not stored.
-        """
+        """Whether only the classifier may differ from `init_from`: such rows can share the detector's features."""
         untrained = self.train.part == "none" and not self.classifier.fitted
         return self.is_cached or (untrained and self.init_file is not None)
 

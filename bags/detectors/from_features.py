@@ -14,7 +14,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 from torchvision.ops import box_iou
 
-from bags.classifiers.base import BoxFeatures
+from bags.classifiers.base import BoxFeatures, ProposalClassifier
 from bags.detectors.faster_rcnn import FasterRCNN
 from bags.detectors.released import ResizedShape
 
@@ -165,6 +165,18 @@ class FromFeatures(nn.Module):
         stages = [(boxes, _without_pooled(fc[:, number])) for number in range(fc.shape[1])]
         detections = detector.roi_heads.stage_detections(stages, sizes)
         return detector.transform.postprocess(detections, sizes, [image.original for image in images])
+
+    @torch.no_grad()
+    def training_proposals(
+        self, features: list[Tensor], targets: list[dict]
+    ) -> list[tuple[ProposalClassifier, BoxFeatures, Tensor]]:
+        """List for each stage (classifier, features of R proposals, labels [R]), as the detector's method does.
+
+        Pooled features are [R, 0]: they are not stored.
+        """
+        classifiers = [stage.classifier for stage in self.detector[0].roi_heads.box_stages]
+        samples = self._samples(features, targets)
+        return [(classifier, *sample) for classifier, sample in zip(classifiers, samples, strict=True)]
 
     def _samples(self, features: list[Tensor], targets: list[dict]) -> list[tuple[BoxFeatures, Tensor]]:
         """Features and labels of each stage."""

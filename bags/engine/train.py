@@ -207,14 +207,12 @@ def to_device(images: list[torch.Tensor], targets: list[dict], device: torch.dev
 def fit_classifiers(detector: Any, loader: DataLoader, device: torch.device, seed: int, title: str) -> None:
     """One pass over the training proposals for each classifier that learns without gradients.
 
-    `detector.training_proposals(images, targets)` gives (classifier, features, labels) triples. Every rank
-    sees the proposals of all.
+    `detector.training_proposals(images, targets)` gives (classifier, features, labels) triples; so does `FromFeatures`,
+    of stored features. Every rank sees the proposals of all.
     """
-    wanted = [
-        module
-        for module in detector.modules()
-        if isinstance(module, ProposalClassifier) and type(module).fit is not ProposalClassifier.fit
-    ]
+    classifiers = [module for module in detector.modules() if isinstance(module, ProposalClassifier)]
+    members = {inner for outer in classifiers for inner in outer.modules() if inner is not outer}  # fitted already
+    wanted = [c for c in classifiers if c not in members and type(c).fit is not ProposalClassifier.fit]
     train_mode(detector)
 
     def batches(classifier: ProposalClassifier) -> Iterator[tuple[BoxFeatures, torch.Tensor]]:
@@ -391,7 +389,7 @@ def _start(run: Run, loader: DataLoader, device: torch.device) -> None:
                 file=sys.stderr,
             )
     if not _resume(run) and not trainable:
-        fit_classifiers(run.model, loader, device, run.seed, run.title)
+        fit_classifiers(run.loss_module or run.model, loader, device, run.seed, run.title)
     if config.compile and run.loss_module is None:
         torch._dynamo.config.optimize_ddp = False  # it cuts the graph at buckets, anew for every shape of images
         run.model.get_submodule("backbone").compile()

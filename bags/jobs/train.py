@@ -188,8 +188,9 @@ class Pass:
     def train(self) -> None:
         """Train from images, or from stored features; validate between epochs where that is asked for."""
         loader = self.loader
-        trained = distributed.on_main(lambda: self.first.is_cached and training.is_trained(self.runs, loader))
-        if self.first.is_cached and not trained:  # a store that was removed is not made again only to evaluate
+        cached = any(config.is_cached for config in self.configs)
+        trained = distributed.on_main(lambda: cached and training.is_trained(self.runs, loader))
+        if cached and not trained:  # a store that was removed is not made again only to evaluate
             loader = stored.training_loader(self.first, self.runs, loader, self.device)
         elif self.first.train.part == "cls" and self.first.train.features is None and distributed.is_main():
             key = self.first.data.redrawn

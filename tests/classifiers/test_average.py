@@ -327,7 +327,7 @@ def nested(depth):
         ({"of": [""]}, "classifier.of: expected row:NAME or checkpoints"),
         ({"of": "row:a"}, r"classifier.of: .*; write \[row:a\]"),
         ({"of": ["a", "b"], "weights": [1]}, "classifier.weights: expected none, or one for each of the 2 runs"),
-        ({"of": ["a"], "members": [{"name": "ncm"}]}, "classifier.of: .* need no fitting, got 'ncm'"),
+        ({"of": ["a"], "members": [{"name": "ncm"}]}, "classifier.of: .* need no pooled features, got 'ncm'"),
         ({"of": ["a"], "members": [nested(0)] * 2}, "classifier.members: expected none, .* each of the 1 runs"),
         ({"of": ["a"], "members": [{"name": "average", "of": ["b"]}]}, "classifier.members: expected averages with"),
         ({"of": ["a"], "members": nested(0)}, r"classifier.members: expected a list of \(sections of keys\)"),

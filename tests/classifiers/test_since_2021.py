@@ -7,8 +7,11 @@ import pytest
 import torch
 
 import bags
+from bags.classifiers import classifier_settings
 from bags.classifiers.base import BoxFeatures
 from bags.classifiers.fracal import box_dimensions, frequency_shift
+from bags.classifiers.iif import _factors
+from bags.data.statistics import CategoryStats
 
 COUNTS = (1, 30, 500, 7)
 LABELS = [0, 1, 2, 3, 4, 4, 0, 2]
@@ -138,6 +141,40 @@ def test_iif_by_hand():
         bags.InverseFrequency(2, [1, 9], "prob")  # type: ignore[arg-type]
 
 
+def test_iif_factors_of_published_counts():
+    """The released factors of LVIS v1's aerosol can: 109 of 1,270,141 objects."""
+    published = {
+        "raw": 9.363290593665011,
+        "smooth": 10.354158897415592,
+        "relative": 9.36320477273859,
+        "normit": 3.7574779464712598,
+        "gombit": 9.363247683508304,
+        "base2": 13.50837290588279,
+        "base10": 4.0664254372853375,
+    }
+    counts = [109, *[1] * 1201, 1_270_141 - 109 - 1201]
+    small = [1056 * count // 1_270_141 + 400 for count in counts]  # no category with half of them
+    for variant, factor in published.items():
+        numbers = torch.tensor(counts, dtype=torch.float64)
+        assert _factors(numbers, variant)[0].item() == pytest.approx(factor, rel=1e-9)  # type: ignore[arg-type]
+        built = bags.InverseFrequency(2, small, variant).factors  # type: ignore[arg-type]
+        assert built[0] == 1 and built[1] == _factors(torch.tensor(small).double(), variant)[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("variant", "share"), [("relative", 50), ("normit", 50), ("gombit", 64)])
+def test_iif_refuses_factors_below_zero(variant, share):
+    """In one line that names the key, also from a configuration; one object fewer is taken."""
+    counts = (share, 100 - share)
+    with pytest.raises(ValueError, match=f"^variant: expected one that suits a category with {share} % of all objects"):
+        bags.InverseFrequency(2, counts, variant)
+    stats = CategoryStats((1, 2), ("a", "b"), counts, counts)
+    with pytest.raises(bags.UserError, match=f"^classifier.variant: .* got '{variant}'$"):
+        classifier_settings()["iif"](variant=variant).build(2, 2, stats)
+    if variant == "gombit":
+        assert bags.InverseFrequency(2, (63, 37), variant).factors.min() > 0
+    assert bags.InverseFrequency(2, counts).factors.min() > 0
+
+
 def test_logit_normalisation_equals_numpy():
     """Mean and deviation of all proposals; the least mean is added; the background stays."""
     torch.manual_seed(0)
@@ -216,6 +253,10 @@ def test_fracal_equals_the_equations():
         shifted = [row[0]] + [v - math.log10(n / sum(COUNTS)) + target for v, n in zip(row[1:], COUNTS, strict=True)]
         powers = [math.exp(v) / d**2 for v, d in zip(shifted, dimensions, strict=True)]
         assert found == pytest.approx([p / sum(powers) for p in powers], rel=1e-6)
+    steep = bags.Fractal(5, COUNTS, power=300)
+    steep.dimensions[2:] = 2  # 2^300 is no float32
+    scores = steep.probs(torch.tensor([[-100.0, -900, 0, 0, 0]]))
+    assert scores[0].tolist() == pytest.approx([1, 0, 0, 0, 0])
     equal = bags.Fractal(5, [9, 9, 9, 9], power=0).double()
     torch.testing.assert_close(equal.probs(torch.tensor(z)), torch.softmax(torch.tensor(z), 1))
 
@@ -233,3 +274,6 @@ def test_fracal_of_sigmoids_equals_the_equations():
             shifted = value - math.log10(n / sum(COUNTS)) + uniform - math.log10(d**2 / whole) + uniform
             expected.append(1 / (1 + math.exp(-value)) / (1 + math.exp(-shifted)))
         assert found == pytest.approx([1 - max(expected), *expected], rel=1e-6)
+    steep = bags.FractalSigmoid(5, COUNTS, power=300)
+    steep.dimensions[1:] = 2
+    assert steep.probs(torch.zeros(1, 4)).isfinite().all()

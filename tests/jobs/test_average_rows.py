@@ -298,7 +298,7 @@ CHANGES = {
         lambda c: c["config"].update(classifier={"name": "group_softmax", "groups": [[1, 2]]})
     ),
     "was trained with detector.image_mean": lambda c: c["config"]["detector"].update(image_mean=[0, 0, 0]),
-    "its classifier ncm needs to be fitted": (
+    "its classifier ncm needs pooled features": (
         lambda c: (c["config"]["train"].update(part="none"), c["config"].update(classifier={"name": "ncm"}))
     ),
     "its classifier average has no classifier.members": (
