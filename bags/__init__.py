@@ -22,6 +22,7 @@ _PUBLIC = {name: f"bags.classifiers.{file}" for name, file in CLASSIFIERS.items(
     "compare": "bags.evaluation.comparison",
     "equal_boundaries": "bags.classifiers.groups",
     "evaluate": "bags.evaluation.detection_ap",
+    "export_onnx": "bags.assembly.onnx_export",
     "given_groups": "bags.classifiers.groups",
     "load_config": "bags.config.load",
     "load_detector": "bags.assembly.models",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import MultiScaleRoIAlign, nms, roi_align
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, roi_align
 
 from bags.core.errors import UserError
 from bags.detectors.htc import FusedRoIAlign
@@ -83,14 +83,14 @@ class Suppress(torch.autograd.Function):
     def forward(
         ctx: Any, boxes: Tensor, scores: Tensor, most: int, iou_threshold: float, score_threshold: float
     ) -> Tensor:
-        """Suppress with torchvision's `nms`, one set and class after the other."""
-        selected = []
-        for k in range(boxes.shape[0]):
-            for c in range(scores.shape[1]):
-                rows = (scores[k, c] > score_threshold).nonzero().squeeze(1)
-                kept = rows[nms(boxes[k, rows], scores[k, c, rows], iou_threshold)[:most]]
-                selected.append(F.pad(kept[:, None], (2, 0)) + torch.tensor([k, c, 0]))
-        return torch.cat(selected)
+        """Suppress with torchvision's `batched_nms`; the order of the result is another one than ONNX's."""
+        candidates = (scores > score_threshold).nonzero()
+        sets, classes, rows = candidates.unbind(1)
+        groups = sets * scores.shape[1] + classes
+        kept = batched_nms(boxes[sets, rows], scores[sets, classes, rows], groups, iou_threshold)
+        kept = kept[groups[kept].argsort(stable=True)]
+        first = torch.searchsorted(groups[kept], groups[kept])
+        return candidates[kept[torch.arange(len(kept)) - first < most]]
 
     @staticmethod
     def symbolic(
