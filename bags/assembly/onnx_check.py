@@ -37,7 +37,11 @@ def compare(
     """
     expected = detect(image)
     pairs = _pairs(expected, found)
-    missing, extra = ([k for k in range(len(side["labels"])) if k not in set(used)] for side, used in _sides(pairs, expected, found))
+    used: tuple[set[int], set[int]] = {row for row, _ in pairs}, {column for _, column in pairs}
+    missing, extra = (
+        [k for k in range(len(side["labels"])) if k not in with_partner]
+        for side, with_partner in zip((expected, found), used, strict=True)
+    )
     scores = boxes = masks = 0.0
     if pairs:
         rows, columns = (torch.tensor(used) for used in zip(*pairs, strict=True))
@@ -51,11 +55,6 @@ def compare(
     if not problem and masks > MASKS:
         problem = f"masks differ by {masks:.3g}, expected at most {MASKS}"
     return Difference(len(expected["labels"]), scores, boxes, masks, len(missing) + len(extra), problem)
-
-
-def _sides(pairs: list[tuple[int, int]], expected: Detections, found: Detections) -> list[tuple[Detections, list[int]]]:
-    """Both sides, each with its detections that have a partner."""
-    return [(expected, [row for row, _ in pairs]), (found, [column for _, column in pairs])]
 
 
 def _pairs(expected: Detections, found: Detections) -> list[tuple[int, int]]:

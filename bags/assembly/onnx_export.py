@@ -1,12 +1,15 @@
 """A detector as an ONNX file that has been compared with it in ONNX Runtime."""
 
+import contextlib
 import copy
 import io
 import json
+import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -126,12 +129,12 @@ def _traced(traceable: Traceable, image: Tensor, path: Path) -> bytes:
         axes["masks"] |= {2: "height", 3: "width"}
     content = io.BytesIO()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_output():
             warnings.simplefilter("ignore")  # about constants, which the comparison finds
             torch.onnx.export(
                 traceable,
                 (image,),
-                content,
+                cast(Any, content),
                 dynamo=False,
                 opset_version=DEFORMABLE_OPSET if deformable else OPSET,
                 input_names=["image"],
@@ -141,6 +144,20 @@ def _traced(traceable: Traceable, image: Tensor, path: Path) -> bytes:
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError) as error:
         raise UserError(f"{path}: not exported: {type(error).__name__}: {one_line(error)[:300]}") from None
     return content.getvalue()
+
+
+@contextlib.contextmanager
+def _without_output() -> Iterator[None]:
+    """Leave out what is written to the standard output: after an error, the exporter prints its whole graph there."""
+    sys.stdout.flush()
+    saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def _deform_conv(g: Any, features: Any, weight: Any, offset: Any, mask: Any, bias: Any, *numbers: Any) -> Any:
@@ -185,12 +202,14 @@ def _session(runtime: Any, content: bytes) -> Any:
 
 
 def other_sizes(images: Sequence[Tensor]) -> list[Tensor]:
-    """Parts and enlargements of the first images: the upper half, a third of the width, one and a half times as large."""
+    """Parts of the first images, and these in another size: the upper half, a third of the width, larger or smaller."""
     changed = []
     for image in images[:2]:
         height, width = image.shape[-2:]
         changed += [image[:, : max(1, height // 2)], image[:, :, : max(1, width // 3)]]
-        changed.append(F.interpolate(image[None], scale_factor=1.5, mode="bilinear")[0].clamp(0, 1))
+        if min(height, width) > 1:
+            factor = 1.5 if max(height, width) <= 600 else 0.5  # of the sides
+            changed.append(F.interpolate(image[None], scale_factor=factor, mode="bilinear")[0].clamp(0, 1))
     return [image.contiguous() for image in changed]
 
 
@@ -223,6 +242,4 @@ def _checked(detector: Any, session: Any, traceable: Traceable, images: list[Ten
     run(session, torch.zeros(3, 48, 64))  # mostly without detections
     detections, scores, boxes, masks, undecided, _ = zip(*differences, strict=True)
     sizes = len({image.shape for image in images})
-    return Exported(
-        path, len(images), sizes, sum(detections), max(scores), max(boxes), max(masks), sum(undecided)
-    )
+    return Exported(path, len(images), sizes, sum(detections), max(scores), max(boxes), max(masks), sum(undecided))

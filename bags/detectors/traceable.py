@@ -166,7 +166,8 @@ class Traceable(nn.Module):
 
     def _selected(self, scores: Tensor, boxes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The best detections (boxes [K, 4], scores [K], labels [K]), as `select_detections` selects them."""
-        last, labels = self.stages[-1], scores.shape[1] - 1
+        last, labels = self.stages[-1], self.stages[-1].classifier.num_categories
+        every_candidate = self.detector.rpn.post_nms_top_n() * labels
         boxes = boxes[:, 1:] if boxes.shape[1] > 1 else boxes  # [P, 1 or C, 4]
         sides = boxes[..., 2:] - boxes[..., :2]
         scores = torch.where(sides.amin(2) >= last.conventions.least_side, scores[:, 1:], -1.0)
@@ -175,9 +176,9 @@ class Traceable(nn.Module):
         most = last.max_per_category if last.max_per_category and not last.agnostic_nms else last.detections_per_img
         most, iou, least = min(most, last.detections_per_img), last.nms_thresh, last.score_thresh
         if last.agnostic_nms:
-            every = overlapping.expand(-1, labels, 4).reshape(1, -1, 4)
-            most = scores.shape[0] * labels if last.max_per_category else most
-            place = suppress(every, scores.reshape(1, 1, -1), most, iou, least)[:, 2]
+            flattened = overlapping.expand(-1, labels, 4).reshape(1, -1, 4)
+            most = every_candidate if last.max_per_category else most
+            place = suppress(flattened, scores.reshape(1, 1, -1), most, iou, least)[:, 2]
         elif boxes.shape[1] > 1:
             rows = suppress(overlapping.transpose(0, 1), scores.T[:, None], most, iou, least)
             place = rows[:, 2] * labels + rows[:, 0]
@@ -186,7 +187,7 @@ class Traceable(nn.Module):
             place = rows[:, 2] * labels + rows[:, 1]
         place = place.sort().values  # ties of scores are in the order of proposals, then of labels
         flat = scores.reshape(-1)
-        place = place[best(flat[place], scores.shape[0] * labels)]
+        place = place[best(flat[place], every_candidate)]
         if last.agnostic_nms and last.max_per_category:
             same = (place % labels)[:, None] == (place % labels)[None]
             before = torch.tril(torch.ones_like(same).long(), -1) * same
@@ -203,7 +204,9 @@ class Traceable(nn.Module):
         ratio = old.float() / size.float()
         return boxes * torch.stack([ratio[1], ratio[0], ratio[1], ratio[0]])
 
-    def _masks(self, features: dict[str, Tensor], boxes: Tensor, original: Tensor, labels: Tensor, old: Tensor) -> Tensor:
+    def _masks(
+        self, features: dict[str, Tensor], boxes: Tensor, original: Tensor, labels: Tensor, old: Tensor
+    ) -> Tensor:
         """Masks [K, 1, H, W] in 0..1 of boxes [K, 4] in the resized and in the original image.
 
         One more box is added and its mask dropped, so that no layer sees an empty batch.

@@ -4,7 +4,7 @@ A trace records operations of tensors and keeps every Python number as a constan
 tensors here, and no branch depends on them. All functions also work without tracing, which tests rely on.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,14 @@ def length(values: Tensor, dimension: int = 0) -> Tensor:
     return torch._shape_as_tensor(values)[dimension]
 
 
+def _numbers(end: Tensor) -> Tensor:
+    """0 to end - 1, int64, for an `end` without dimensions."""
+    return torch.arange(cast(Any, end))
+
+
 def best(scores: Tensor, number: int) -> Tensor:
     """Indices of the `number` highest of [N] scores, by falling score; of all where N is smaller."""
-    return scores.topk(length(scores).clamp(max=number)).indices
+    return scores.topk(cast(Any, length(scores).clamp(max=number))).indices
 
 
 def resize(image: Tensor, size: Tensor) -> Tensor:
@@ -31,7 +36,7 @@ def resize(image: Tensor, size: Tensor) -> Tensor:
     for dimension in (1, 2):
         old = length(image, dimension)
         new = size[dimension - 1]
-        source = (torch.arange(new) + 0.5) * (old.float() / new.float()) - 0.5
+        source = (_numbers(new) + 0.5) * (old.float() / new.float()) - 0.5
         source = source.clamp(min=0)
         low = source.floor()
         shape = (1, -1, 1) if dimension == 1 else (1, 1, -1)
@@ -52,7 +57,10 @@ def resize_levels(image: Tensor, size: Tensor) -> Tensor:
     parts = [
         _shifted(weight[:, None] * _shifted(line, 4), 16) for weight, line in zip(down, (upper, lower), strict=True)
     ]
-    return _shifted(parts[0] + parts[1] + 2, 2).float() / 255
+    resized = _shifted(parts[0] + parts[1] + 2, 2).float() / 255
+    unchanged = ((size[0] == length(image, 1)) & (size[1] == length(image, 2))).float()  # keeps values between levels
+    lost = (image - levels.float() / 255).index_select(1, top).index_select(2, left)
+    return resized + unchanged * lost
 
 
 def _shifted(values: Tensor, bits: int) -> Tensor:
@@ -63,7 +71,7 @@ def _shifted(values: Tensor, bits: int) -> Tensor:
 def _taps(old: Tensor, new: Tensor, clamp_weights: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`released_pixels._taps` of one side of `old` pixels: two indices and their weights in 2048ths, [new] each."""
     scale = 1 / (new.double() / old.double())
-    at = ((torch.arange(new) + 0.5) * scale - 0.5).float()
+    at = ((_numbers(new) + 0.5) * scale - 0.5).float()
     low = at.floor().long()
     part = at - low
     if clamp_weights:
@@ -93,9 +101,7 @@ class Suppress(torch.autograd.Function):
         return candidates[kept[torch.arange(len(kept)) - first < most]]
 
     @staticmethod
-    def symbolic(
-        g: Any, boxes: Any, scores: Any, most: int, iou_threshold: float, score_threshold: float
-    ) -> Any:
+    def symbolic(g: Any, boxes: Any, scores: Any, most: int, iou_threshold: float, score_threshold: float) -> Any:
         """The same as an operator of ONNX."""
         numbers = [
             g.op("Constant", value_t=torch.tensor([most], dtype=torch.long)),
@@ -119,8 +125,9 @@ def pool(pooling: nn.Module, features: dict[str, Tensor], boxes: Tensor) -> Tens
     Raises UserError for a pooling that is not known here.
     """
     if isinstance(pooling, FusedRoIAlign):
+        sides = [cast(Any, part).output_size[0] for part in (pooling.pyramid, pooling.semantic)]
         pooled, context = (pool(part, features, boxes) for part in (pooling.pyramid, pooling.semantic))
-        return pooled + F.avg_pool2d(context, pooling_ratio(pooling))
+        return pooled + F.avg_pool2d(context, sides[1] // sides[0])  # 14 x 14 -> 7 x 7, or itself
     if type(pooling) not in (MultiScaleRoIAlign, ReleasedRoIAlign):
         raise UserError(f"export: RoI pooling by {type(pooling).__name__} cannot be exported, only torchvision's")
     maps = [value for name, value in features.items() if name in pooling.featmap_names]
@@ -143,11 +150,6 @@ def pool(pooling: nn.Module, features: dict[str, Tensor], boxes: Tensor) -> Tens
     return torch.cat(parts).index_select(0, torch.cat(rows).argsort())
 
 
-def pooling_ratio(pooling: FusedRoIAlign) -> int:
-    """How many times larger the semantic branch's pooled side is than the pyramid's."""
-    return pooling.semantic.output_size[0] // pooling.pyramid.output_size[0]
-
-
 def paste(masks: Tensor, corners: Tensor, size: Tensor) -> Tensor:
     """Put masks [K, M, M] into images of `size` [2] (height, width): [K, 1, height, width], 0 outside their boxes.
 
@@ -161,7 +163,7 @@ def paste(masks: Tensor, corners: Tensor, size: Tensor) -> Tensor:
 def _hat(first: Tensor, last: Tensor, number: Tensor, side: int) -> Tensor:
     """Weights [K, number, side] of the pixels of a mask of `side` in those of an image, between `first` and `last`."""
     width = (last - first + 1).clamp(min=1)[:, None]
-    at = torch.arange(number)[None] - first[:, None]
+    at = _numbers(number)[None] - first[:, None]
     source = ((at + 0.5) * (torch.tensor(float(side)) / width) - 0.5).clamp(0, side - 1)
     weights = (1 - (source[..., None] - torch.arange(side)).abs()).clamp(min=0)
     return weights * ((at >= 0) & (at < width)).float()[..., None]
