@@ -24,6 +24,7 @@ _PUBLIC = {name: f"bags.classifiers.{file}" for name, file in CLASSIFIERS.items(
     "evaluate": "bags.evaluation.detection_ap",
     "export_onnx": "bags.assembly.onnx_export",
     "given_groups": "bags.classifiers.groups",
+    "instance_counts_by_id": "bags.data.statistics",
     "load_config": "bags.config.load",
     "load_detector": "bags.assembly.models",
     "repeat_factors": "bags.data.samplers",

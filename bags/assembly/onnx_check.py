@@ -32,8 +32,8 @@ def compare(
     Two detections are the same if labels are equal and scores and boxes agree to 1e-4 and 1e-2 pixels. Rounding may
     decide whether a detection exists: its score is next to `threshold`, or to the last one of the `most` that are
     kept, or its overlap with another box is next to that of suppression. So a detection of only one side is no
-    difference if the detector itself gains or loses it once its image changes by about 2e-6. At most one detection in
-    ten may be of that kind, or two.
+    difference if the detector itself gains or loses it once its image changes by about 2e-6. At most twice as many as
+    the detector itself gains and loses then may be of that kind, or two.
     """
     expected = detect(image)
     pairs = _pairs(expected, found)
@@ -109,11 +109,13 @@ def _real_difference(
     lowest = max((float(side["scores"].min()) for side in (expected, found) if len(side["scores"])), default=0.0)
     edge = max(threshold, lowest if full else 0.0) + SCORES
     missing, extra = (_take(side, (side["scores"] > edge).nonzero().squeeze(1).tolist()) for side in sides)
-    generator = torch.Generator().manual_seed(0)
+    generator, unstable = torch.Generator().manual_seed(0), 1
     for _ in range(TRIES):
-        if not len(missing["labels"]) and not len(extra["labels"]):
+        if not len(missing["labels"]) and not len(extra["labels"]) and total <= 2 * unstable:
             break
         again = detect(image + NOISE * torch.randn(image.shape, generator=generator))
+        both = len(_pairs(expected, again))
+        unstable = max(unstable, len(expected["labels"]) + len(again["labels"]) - 2 * both)
         missing = _take(missing, [row for row, _ in _pairs(missing, again)])  # found in both: still expected
         known = {row for row, _ in _pairs(extra, again)}
         extra = _take(extra, [row for row in range(len(extra["labels"])) if row not in known])
@@ -121,7 +123,7 @@ def _real_difference(
         if len(side["labels"]):
             corners = ", ".join(f"{value:.2f}" for value in side["boxes"][0].tolist())
             return f"label {int(side['labels'][0])} with score {float(side['scores'][0]):.4f} at ({corners}) {words}"
-    if total > max(2, len(expected["labels"]) // 10):
+    if total > 2 * unstable:
         return f"{total} detections of {len(expected['labels'])} exist only on one side"
     return ""
 
