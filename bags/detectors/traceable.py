@@ -101,11 +101,12 @@ class Traceable(nn.Module):
         for level_logits, level_deltas in zip(logits, deltas, strict=True):
             level_logits = level_logits[0].permute(1, 2, 0).reshape(-1)
             level_deltas = level_deltas[0].reshape(-1, 4, *level_deltas.shape[2:]).permute(2, 3, 0, 1).reshape(-1, 4)
-            top = best(level_logits, rpn.pre_nms_top_n())
+            level_scores = level_logits.sigmoid()
+            top = best(level_scores if self.released else level_logits, rpn.pre_nms_top_n())
             moved = rpn.box_coder.decode_single(level_deltas[top], anchors[start + top])
             start = start + length(level_logits)
             boxes.append(self._clip(moved, size))
-            scores.append(level_logits[top].sigmoid())
+            scores.append(level_scores[top])
         kept = self._suppressed_levels(boxes, scores)
         boxes, scores = ([v[k] for v, k in zip(values, kept, strict=True)] for values in (boxes, scores))
         if self.released:
