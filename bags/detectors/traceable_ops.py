@@ -36,7 +36,8 @@ def resize(image: Tensor, size: Tensor) -> Tensor:
     for dimension in (1, 2):
         old = length(image, dimension)
         new = size[dimension - 1]
-        source = (_numbers(new) + 0.5) * (old.float() / new.float()) - 0.5
+        scale = (old.float() / new.float()).double()  # the position is rounded once, as by a fused operation
+        source = (_numbers(new).double() + 0.5).mul(scale).sub(0.5).float()
         source = source.clamp(min=0)
         low = source.floor()
         shape = (1, -1, 1) if dimension == 1 else (1, 1, -1)
