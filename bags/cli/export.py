@@ -21,9 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="+", help="a checkpoint, and test.key=value overrides")
     parser.add_argument("--output", type=Path, required=True, help="file to write, which ends in .onnx")
-    parser.add_argument(
-        "--images", nargs="+", type=Path, default=[], help="images or folders to compare on (default: validation)"
-    )
+    parser.add_argument("--images", type=Path, help="an image or a folder to compare on (default: validation images)")
     parser.add_argument("--number", type=int, default=20, help="most images to compare on (default 20)")
     parser.add_argument("--min-size", type=int, help="shorter side in pixels (default: as trained)")
     parser.add_argument("--max-size", type=int, help="longer side in pixels (default: as trained)")
@@ -38,4 +36,5 @@ def main() -> None:
     from bags.jobs.export import export
 
     sizes = arguments.min_size, arguments.max_size
-    export(paths[0], arguments.output, arguments.images, arguments.number, overrides, *sizes)
+    images = [arguments.images] if arguments.images else []
+    export(paths[0], arguments.output, images, arguments.number, overrides, *sizes)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from torchvision.models import detection
-from torchvision.ops import nms
+from torch import nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
+from torchvision.ops import MultiScaleRoIAlign, nms
 
 import bags
 from bags.assembly import onnx_export
@@ -130,9 +132,18 @@ def test_a_balanced_detector_of_torchvision(tmp_path):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    sizes = {"min_size": 64, "max_size": 96, "rpn_post_nms_top_n_test": 20, "box_score_thresh": 0.05}
-    detector = detection.fasterrcnn_mobilenet_v3_large_320_fpn(
-        weights=None, weights_backbone=None, num_classes=5, **sizes
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 5, 4, 2), nn.ReLU(), nn.Conv2d(8, 8, 5, 4, 2))
+    backbone.out_channels = 8
+    detector = FasterRCNN(
+        backbone,
+        rpn_anchor_generator=AnchorGenerator(((16, 32),), ((0.5, 1.0, 2.0),)),
+        box_roi_pool=MultiScaleRoIAlign(["0"], 3, 1),
+        box_head=TwoMLPHead(8 * 9, 12),
+        box_predictor=FastRCNNPredictor(12, 5),
+        min_size=64,
+        max_size=96,
+        rpn_post_nms_top_n_test=20,
+        box_nms_thresh=0.3,
     )
     with pytest.raises(UserError, match=r"expected a detector of bags.load_detector or bags.balance, got FasterRCNN"):
         bags.export_onnx(detector, tmp_path / "m.onnx")
