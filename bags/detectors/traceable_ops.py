@@ -129,7 +129,7 @@ def pool(pooling: nn.Module, features: dict[str, Tensor], boxes: Tensor) -> Tens
         sides = [cast(Any, part).output_size[0] for part in (pooling.pyramid, pooling.semantic)]
         pooled, context = (pool(part, features, boxes) for part in (pooling.pyramid, pooling.semantic))
         return pooled + F.avg_pool2d(context, sides[1] // sides[0])  # 14 x 14 -> 7 x 7, or itself
-    if type(pooling) not in (MultiScaleRoIAlign, ReleasedRoIAlign):
+    if not isinstance(pooling, MultiScaleRoIAlign) or type(pooling) not in (MultiScaleRoIAlign, ReleasedRoIAlign):
         raise UserError(f"export: RoI pooling by {type(pooling).__name__} cannot be exported, only torchvision's")
     maps = [value for name, value in features.items() if name in pooling.featmap_names]
     if isinstance(pooling, ReleasedRoIAlign):
@@ -138,8 +138,8 @@ def pool(pooling: nn.Module, features: dict[str, Tensor], boxes: Tensor) -> Tens
         side = (boxes[:, 2] - boxes[:, 0]).mul(boxes[:, 3] - boxes[:, 1]).sqrt()
         levels = torch.log2(side / (14 * pooling.strides[0]) + 1e-6).floor().clamp(0, len(maps) - 1).long()
     else:
-        scales = pooling.scales
-        levels = pooling.map_levels([boxes]) if len(maps) > 1 else torch.zeros_like(boxes[:, 0]).long()
+        scales = cast(Any, pooling.scales)
+        levels = cast(Any, pooling.map_levels)([boxes]) if len(maps) > 1 else torch.zeros_like(boxes[:, 0]).long()
     shifts = [1 / scale / 2 if isinstance(pooling, ReleasedRoIAlign) else 0.0 for scale in scales]
     rois = F.pad(boxes, (1, 0))  # image 0
     rows, parts = [], []
