@@ -25,7 +25,7 @@ from bags.classifiers import classifier_settings
 from bags.classifiers.base import ProposalClassifier, checked_counts, feature_widths
 from bags.data.statistics import CategoryStats
 from bags.detectors.conventions import CONVENTIONS, Transform
-from bags.detectors.roi_heads import RoIHeads
+from bags.detectors.roi_heads import RoIHeads, refuse_tracing
 
 
 def balance(
@@ -133,7 +133,7 @@ class BalancedRoIHeads(RoIHeads):
     def mask_logits(self, mask_features: Tensor, labels: Tensor) -> Tensor:
         """As torchvision computes them, to the last bit, of any predictor: all labels', then each object's own."""
         logits = self.mask_predictor(mask_features)
-        return logits[torch.arange(len(labels), device=labels.device), labels]
+        return logits[torch.arange(labels.shape[0], device=labels.device), labels]
 
 
 def keep_frozen(detector: Any, inputs: tuple, named: dict) -> None:
@@ -141,6 +141,7 @@ def keep_frozen(detector: Any, inputs: tuple, named: dict) -> None:
 
     The detector itself, its RPN and RoIHeads know training mode by more than their layers: by what they return.
     """
+    refuse_tracing()
     targets = named.get("targets", inputs[1] if len(inputs) > 1 else None)
     if detector.training and targets is not None:
         _check_labels(targets, detector.roi_heads.classifier.num_categories)

@@ -11,6 +11,7 @@ VERBS = {
     "choose": "find the best classifier for a dataset",
     "evaluate": "score a checkpoint or a results file, or compare two results files",
     "predict": "detect objects in any images",
+    "export": "write a trained detector as ONNX, checked in ONNX Runtime",
     "prepare-data": "make, fetch and check datasets",
     "tables": "compare finished runs; the paper's tables",
     "report": "write a run as one HTML file",

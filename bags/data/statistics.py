@@ -4,6 +4,7 @@ import itertools
 import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +63,20 @@ class CategoryStats:
     def num_categories(self) -> int:
         """C."""
         return len(self.category_ids)
+
+
+def instance_counts_by_id(annotations: str | Path, largest: int) -> list[int]:
+    """Training objects of labels that are category ids, such as those of torchvision's COCO detectors: [largest].
+
+    Entry k counts the objects of id k + 1 that train; it is 0 for an id that the file does not have.
+    annotations: a COCO or LVIS file. Raises UserError for ids that are not in 1..largest.
+    """
+    stats = CategoryStats.from_index(AnnotationIndex.open(annotations))
+    wrong = [number for number in stats.category_ids if not 1 <= number <= largest]
+    if wrong:
+        raise UserError(f"{annotations}: category id {wrong[0]}: expected ids of 1 to {largest}, the detector's labels")
+    known = dict(zip(stats.category_ids, stats.instance_counts, strict=True))
+    return [known.get(number, 0) for number in range(1, largest + 1)]
 
 
 def _check_kind(values: Sequence, key: str, where: str) -> None:

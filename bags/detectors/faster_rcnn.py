@@ -1,6 +1,7 @@
 """Faster, Mask and Cascade R-CNN and HTC: torchvision's parts put together around any `ProposalClassifier`."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from bags.detectors.backbones import Backbone
 from bags.detectors.cascade import STAGES, CascadeRoIHeads, Stage
 from bags.detectors.conventions import CONVENTIONS, Conventions
 from bags.detectors.htc import HTCRoIHeads, SemanticBranch, fuse_semantic
-from bags.detectors.roi_heads import NormedConv, RoIHeads
+from bags.detectors.roi_heads import NormedConv, RoIHeads, refuse_tracing
 from bags.detectors.settings import DetectorSettings, RPNSettings, SelectionSettings
 
 POOLED = 7  # side of the box branch's RoIAlign output
@@ -37,6 +38,11 @@ class FasterRCNN(GeneralizedRCNN):
     ) -> None:
         super().__init__(backbone, rpn, roi_heads, transform)
         self._frozen = [p for p in backbone.parameters() if not p.requires_grad]
+
+    def forward(self, images: list[Tensor], targets: list[dict] | None = None) -> Any:
+        """See `faster_rcnn`. Raises UserError in a trace, which would hold for the traced image only."""
+        refuse_tracing()
+        return super().forward(images, targets)
 
     def frozen_parameters(self) -> list[nn.Parameter]:
         """Parameters that are never trained."""

@@ -270,6 +270,15 @@ class RoIHeads(torchvision_roi_heads.RoIHeads):
         return detections
 
 
+def refuse_tracing() -> None:
+    """Raise UserError while a detector is traced: the trace would keep one image's size and counts as constants."""
+    if torch.jit.is_tracing():
+        raise UserError(
+            "torch.jit.trace and torch.onnx.export would keep the size and the number of proposals of this image: "
+            "use bags.export_onnx, or `bags export` for a checkpoint"
+        )
+
+
 def check_overflow(*values: Tensor) -> None:
     """Raise UserError for numbers that are not finite; of those, sorting and NMS make detections without a word."""
     if not torch.stack([value.isfinite().all() for value in values]).all():
