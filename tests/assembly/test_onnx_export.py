@@ -157,7 +157,11 @@ def test_a_balanced_detector_of_torchvision(tmp_path):
         torch.jit.trace(detector.eval(), [noise((60, 90))], strict=False)
 
 
-@pytest.mark.parametrize("name", ["bags_cosine", "simcal", "tau_norm_select", "eql_v2", "groups", "norcal", "sigmoid"])
+NAMES = ["bags_cosine", "simcal", "tau_norm_select", "eql_v2", "groups", "norcal", "sigmoid", "ecm", "gumbel", "iif"]
+NAMES += ["ldam", "fracal", "fracal_sigmoid", "logit_normalisation", "disalign", "bacl", "loce", "bags_euclidean"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_classifiers_in_onnx_runtime(name, tmp_path):
     """Logits and scores of classifiers of each kind, alone and in an average, for another image than the traced one."""
     pytest.importorskip("onnx")
