@@ -137,15 +137,16 @@ def box_dimensions(centres: Tensor, labels: Tensor, num_categories: int) -> Tens
     slope of log N against log g by least squares, at least 1. A category with fewer than 4 boxes gets 1.
     centres: [K, 2] x, y in 0..1, as parts of width and height; labels: [K] int64 in 1..C.
     """
-    labels = labels.long() - 1
+    centres, labels = centres.cpu(), labels.cpu().long() - 1
     counts = torch.bincount(labels, minlength=num_categories)
     most = min(FINEST, math.isqrt(int(counts.max()))) if len(labels) else 0
     sums = torch.zeros(4, num_categories, dtype=torch.float64)  # of 1, x, y, x y, and x x below
     squares = torch.zeros(num_categories, dtype=torch.float64)
     for grid in range(1, most + 1):
         cells = (centres.double() * grid).floor().clamp(0, grid - 1).long()
-        places = (labels * grid + cells[:, 1]) * grid + cells[:, 0]
-        occupied = torch.bincount(places.unique() // grid**2, minlength=num_categories)
+        filled = torch.zeros(num_categories, grid**2, dtype=torch.bool)
+        filled[labels, cells[:, 1] * grid + cells[:, 0]] = True
+        occupied = filled.sum(1)
         used = (counts >= max(LEAST_BOXES, grid**2)).double()
         x = math.log(grid)
         y = occupied.clamp(min=1).double().log()
