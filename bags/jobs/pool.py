@@ -66,6 +66,8 @@ FULL = (
     "disalign",
     "bags_euclidean",
     "fracal",
+    "logit_normalisation",
+    "knn",
 )
 POOLS = {"quick": QUICK, "full": FULL}
 SECTIONS = ("classifier", "sampler", "train")  # that rows may differ in: all have the same images, detector and scoring
