@@ -51,7 +51,7 @@ class AverageSettings(ClassifierSettings):
         words = f"none, since they are read from the runs, or one for each of the {len(self.of)} runs of `of`"
         need(len(self.members) in (0, len(self.of)), "members", words, len(self.members))
         words = f"at most {MOST_CLASSIFIERS} classifiers in all"
-        need(max(len(self.of), self.layers) <= MOST_CLASSIFIERS, "of", words, max(len(self.of), self.layers))
+        need(self.classifiers <= MOST_CLASSIFIERS, "of", words, self.classifiers)
         known = all(member.layers for member in self.members)
         need(known, "members", "averages with members of their own")
         pooled = ", ".join(member.name for member in self.members if member.fits_pooled)
@@ -62,6 +62,12 @@ class AverageSettings(ClassifierSettings):
     def layers(self) -> int:
         """Those of all members; 0 where these are not known."""
         return sum(member.layers for member in self.members)
+
+    @property
+    def classifiers(self) -> int:
+        """How many classifiers there are in all, also in averages of averages."""
+        inner = (member.classifiers if isinstance(member, AverageSettings) else 1 for member in self.members)
+        return max(len(self.of), sum(inner))
 
     @property
     def depth(self) -> int:

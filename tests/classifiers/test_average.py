@@ -358,6 +358,9 @@ def test_settings_of_members_come_back_as_they_were():
     config = config_from_dict(section(of=["a", "b"], weights=[1, 2], members=[inner, nested(1)]))
     assert config_from_dict(config_to_dict(config)) == config
     assert config.classifier.layers == 2 and AverageSettings().layers == 0
+    memory = [{"name": "knn", "per_category": 100}, {"name": "loce", "queue": 80}]
+    large = config_from_dict(section(of=["a", "b"], members=memory)).classifier
+    assert large.classifiers == 2 and large.layers == 182  # stored features are memory, not classifiers
     with pytest.raises(ValueError, match="members: expected the settings"):
         AverageSettings(of=("a",)).build(4, 4, STATS)
     built = AverageSettings(of=("a", "b"), members=(SoftmaxSettings(),) * 2).build(4, 4, STATS)
