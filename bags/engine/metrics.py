@@ -21,6 +21,7 @@ from bags.engine.board import Board, training_tags
 
 PHASES = ("data", "forward", "backward", "step")
 TYPICAL, KNOWN, JUMP = 25, 3, 10  # losses whose median is usual, at least so many; how far above it is told of
+EARLY_JUMP = 100  # how far above the first step's loss is told of, before a usual one is known
 WAITS = 0.2  # share of its time that a GPU may wait for data before that is said
 
 
@@ -161,6 +162,7 @@ class Monitor:
         )
         self.typical: deque[float] = deque(maxlen=TYPICAL)  # the losses logged last
         self.peak: torch.Tensor | None = None  # the largest loss since the last log
+        self.first: torch.Tensor | None = None  # the loss of the first step
         self.waited = False
         self.sums: dict[str, torch.Tensor] = {}  # of the losses of this epoch
         self.began = time.perf_counter()
@@ -185,6 +187,7 @@ class Monitor:
         for name, loss in {"loss": total, **losses}.items():
             self.sums[name] = self.sums.get(name, 0) + loss.detach()
         self.steps, self.lr = steps, lr
+        self.first = total if self.first is None else self.first
         self.peak = total if self.peak is None else torch.maximum(self.peak, total)
         if steps % self.config.log_every and steps != self.total:
             return
@@ -239,11 +242,15 @@ class Monitor:
 
     def _look_for_a_jump(self, steps: int, peak: float, lr: float) -> None:
         """Say, in the main process, that a loss is far above those before it: training may be about to diverge."""
-        usual = statistics.median(self.typical) if len(self.typical) >= KNOWN else math.nan
-        if peak > JUMP * usual:
+        if len(self.typical) >= KNOWN:
+            usual, limit, words = statistics.median(self.typical), JUMP, "what is usual in this run"
+        else:
+            first = math.nan if self.first is None else self.first
+            usual, limit, words = float(first), EARLY_JUMP, "that of the first step"
+        if peak > limit * usual > 0:
             say(
                 f"warning: {self.title}: iterations {self.last_steps + 1} to {steps}: the loss was {peak:.3g}, "
-                f"{peak / usual:.0f} times what is usual in this run: train.lr (now {lr:.2g}) or train.clip_norm "
+                f"{peak / usual:.0f} times {words}: train.lr (now {lr:.2g}) or train.clip_norm "
                 f"({self.config.clip_norm:g}) may be too high"
             )
 

@@ -89,3 +89,8 @@ def test_a_loss_that_jumps_is_told_of(tmp_path, capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(lines) == 1 and "run: iterations 9 to 10: the loss was 70, 14 times what is usual" in lines[0]
     assert "train.lr (now 0.02)" in lines[0]
+    with Monitor(tmp_path, "early", config, 0, 4) as monitor:  # before three lines of the log are known
+        for iteration, loss in enumerate([9.0, 7, 8000, 6]):
+            monitor.step(iteration, 0.0, {"loss_a": torch.tensor(loss)}, 0.02)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "early: iterations 3 to 4: the loss was 8e+03, 889 times that of the first step" in line
