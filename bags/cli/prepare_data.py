@@ -4,6 +4,9 @@
     python scripts/prepare_data.py glyphs-1230 --root /data/glyphs
     python scripts/prepare_data.py lvis --root data/lvis --version v0.5
     python scripts/prepare_data.py coco_lt --source instances_train2017.json --output coco_lt.json
+    python scripts/prepare_data.py muscima --source muscima-pp --output data/muscima_tiles   # from a checkout
+    python scripts/prepare_data.py ccp --source clothing-co-parsing --output data/ccp
+    python scripts/prepare_data.py angelina --source AngelinaDataset --output data/angelina
     python scripts/prepare_data.py split mine.json --val 0.2             # to mine_train.json and mine_val.json
     python scripts/prepare_data.py check configs/muscima data.root=/data/muscima_tiles
     python scripts/prepare_data.py check train.json --images train2017   # an annotation file without a configuration
@@ -42,6 +45,10 @@ def main() -> None:
     coco_lt.add_argument("--image-lists", type=Path, help="JSON: the authors' image ids per category id, instead")
     coco_lt.add_argument("--output", type=Path, required=True)
     coco_lt.add_argument("--seed", type=int, default=0)
+    for name, repository in prepare_data.REPOSITORIES.items():
+        prepared = commands.add_parser(name, help=f"prepare images and annotations from github.com/{repository}")
+        prepared.add_argument("--source", type=Path, required=True, help=f"checkout of github.com/{repository}")
+        prepared.add_argument("--output", type=Path, required=True, help="folder, made by this command")
     split = commands.add_parser("split", help="divide an annotation file into train and val, rare categories in both")
     split.add_argument("source", type=Path, help="annotation file")
     split.add_argument("--val", type=float, default=0.2, metavar="SHARE", help="share of the images in val (0.2)")
@@ -70,5 +77,7 @@ def main() -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if takes_more:
         arguments.overrides += rest  # that stand after an option
-    verbs = {name: getattr(prepare_data, name) for name in ("lvis", "coco_lt", "split", "remap", "check", "preview")}
+    names = ("lvis", "coco_lt", "split", "remap", "check", "preview")
+    verbs = {name: getattr(prepare_data, name) for name in names}
+    verbs |= dict.fromkeys(prepare_data.REPOSITORIES, prepare_data.from_repository)
     verbs.get(arguments.command, prepare_data.glyphs)(arguments)

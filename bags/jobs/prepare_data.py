@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
     from bags.data.index import AnnotationIndex
 
+REPOSITORIES = {  # on GitHub; the commits are in the files below bags/data
+    "muscima": "OMR-Research/muscima-pp",
+    "ccp": "bearpaw/clothing-co-parsing",
+    "angelina": "IlyaOvodov/AngelinaDataset",
+}
+
 
 def glyphs(arguments: "argparse.Namespace") -> None:
     """Draw a packaged dataset of letters, and print its folder."""
@@ -30,6 +36,18 @@ def lvis(arguments: "argparse.Namespace") -> None:
     from bags.data.lvis import fetch_lvis
 
     print("\n".join(fetch_lvis(arguments.root, arguments.version, not arguments.no_images)))
+
+
+def from_repository(arguments: "argparse.Namespace") -> None:
+    """Prepare a dataset from a checkout of its repository; print the command that checks it."""
+    from bags.data.angelina import prepare_angelina
+    from bags.data.ccp import prepare_ccp
+    from bags.data.muscima import prepare_muscima
+
+    prepare = {"muscima": prepare_muscima, "ccp": prepare_ccp, "angelina": prepare_angelina}[arguments.command]
+    folder = prepare(arguments.source, arguments.output)
+    root = shlex.quote(f"data.root={folder}")
+    print(f"next: python scripts/prepare_data.py check configs/{arguments.command} {root}")
 
 
 def coco_lt(arguments: "argparse.Namespace") -> None:
