@@ -29,6 +29,17 @@ CHECKS = (  # in the order in which they are started: what is most important com
     Check("numbers", "postprocess", "detections from the same scores, and masks: the CPU's", 60),
     Check("numbers", "steps", "a training step of every framework: the CPU's losses and gradients", 100),
     Check("numbers", "detections", "what every framework detects: the CPU's", 60),
+    Check("training", "bf16", "mixed precision: types, losses", 60),
+    Check("training", "fp16", "mixed precision with loss scaling: types, losses", 60),
+    Check("training", "channels_last", "a step in this memory order against the usual one", 60),
+    Check("training", "fused", "fused SGD and AdamW against plain ones", 60),
+    Check("training", "nccl", "a process group of one GPU", 60),
+    Check("jobs", "stored", "a classifier from features that are stored on the GPU, against the CPU", 60),
+    Check("jobs", "library", "bags.choose_classifier and bags.balance on the GPU", 60),
+    Check("jobs", "job", "train, evaluate, predict and report as commands", 150),
+    Check("jobs", "resume", "a run that was killed and resumed: the bits of an undisturbed one", 150),
+    Check("training", "compiled", "train.compile against none, fp32 and bf16", 150),
+    Check("training", "deterministic", "--deterministic: the same bits twice, every framework", 150),
 )
 
 

@@ -92,8 +92,8 @@ def small_config(place: Place, *overrides: str, images: int = 16) -> "Config":
     return override_config(config_from_dict(tree), list(overrides))
 
 
-def pieces(config: "Config") -> tuple[nn.Module, Any, "CategoryStats"]:
-    """Detector on the CPU with sharp random weights, training loader, statistics."""
+def pieces(config: "Config", sharp: bool = True) -> tuple[nn.Module, Any, "CategoryStats"]:
+    """Detector on the CPU with random weights, training loader, statistics. sharp: see `sharpen`."""
     from bags.assembly.loaders import build_train_loader, open_index
     from bags.assembly.models import build_detector
     from bags.data.statistics import CategoryStats
@@ -102,7 +102,8 @@ def pieces(config: "Config") -> tuple[nn.Module, Any, "CategoryStats"]:
     stats = CategoryStats.from_index(index)
     torch.manual_seed(config.seed)
     detector = build_detector(config, stats)
-    sharpen(detector)
+    if sharp:
+        sharpen(detector)
     return detector, build_train_loader(config, index, stats), stats
 
 
