@@ -34,12 +34,19 @@ CHECKS = (  # in the order in which they are started: what is most important com
     Check("training", "channels_last", "a step in this memory order against the usual one", 60),
     Check("training", "fused", "fused SGD and AdamW against plain ones", 60),
     Check("training", "nccl", "a process group of one GPU", 60),
+    Check("speed", "throughput", "images/s of training against torchvision's reference loop", 120, alone=True),
+    Check("speed", "inference", "images/s of prediction with 1,203 categories against torchvision", 60, alone=True),
+    Check(
+        "speed", "classifier_stage", "seconds of an epoch from simulated features, for 100,000 images", 60, alone=True
+    ),
+    Check("speed", "memory", "peak memory and pace of steps, fp32 and bf16", 60, alone=True),
     Check("jobs", "stored", "a classifier from features that are stored on the GPU, against the CPU", 60),
     Check("jobs", "library", "bags.choose_classifier and bags.balance on the GPU", 60),
     Check("jobs", "job", "train, evaluate, predict and report as commands", 150),
     Check("jobs", "resume", "a run that was killed and resumed: the bits of an undisturbed one", 150),
     Check("training", "compiled", "train.compile against none, fp32 and bf16", 150),
     Check("training", "deterministic", "--deterministic: the same bits twice, every framework", 150),
+    Check("speed", "whole", "scripts/benchmark.py whole, where there is one", 150, alone=True),
 )
 
 
@@ -56,8 +63,10 @@ def main() -> None:
         for check in CHECKS:
             print(f"{check.name:<16} {check.seconds:>4} s  {check.about}")
         return
-    if not arguments.minutes > 0 or (arguments.jobs is not None and arguments.jobs < 1):
-        raise UserError(f"--minutes {arguments.minutes:g} --jobs {arguments.jobs}: expected numbers above 0")
+    for option in ("minutes", "jobs"):
+        value = getattr(arguments, option)
+        if value is not None and not 0 < value < 10_000:
+            raise UserError(f"--{option} {value:g}: expected a number above 0")
     names = [check.name for check in CHECKS]
     for name in arguments.only or ():
         if name not in names:

@@ -122,19 +122,19 @@ def stored(place: Place) -> Iterator[Line]:
     full_fp32()
     runs = {}
     for name, keys in (("softmax", ()), ("bags", ("classifier.name=group_softmax", "classifier.boundaries=[5, 10]"))):
-        for where in (place.device, "cpu"):
-            run, seconds = _train_stored(place, f"{name}_{where}", torch.device(where), *keys)
+        for number, where in enumerate((place.device, "cpu")):
+            run, seconds = _train_stored(place, f"{name}_{number}", torch.device(where), *keys)
             module = run.loss_module
             assert isinstance(module, FromFeatures)
             resident = module.resident is not None and module.resident.device.type
             wanted = where == "cuda" and "cuda"
-            text = f"store on {resident or 'disk'}, {run.done or 'all'} steps in {seconds:.1f} s"
-            yield verdict(f"{name}, trained on {where}", resident == wanted, text)
-            runs[name, where] = [p.detach() for p in module.stages.parameters() if p.requires_grad]
-    apart = relative(runs["softmax", place.device], runs["softmax", "cpu"])
+            text = f"store on {resident or 'disk'}, trained in {seconds:.1f} s"
+            yield verdict(f"{name}, trained on {where}", (resident or False) == wanted, text)
+            runs[name, number] = [p.detach() for p in module.stages.parameters() if p.requires_grad]
+    apart = relative(runs["softmax", 0], runs["softmax", 1])
     yield verdict("softmax on both", apart < 1e-4, f"relative difference of the weights {apart:.1e}", difference=apart)
-    finite = all(bool(p.isfinite().all()) for p in runs["bags", place.device])  # it draws others on each device
-    apart = relative(runs["bags", place.device], runs["bags", "cpu"])
+    finite = all(bool(p.isfinite().all()) for p in runs["bags", 0])  # it draws others on each device
+    apart = relative(runs["bags", 0], runs["bags", 1])
     yield verdict("bags on both", finite and apart < 0.5, f"draws differ; relative difference {apart:.1e}")
 
 
