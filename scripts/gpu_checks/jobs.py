@@ -38,7 +38,7 @@ def write_rows(place: Place, *overrides: str) -> Path:
 
     folder = place.folder / "configs"
     folder.mkdir(exist_ok=True)
-    tree = config_to_dict(small_config(place, *overrides))
+    tree = config_to_dict(small_config(place, f"data.workers={2 if place.is_gpu else 0}", *overrides))
     del tree["name"]
     source, groups = {"init_from": "row:softmax"}, {"name": "group_softmax", "boundaries": [5, 10]}
     rows: dict[str, dict] = {
@@ -103,7 +103,7 @@ def job(place: Place) -> Iterator[Line]:
         for row in ("softmax", "softmax_retrained", "bags")
     }
     numbers = ", ".join(f"{row} {values['AP50']:.3f}" for row, values in metrics.items())
-    learned = metrics["softmax"]["AP50"] > 0.8 or not place.is_gpu
+    learned = metrics["softmax"]["AP50"] > 0.5 or not place.is_gpu
     yield verdict("AP50", learned, numbers, **{row: values["AP50"] for row, values in metrics.items()})
     checkpoint = str(output / "small/bags/last.pth")
     code, said = command(place, log, "evaluate", checkpoint, "--output", str(place.folder / "evaluated"))

@@ -87,7 +87,7 @@ def small_config(place: Place, *overrides: str, images: int = 16) -> "Config":
         "val": "train.json",
         "train_images": "images",
         "val_images": "images",
-        "workers": 2 if place.is_gpu else 0,
+        "workers": 0,
     }
     return override_config(config_from_dict(tree), list(overrides))
 

@@ -1,7 +1,9 @@
 """Checks in processes of their own, and the result file that grows with each of their lines."""
 
+import contextlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 from bags.core.files import write_text
 
 LOG = 4000  # last characters of a failed check's output that the result keeps
+THREADS = 4  # of a check that does not run alone
 PAUSE = 0.02  # seconds between two looks at the running checks
 
 
@@ -77,35 +80,43 @@ def context(place: Place) -> Any:
     return multiprocessing.get_context("spawn" if place.is_gpu else "fork")
 
 
-def start(place: Place, log: Path, function: Callable, *arguments: Any) -> BaseProcess:
-    """Call a function in a process and process group of its own, whose output goes to a file."""
-    process = context(place).Process(target=_enter, args=(log, function, arguments))
+def start(place: Place, log: Path, function: Callable, *arguments: Any, group: bool = False) -> BaseProcess:
+    """Call a function in a process of its own, whose output goes to a file.
+
+    group: it leads a process group, so that `end` also ends what it has started.
+    """
+    process = context(place).Process(target=_enter, args=(log, group, function, arguments))
     process.start()
     return process
 
 
 def end(process: BaseProcess) -> None:
-    """Kill a process and those that it has started."""
+    """Kill a process, and its group if it leads one."""
     if process.pid is not None and process.is_alive():
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # it has no group of its own yet
-            process.kill()
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            if os.getpgid(process.pid) == process.pid:
+                os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
     process.join()
 
 
-def _enter(log: Path, function: Callable, arguments: tuple) -> None:
+def _enter(log: Path, group: bool, function: Callable, arguments: tuple) -> None:
     """Run in the new process."""
-    os.setsid()
+    if group:
+        os.setsid()
     with open(log, "ab", buffering=0) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
+    sys.stdout = sys.stderr = log.open("a", buffering=1)
     function(*arguments)
-    sys.stdout.flush()
 
 
 def run_check(check: Check, place: Place, part: Path) -> None:
     """Run a check in this process; write each line to the file `part` as it comes, and `end` after the last one."""
+    if place.is_gpu and not check.alone:
+        import torch
+
+        torch.set_num_threads(THREADS)
     last = time.perf_counter()
     with part.open("w", buffering=1) as file:
 
@@ -169,8 +180,17 @@ class Result:
 
 
 def _plain(line: Line) -> dict[str, Any]:
-    """A line for the file, without numbers where it has none."""
-    return {key: value for key, value in asdict(line).items() if key != "numbers" or value}
+    """A line for the file: without numbers where it has none; those that are not finite are null."""
+
+    def finite(value: Any) -> Any:
+        """Replace what JSON does not know."""
+        if isinstance(value, list):
+            return [finite(entry) for entry in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    plain = {key: value for key, value in asdict(line).items() if key != "numbers"}
+    numbers = {key: finite(value) for key, value in line.numbers.items()}
+    return plain | ({"numbers": numbers} if numbers else {})
 
 
 @dataclass
@@ -206,7 +226,7 @@ class Runner:
     def run(self, checks: list[Check]) -> None:
         """Run the checks until all have ended or the time is up."""
         waiting = list(checks)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             try:
                 while waiting or self.running:
                     late = time.perf_counter() > self.deadline
@@ -233,7 +253,7 @@ class Runner:
         """Start a check in a folder of its own."""
         (folder / "files").mkdir(parents=True)
         place = Place(self.device, folder / "files")
-        process = start(place, folder / "log", run_check, check, place, folder / "lines")
+        process = start(place, folder / "log", run_check, check, place, folder / "lines", group=True)
         self.running.append(_Running(check, process, time.perf_counter(), folder))
 
     def _look(self, running: _Running, late: bool) -> None:
