@@ -37,7 +37,7 @@ CHECKS = (  # in the order in which they are started: what is most important com
     Check("speed", "throughput", "images/s of training against torchvision's reference loop", 120, alone=True),
     Check("speed", "inference", "images/s of prediction with 1,203 categories against torchvision", 60, alone=True),
     Check("speed", "classifier_stage", "an epoch from simulated features, for 100,000 images", 60, alone=True),
-    Check("speed", "memory", "peak memory and pace of steps, fp32 and bf16", 60, alone=True),
+    Check("speed", "memory", "peak memory and pace of steps, fp32 and bf16", 100, alone=True),
     Check("jobs", "stored", "a classifier from features that are stored on the GPU, against the CPU", 60),
     Check("jobs", "library", "bags.choose_classifier and bags.balance on the GPU", 60),
     Check("jobs", "job", "train, evaluate, predict and report as commands", 150),

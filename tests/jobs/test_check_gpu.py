@@ -11,7 +11,7 @@ from conftest import run_script
 from scripts.gpu_checks.pieces import agreeing_draws, relative
 from scripts.gpu_checks.running import Check, Place, Result, Runner, figure, run_check, verdict
 
-QUICK = ("environment", "classifiers", "postprocess", "fused", "stored", "classifier_stage")
+QUICK = ("environment", "classifiers", "fused", "classifier_stage")
 
 
 def test_quick_checks_pass_on_the_cpu(tmp_path):
@@ -21,7 +21,7 @@ def test_quick_checks_pass_on_the_cpu(tmp_path):
     done = run_script("check_gpu", *chosen, "--output", output)
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads(output.read_text())
-    assert set(content["checks"]) == set(QUICK) and content["counts"]["fail"] == 0 and content["counts"]["pass"] > 30
+    assert set(content["checks"]) == set(QUICK) and content["counts"]["fail"] == 0 and content["counts"]["pass"] > 20
     assert content["gpu"] is None and "not a GPU result" in content["title"]
     assert done.stdout.count("this is not a GPU result") == 2
     statuses = {line["status"] for check in content["checks"].values() for line in check["lines"]}
