@@ -34,10 +34,10 @@ else
 LAUNCH = $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node $(GPUS)
 endif
 
-.PHONY: help train choose eval predict test lint table report clean
+.PHONY: help train choose eval predict test lint table report check-gpu clean
 
 help:  ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-9s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-9s %s\n", $$1, $$2}'
 
 train: $(READY)  ## Train CONFIG (default: softmax, its control and BAGS on the embedded dataset) and compare
 	$(LAUNCH) scripts/train.py $(CONFIG) $(if $(METHODS),--methods $(METHODS)) $(ARGS)
@@ -56,6 +56,9 @@ table: $(READY)  ## Compare the finished runs in RUNS; or TABLE=1, 2, 3, 4, fig4
 
 report: $(READY)  ## Write RUN/report.html, one file about that run; with OTHER also what changed from OTHER to RUN
 	$(BIN)/python scripts/report.py $(RUN) $(OTHER) $(ARGS)
+
+check-gpu: $(READY)  ## Check on a GPU, in at most 6 minutes, what a CPU cannot show; result in runs/check_gpu.json
+	$(BIN)/python scripts/check_gpu.py $(ARGS)
 
 test: $(READY_DEV)  ## Run the tests
 	$(BIN)/python -m pytest -q $(ARGS)

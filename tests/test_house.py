@@ -119,13 +119,18 @@ def test_the_formatter_is_never_switched_off():
             assert not any(mark in path.read_text(encoding="utf-8") for mark in marks), path
 
 
-def test_only_the_benchmarks_import_from_scripts():
-    """A script can be moved or removed without a look at the others; a job that others need lives in `bags.jobs`."""
+def test_scripts_import_only_parts():
+    """A script imports its folder of parts, and no other script; a job that others need lives in `bags.jobs`.
+
+    The checks of a GPU also use parts of the benchmarks.
+    """
+    parts = {"benchmark": {"benchmarks"}, "check_gpu": {"gpu_checks"}}
+    parts |= {"benchmarks": {"benchmarks"}, "gpu_checks": {"gpu_checks", "benchmarks"}}  # of each other
     for path in SOURCES:
-        names = {name for name in module_imports(path, "scripts") if not name.startswith("benchmarks.")}
+        folder = path.parent.name
+        allowed = parts.get(path.stem if folder == "scripts" else folder, set())
+        names = {name for name in module_imports(path, "scripts") if name.split(".")[0] not in allowed}
         assert not names, f"{path}: {names}"
-        benchmark = path.parent.name == "benchmarks" or path == ROOT / "scripts/benchmark.py"
-        assert benchmark or not module_imports(path, "scripts"), path
 
 
 def test_scoring_needs_no_torch():

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from scripts.benchmarks.classifier_stage import CATEGORIES, write_dataset
 from scripts.benchmarks.measuring import measure
@@ -15,10 +15,20 @@ from scripts.benchmarks.measuring import measure
 if TYPE_CHECKING:
     import torch
 
-# Images, their size, how many of a step, loader processes, and which of torchvision's models.
+
+class Sizes(NamedTuple):
+    """An epoch, and the detector that it trains."""
+
+    images: int
+    size: tuple[int, int]  # of each image: height, width
+    batch: int  # images of a step
+    workers: int  # loader processes
+    model: str  # of torchvision
+
+
 SIZES = {
-    "cpu": (16, (240, 320), 2, 0, "fasterrcnn_mobilenet_v3_large_320_fpn"),
-    "cuda": (160, (800, 1333), 8, 8, "fasterrcnn_resnet50_fpn"),
+    "cpu": Sizes(16, (240, 320), 2, 0, "fasterrcnn_mobilenet_v3_large_320_fpn"),
+    "cuda": Sizes(160, (800, 1333), 8, 8, "fasterrcnn_resnet50_fpn"),
 }
 
 
@@ -27,13 +37,14 @@ def throughput(arguments: argparse.Namespace) -> list[dict]:
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    number, size, batch, _, name = SIZES[device.type]
+    sizes = SIZES[device.type]
+    number, size, batch, _, name = sizes
     repeats, results = min(arguments.repeats, 15), []
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(Path(folder) / "data", size, number)
-        peer = reference_epoch(Path(folder), device)
+        peer = reference_epoch(Path(folder), device, sizes)
         for precision in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
-            ours = our_epoch(Path(folder), device, precision)
+            ours = our_epoch(Path(folder), device, precision, sizes)
             result = measure(precision, ours, f"torchvision's reference loop, fp32, {name}", peer, repeats)
             rates = [f"{number / seconds:.2f}" for seconds in (result["ours_s"], result["peer_s"])]
             result["case"] = (
@@ -45,7 +56,7 @@ def throughput(arguments: argparse.Namespace) -> list[dict]:
     return results
 
 
-def model_and_loader(folder: Path, device: "torch.device") -> Any:
+def model_and_loader(folder: Path, device: "torch.device", sizes: Sizes) -> Any:
     """One of torchvision's models with random weights, and our loader (of `folder`/data) with its configuration."""
     import torch
     import torchvision
@@ -54,7 +65,7 @@ def model_and_loader(folder: Path, device: "torch.device") -> Any:
     from bags.config.load import config_from_dict
     from bags.data.statistics import CategoryStats
 
-    _, size, batch, workers, name = SIZES[device.type]
+    _, size, batch, workers, name = sizes
     config = config_from_dict(
         {
             "name": "throughput",
@@ -73,14 +84,14 @@ def model_and_loader(folder: Path, device: "torch.device") -> Any:
     index = open_index(config, "train")
     loader = build_train_loader(config, index, CategoryStats.from_index(index))
     torch.manual_seed(0)
-    sizes = {"min_size": size[0], "max_size": size[1]}
+    settings = {"min_size": size[0], "max_size": size[1]}
     if device.type == "cpu":  # as many proposals as a CPU can take in a second
-        sizes |= {"box_batch_size_per_image": 32, "rpn_post_nms_top_n_train": 200, "rpn_pre_nms_top_n_train": 500}
+        settings |= {"box_batch_size_per_image": 32, "rpn_post_nms_top_n_train": 200, "rpn_pre_nms_top_n_train": 500}
     make = getattr(torchvision.models.detection, name)
-    return make(weights=None, weights_backbone=None, num_classes=CATEGORIES + 1, **sizes), loader, config
+    return make(weights=None, weights_backbone=None, num_classes=CATEGORIES + 1, **settings), loader, config
 
 
-def our_epoch(folder: Path, device: "torch.device", precision: str) -> Callable[[], None]:
+def our_epoch(folder: Path, device: "torch.device", precision: str, sizes: Sizes) -> Callable[[], None]:
     """An epoch of our loop, as scripts/train.py sets it up: channels last, logged every 20 steps."""
     import torch
 
@@ -88,7 +99,7 @@ def our_epoch(folder: Path, device: "torch.device", precision: str) -> Callable[
     from bags.engine.optim import build_optimizer
     from bags.engine.train import Run, train_one_epoch
 
-    model, loader, config = model_and_loader(folder, device)
+    model, loader, config = model_and_loader(folder, device, sizes)
     model.to(device, memory_format=torch.channels_last)
     config = dataclasses.replace(config.train, precision=precision)
     run = Run(model, config, folder, 0, "ours", {}, loss_module=model)
@@ -112,12 +123,12 @@ def our_epoch(folder: Path, device: "torch.device", precision: str) -> Callable[
     return epoch
 
 
-def reference_epoch(folder: Path, device: "torch.device") -> Callable[[], None]:
+def reference_epoch(folder: Path, device: "torch.device", sizes: Sizes) -> Callable[[], None]:
     """An epoch as in torchvision's references/detection/engine.py (`train_one_epoch`, one process, no AMP)."""
     import torch
     from tqdm import tqdm
 
-    model, ours, config = model_and_loader(folder, device)
+    model, ours, config = model_and_loader(folder, device, sizes)
     model.to(device)
     settings = {
         "num_workers": ours.num_workers,
