@@ -182,5 +182,8 @@ def describe(mask: np.ndarray, size: tuple[int, int]) -> dict:
         "bbox": [round(value, 2) for value in (left * across, top * down, width * across, height * down)],
         "area": round(int(mask.sum()) * across * down, 2),
         "iscrowd": 0,
-        "segmentation": {"size": list(runs["size"]), "counts": counts if isinstance(counts, str) else counts.decode("ascii")},
+        "segmentation": {
+            "size": list(runs["size"]),
+            "counts": counts if isinstance(counts, str) else counts.decode("ascii"),
+        },
     }

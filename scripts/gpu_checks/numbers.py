@@ -51,7 +51,7 @@ def environment(place: Place) -> Iterator[Line]:
     memory = about.total_memory / 1e9
     versions = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     text = f"{about.name}, {memory:.0f} GB, {about.multi_processor_count} multiprocessors, {versions}"
-    yield figure("GPU", text, name=about.name, gb=round(memory, 1), cuda=torch.version.cuda)
+    yield figure("GPU", text, gpu=about.name, gb=round(memory, 1), cuda=torch.version.cuda)
     values = torch.rand(1000, 1000, device="cuda")
     yield verdict("a product", bool((values @ values).isfinite().all()), "of two matrices is finite")
     yield verdict("bf16", torch.cuda.is_bf16_supported(), "is supported by this GPU")
@@ -175,7 +175,7 @@ def detections(place: Place) -> Iterator[Line]:
                 with torch.inference_mode():
                     results.append([{k: v.cpu().double() for k, v in image.items()} for image in model(images)])
             number = sum(len(image["labels"]) for image in results[0])
-            equal = sum(_same(*pair, tolerance) for pair in zip(*results, strict=True))
+            equal = sum(_same(ours, theirs, tolerance) for ours, theirs in zip(*results, strict=True))
             yield verdict(
                 f"{framework}, {str(dtype).removeprefix('torch.')}",
                 number > 0 and equal >= share * number,
@@ -241,7 +241,8 @@ def _select(case: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     from bags.detectors.torchvision_private import BoxCoder
 
     coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
-    return select_detections(*case, (800, 1333), coder, 0.0, 0.5, 300)
+    first, second, third = case
+    return select_detections(first, second, third, (800, 1333), coder, 0.0, 0.5, 300)
 
 
 def _masks(place: Place) -> Iterator[Line]:

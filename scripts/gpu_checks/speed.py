@@ -1,5 +1,6 @@
 """Images per second and peak memory: training, prediction, and the classifiers' stage at the size of LVIS."""
 
+import functools
 import json
 import statistics
 import subprocess
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from scripts.gpu_checks.pieces import full_fp32, peak_gb, relative, reset_peak, small_config, synchronise, timed
+from scripts.gpu_checks.pieces import full_fp32, peak_gb, reset_peak, small_config, synchronise, timed
 from scripts.gpu_checks.running import Line, Place, figure, last_line, not_run, verdict
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def inference(place: Place) -> Iterator[Line]:
         box_detections_per_img=300,
     )
     keys = ["detector.conventions=torchvision", f"detector.min_size={size[0]}", f"detector.max_size={size[1]}"]
-    ours = build_detector(override_config(config_from_dict({}), keys), lvis_stats(number))
+    ours: Any = build_detector(override_config(config_from_dict({}), keys), lvis_stats(number))
     new, state = ours.state_dict(), translate(peer.state_dict(), "torchvision").state
     ours.load_state_dict({**new, **{k: v for k, v in state.items() if v.shape == new[k].shape}})
     images = [torch.rand(3, *size, device=place.device) for _ in range(8 if place.is_gpu else 1)]
@@ -102,7 +103,8 @@ def inference(place: Place) -> Iterator[Line]:
         rates = {}
         for batch in (1, 8) if place.is_gpu else (1,):
             reset_peak(place)
-            seconds = statistics.median(timed(place, lambda n=batch: ours(images[:n]), 5 if place.is_gpu else 1))
+            step = functools.partial(ours, images[:batch])
+            seconds = statistics.median(timed(place, step, 5 if place.is_gpu else 1))
             rates[batch] = batch / seconds
             memory = peak_gb(place)
             held = f", peak {memory:.1f} GB" if memory else ""
@@ -126,10 +128,10 @@ def memory(place: Place) -> Iterator[Line]:
     from scripts.benchmarks.large_models import NAMES, build, one_image
 
     size = (800, 1333) if place.is_gpu else (64, 96)
-    rows = {"softmax": (2, 8), "htc_dcn": (1, 2)} if place.is_gpu else {"softmax": (1,)}
+    rows: dict[str, tuple[int, ...]] = {"softmax": (2, 8), "htc_dcn": (1, 2)} if place.is_gpu else {"softmax": (1,)}
     for row, batches in rows.items():
         torch.manual_seed(0)
-        detector = build(row, size).to(place.device, memory_format=torch.channels_last)
+        detector = build(row, size).to(place.device).to(memory_format=torch.channels_last)
         images, targets = one_image(size)
         images = [image.to(place.device) for image in images]
         targets = [{key: value.to(place.device) for key, value in target.items()} for target in targets]

@@ -44,7 +44,7 @@ def train_some(place: Place, name: str, *overrides: str) -> Trained:
     schedule = (f"train.epochs={epochs}", f"train.milestones=[{epochs - 0.5}]", "train.log_every=1")
     config = small_config(place, *GROUPS, f"name={name}", *schedule, *overrides)
     detector, loader, stats = pieces(config, sharp=False)
-    detector.to(place.device, memory_format=torch.channels_last)
+    detector.to(place.device).to(memory_format=torch.channels_last)
     config.run_folder.mkdir(parents=True)
     about = {"config": config_to_dict(config), "stats": stats.to_dict(), "init": None}
     run = Run(detector, config.train, config.run_folder, config.seed, config.name, about)
@@ -158,7 +158,7 @@ def compiled(place: Place) -> Iterator[Line]:
     """`train.compile` in fp32 and bf16: a graph is captured, the losses are those without it."""
     if not place.is_gpu:  # the graph without its kernels, which take a minute of a CPU
         plain: Callable = nn.Module.compile
-        nn.Module.compile = lambda self: plain(self, backend="eager")  # type: ignore[method-assign]
+        nn.Module.compile = lambda self: plain(self, backend="eager")  # type: ignore[method-assign, misc]
     full_fp32()
     for precision, tolerance in (("fp32", 0.02), ("bf16", 0.05)):
         eager = train_some(place, f"eager_{precision}", f"train.precision={precision}")
@@ -213,7 +213,10 @@ def nccl(place: Place) -> Iterator[Line]:
     from bags.engine.optim import set_trained_part, train_mode
 
     full_fp32()
-    device, backend = torch.device(place.device, 0 if place.is_gpu else None), "nccl" if place.is_gpu else "gloo"
+    device, backend = (
+        torch.device("cuda", 0) if place.is_gpu else torch.device("cpu"),
+        "nccl" if place.is_gpu else "gloo",
+    )
     if place.is_gpu:
         torch.cuda.set_device(device)
     store = f"file://{place.folder}/group"
