@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from scripts.gpu_checks.pieces import full_fp32, peak_gb, reset_peak, small_config, synchronise, timed
+from scripts.gpu_checks.pieces import full_fp32, peak_gb, relative, reset_peak, small_config, synchronise, timed
 from scripts.gpu_checks.running import Line, Place, figure, last_line, not_run, verdict
 
 if TYPE_CHECKING:
