@@ -177,9 +177,11 @@ def describe(mask: np.ndarray, size: tuple[int, int]) -> dict:
     width, height = int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top
     scaled = Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     runs = coco_mask.encode(np.asfortranarray(np.asarray(scaled)))
+    counts = runs["counts"]
+    text = counts.decode("ascii") if isinstance(counts, bytes) else counts
     return {
         "bbox": [round(value, 2) for value in (left * across, top * down, width * across, height * down)],
         "area": round(int(mask.sum()) * across * down, 2),
         "iscrowd": 0,
-        "segmentation": {"size": list(runs["size"]), "counts": bytes(runs["counts"]).decode("ascii")},
+        "segmentation": {"size": list(runs["size"]), "counts": text},
     }
