@@ -178,12 +178,10 @@ def describe(mask: np.ndarray, size: tuple[int, int]) -> dict:
     scaled = Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     runs = coco_mask.encode(np.asfortranarray(np.asarray(scaled)))
     counts = runs["counts"]
+    text = counts.decode("ascii") if isinstance(counts, bytes) else counts
     return {
         "bbox": [round(value, 2) for value in (left * across, top * down, width * across, height * down)],
         "area": round(int(mask.sum()) * across * down, 2),
         "iscrowd": 0,
-        "segmentation": {
-            "size": list(runs["size"]),
-            "counts": counts if isinstance(counts, str) else counts.decode("ascii"),
-        },
+        "segmentation": {"size": list(runs["size"]), "counts": text},
     }

@@ -162,7 +162,7 @@ def test_muscima_pixels_by_hand(music, tmp_path):
     tile = np.asarray(Image.open(output / "train/W-01_N-01_0_0.png").convert("RGB"))
     assert tile.shape == (TILE, TILE, 3) and (tile[50, 50:53] == [[64] * 3, [191] * 3, [255] * 3]).all()
     assert (tile[100] == 0).all() and (tile[101] == 255).all()
-    assert (tile[30] == 0).all(1).sum() == 1 + 3  # the stem, and the columns of the rest
+    assert (tile[30] == 0).all(1).sum() == 3 and (tile[29:31, 5] == [[0] * 3, [127] * 3]).all()  # rest; end of the stem
 
 
 def test_muscima_refuses_damage(music, tmp_path):
