@@ -299,7 +299,7 @@ def train(
     done = min(run.done for run in runs)
     with contextlib.ExitStack() as stack:
         clock, signals = Clock(device), stack.enter_context(StopSignals())
-        monitors = [stack.enter_context(_monitor(run, done, total, clock if run is runs[0] else None)) for run in runs]
+        monitors = [stack.enter_context(_monitor(run, total, clock if run is runs[0] else None)) for run in runs]
         monitor_of = dict(zip(map(id, runs), monitors, strict=True))
 
         def after_step(run: Run, iteration: int, losses: dict[str, torch.Tensor], lr: float) -> None:
@@ -332,9 +332,9 @@ def train(
     _finish(runs, total)
 
 
-def _monitor(run: Run, done: int, total: int, clock: Clock | None) -> Monitor:
+def _monitor(run: Run, total: int, clock: Clock | None) -> Monitor:
     """Make the monitor of one run; clock: for the one that shows the progress of the pass."""
-    return Monitor(run.folder, run.title, run.config, done, total, clock, run.stopwatch)
+    return Monitor(run.folder, run.title, run.config, run.done, total, clock, run.stopwatch)
 
 
 def _between_epochs(
