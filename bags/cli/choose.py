@@ -1,7 +1,7 @@
 """Find the best classifier for a dataset: a row, or the mean of several rows' scores, and what it gains.
 
     bags choose configs/glyphs-100                             # about 9 rows on one frozen detector
-    bags choose configs/glyphs-100 --pool full                 # about 40
+    bags choose configs/glyphs-100 --pool full                 # about 50
     bags choose configs/glyphs-100 --rows seesaw "bags x4" "bags_cosine classifier.scale=10"
     bags choose configs/custom data.root=mine --metric AP_tail
     bags choose configs/glyphs-100 --seeds 0,1,2 --save results/x.json    # whole runs; mean and deviation
