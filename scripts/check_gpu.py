@@ -24,7 +24,7 @@ from scripts.gpu_checks.running import Check, Result, Runner
 
 NO_GPU = "torch sees no GPU: everything ran on the CPU at tiny size, and this is not a GPU result"
 CHECKS = (  # in the order in which they are started: what is most important comes first
-    Check("numbers", "environment", "versions, GPU, driver", 60),
+    Check("numbers", "environment", "versions, GPU", 60),
     Check("numbers", "classifiers", "losses, gradients and scores of all classifiers: the CPU's, in fp32", 60),
     Check("numbers", "postprocess", "detections from the same scores, and masks: the CPU's", 60),
     Check("numbers", "steps", "a training step of every framework: the CPU's losses and gradients", 100),
