@@ -135,11 +135,11 @@ def _example(dataset: Any, row: dict, annotation: int, runs: dict[str, dict], na
         drawing = judged([*others, *of_object[:1]], truth, name_of, least=0)
         for k, entry in enumerate(others):  # names of other categories nearby would hide the object
             drawing["names"][k] = row["name"] if entry["category_id"] == row["id"] else ""
-        drawings[run] = _cropped(drawing, window)
+        drawings[run] = cropped(drawing, window)
     truth["names"] = [name if name == row["name"] else "" for name in names]
     truth["colours"] = [TRUTH if name == row["name"] else ASIDE for name in names]
     file_name = index.file_name(position)
-    return Example(row, image.crop(window), file_name, _cropped(truth, window), drawings, guesses)
+    return Example(row, image.crop(window), file_name, cropped(truth, window), drawings, guesses)
 
 
 def crop_window(box: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -154,7 +154,7 @@ def crop_window(box: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, 
     return (*low, *high)
 
 
-def _cropped(drawing: dict, window: tuple[int, int, int, int]) -> dict:
+def cropped(drawing: dict, window: tuple[int, int, int, int]) -> dict:
     """Keep the boxes that reach into the window, in its pixels."""
     left, top, right, bottom = window
     boxes = drawing["boxes"] - np.array([left, top, left, top], np.float32)

@@ -14,6 +14,8 @@ from bags.analysis.mistakes import Confusion
 from bags.analysis.page import document, drawn, figure, percent, table, text
 from bags.analysis.run_results import RunResults, about, differences
 from bags.analysis.tables import column_title, tail_below
+from bags.analysis.wrong_labels import Doubted
+from bags.analysis.wrong_labels import section as section_of_labels
 from bags.config.load import config_to_dict
 from bags.core.files import read_bytes
 from bags.evaluation.comparison import Comparison, changed_most
@@ -35,6 +37,8 @@ class Findings:
     choice_rows: dict[str, list[dict]] = field(default_factory=dict)  # name -> rows of categories.csv, for its figure
     confusions: list[dict[int, Confusion]] = field(default_factory=list)  # of each run: by category id of the tail
     errors: list[dict[str, float]] = field(default_factory=list)  # of each run: what AP50 each kind of error costs
+    doubted: list[Doubted] = field(default_factory=list)  # training objects whose label is likely wrong, worst first
+    compared: tuple[int, int] | None = None  # objects that look like another category, and all that were compared
     notes: list[str] = field(default_factory=list)  # what is missing, and how to mend it
 
 
@@ -61,6 +65,7 @@ def render(runs: list[RunResults], findings: Findings) -> str:
         "The tail": _tail(runs, findings),
         "What the tail is taken for": _confusions(runs, findings),
         "Kinds of errors": _errors(runs, findings),
+        "Likely wrong labels": section_of_labels(findings.doubted, *findings.compared) if findings.compared else "",
         "Categories without detections": _undetected(runs, findings),
         "What was run": _what(runs, findings),
     }

@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader
 from bags.assembly.loaders import make_loader
 from bags.assembly.stored_samples import SeenFeatures, TrainingFeatures, collate_samples
 from bags.config.sections import Config, DetectorConfig, TailOnlyConfig
+from bags.core.errors import UserError
+from bags.core.progress import Progress
 from bags.data.dataset import DetectionDataset
 from bags.data.index import AnnotationIndex
 from bags.data.samplers import ShardSampler, TrainSampler
@@ -31,10 +33,11 @@ from bags.engine.features import (
     SeenRow,
     SeenView,
     View,
+    find_store,
     open_store,
     pool_row,
 )
-from bags.engine.shards import Layout, Record
+from bags.engine.shards import SHOWN_FROM, Layout, Record
 from bags.engine.train import Run
 
 NOT_OF_THE_FEATURES = ("init_from", "other_categories", "reset_classifier", "backbone_weights")
@@ -46,12 +49,8 @@ def training_store(
     config: Config, detector: FasterRCNN, dataset: DetectionDataset, device: torch.device
 ) -> FeatureStore:
     """The store of a training set's proposals, made where it is not complete. The detector holds its final weights."""
-    views = [False, True] if config.data.flip > 0 and config.store.mirrored else [False]
-    stages, width = _shape(detector)
-    index = dataset.index
-    if dataset.masks and not index.has_segmentation.all():  # objects without one are not trained on
-        index = index.take(np.arange(len(index)), index.has_segmentation)
-    plain = DetectionDataset(index, dataset.folder, exif=dataset.exif)
+    views = _views(config)
+    plain = _plain(dataset)
 
     def records(images: list[Tensor], targets: list[dict], positions: list[int]) -> list[Record]:
         """All views of some images."""
@@ -66,9 +65,60 @@ def training_store(
             stored += [_pool_record(*pair, mirrored) for pair in zip(pools, positions, strict=True)]
         return sorted(stored, key=lambda record: record.view)
 
-    settings = {"negatives": config.store.negatives, "mirrored": len(views) > 1}
-    layout = Layout("float16", pool_row(stages), View, stages, width)
-    return _open(config, "train", detector, plain, settings, layout, records)
+    about = _about(config, detector, plain, _pool_settings(config))
+    return _open(config, "train", detector, plain, about, _pool_layout(detector), records)
+
+
+def stored_objects(
+    config: Config, detector: FasterRCNN, dataset: DetectionDataset, folder: Path
+) -> tuple[Tensor, Tensor, np.ndarray] | None:
+    """Features of the training objects themselves, read from the stores in a folder; None without a complete store.
+
+    Gives features float16 [N, D] of the first stage, in each object's own box; labels int64 [N] in 1..C; and the
+    objects' positions in `dataset.index`, int64 [N]. Raises UserError if the store was made of something else.
+    """
+    plain = _plain(dataset)
+    about = _about(config, detector, plain, _pool_settings(config))
+    layout = _pool_layout(detector)
+    store = find_store(folder / "train", about, layout, len(plain), config.name)
+    if store is None:
+        return None
+    annotations = np.concatenate([plain.objects(position) for position in range(len(plain))])
+    labels = plain.index.labels[annotations].astype(np.int64)
+    features = np.empty((len(annotations), layout.width), layout.fc)
+    done = 0
+    short = store.nbytes() < SHOWN_FROM
+    for position in Progress(range(len(plain)), desc=f"{config.name}: objects", unit="image", disable=short):
+        rows = store.rows((position, False))
+        chosen = np.flatnonzero(rows["is_object"])
+        end = done + len(chosen)
+        if rows["label"][chosen, 0].tolist() != labels[done:end].tolist():
+            raise UserError(f"{store.folder}: holds other objects than {plain.index.path}: remove it")
+        features[done:end] = store.features((position, False), chosen)[:, 0]
+        done = end
+    return torch.from_numpy(features), torch.from_numpy(labels), annotations
+
+
+def _views(config: Config) -> list[bool]:
+    """Whether each view of an image in a training store is mirrored."""
+    return [False, True] if config.data.flip > 0 and config.store.mirrored else [False]
+
+
+def _pool_settings(config: Config) -> dict[str, object]:
+    return {"negatives": config.store.negatives, "mirrored": len(_views(config)) > 1}
+
+
+def _pool_layout(detector: FasterRCNN) -> Layout:
+    stages, width = _shape(detector)
+    return Layout("float16", pool_row(stages), View, stages, width)
+
+
+def _plain(dataset: DetectionDataset) -> DetectionDataset:
+    """The images and objects that a dataset trains on, as they are."""
+    index = dataset.index
+    if dataset.masks and not index.has_segmentation.all():  # objects without one are not trained on
+        index = index.take(np.arange(len(index)), index.has_segmentation)
+    return DetectionDataset(index, dataset.folder, exif=dataset.exif)
 
 
 def validation_store(
@@ -83,7 +133,7 @@ def validation_store(
         return [_seen_record(*pair) for pair in zip(proposals, positions, strict=True)]
 
     layout = Layout("float32", SeenRow, SeenView, stages, width)
-    return _open(config, "val", detector, dataset, {}, layout, records)
+    return _open(config, "val", detector, dataset, _about(config, detector, dataset, {}), layout, records)
 
 
 def training_loader(config: Config, runs: list[Run], live: DataLoader, device: torch.device) -> DataLoader:
@@ -184,23 +234,29 @@ def share_frozen(detector: nn.Module, other: nn.Module) -> None:
             value.data = state[name]
 
 
-def _open(
-    config: Config,
-    split: str,
-    detector: nn.Module,
-    dataset: DetectionDataset,
-    settings: Mapping[str, object],
-    layout: Layout,
-    records: Callable[[list[Tensor], list[dict], list[int]], list[Record]],
-) -> FeatureStore:
-    """`open_store` with the header of a configuration; the detector is in evaluation mode meanwhile."""
+def _about(
+    config: Config, detector: nn.Module, dataset: DetectionDataset, settings: Mapping[str, object]
+) -> dict[str, str]:
+    """What a store's content depends on, by name."""
     frozen = {name: value for name, value in detector.state_dict().items() if "classifier." not in name}
-    about = {
+    return {
         "weights": weights_digest({"model": frozen}),
         "annotations": _annotations_digest(dataset.index),
         "images": _images_digest(dataset),
         "settings": _digest({**settings, "detector": _detector_settings(config.detector)}),
     }
+
+
+def _open(
+    config: Config,
+    split: str,
+    detector: nn.Module,
+    dataset: DetectionDataset,
+    about: dict[str, str],
+    layout: Layout,
+    records: Callable[[list[Tensor], list[dict], list[int]], list[Record]],
+) -> FeatureStore:
+    """`open_store` with the header of a configuration; the detector is in evaluation mode meanwhile."""
     detector.eval()
     return open_store(
         store_folder(config) / split,

@@ -5,9 +5,9 @@
     python scripts/report.py runs/glyphs-100/bags --output bags.html data.root=/where/the/dataset/is/now
 
 It shows the columns of the paper, AP by training instances, precision and recall, weight norms (Figures 1 and 3),
-the training curve, the best and the worst categories of the tail with validation images, and what was run; with
-OTHER also the differences with their bootstrap intervals, and the categories that gained and lost most. Without the
-dataset the report is made without what needs it, and says so.
+the training curve, the best and the worst categories of the tail with validation images, training objects whose label
+is likely wrong, and what was run; with OTHER also the differences with their bootstrap intervals, and the categories
+that gained and lost most. Without the dataset the report is made without what needs it, and says so.
 """
 
 import argparse

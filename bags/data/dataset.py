@@ -135,6 +135,10 @@ class DetectionDataset(Dataset):
         """The target (without masks) of an image that is not read."""
         return self._target(position)[0]
 
+    def objects(self, position: int) -> np.ndarray:
+        """The annotations of an image's objects, positions in the index, in the order of its target."""
+        return self._target(position)[1]
+
     def _target(self, position: int) -> tuple[dict, np.ndarray]:
         first, last = self.index.starts[position : position + 2]
         boxes, kept = inside_image(self.index.boxes[first:last], self.index.image_sizes[position])

@@ -109,19 +109,9 @@ def open_store(
     about: what a store's content depends on, by name; a folder that holds another one's raises UserError.
     loader_of(batches of positions) gives (images, targets); records_of(images, targets, positions) their views.
     """
-    form = {
-        "format": FORMAT,
-        "number": images,
-        "fc": layout.fc,
-        "row": str(layout.row),
-        "view": str(layout.view),
-        "stages": layout.stages,
-        "width": layout.width,
-    }
-    assert not form.keys() & about.keys()
     with _alone(folder):
         if distributed.is_main():
-            _begin(folder, form | about)
+            _begin(folder, _header(about, layout, images))
         distributed.barrier()
         mine = range(distributed.rank(), len(shards_of(images)), distributed.world_size())
         missing = [number for number in mine if not is_complete(folder, number)]
@@ -133,6 +123,30 @@ def open_store(
             _write(folder, layout, images, missing, loader_of, records_of, batch_size, title)
             distributed.barrier()
     return FeatureStore(folder, layout, images, open_shards(folder, layout, shards_of(images), title))
+
+
+def find_store(folder: Path, about: dict[str, str], layout: Layout, images: int, title: str) -> FeatureStore | None:
+    """The store in a folder, as `open_store` gives it, if it is there and complete; else None. Nothing is made."""
+    shards = shards_of(images)
+    if not (folder / "store.json").exists() or not all(is_complete(folder, number) for number in range(len(shards))):
+        return None
+    _begin(folder, _header(about, layout, images))
+    return FeatureStore(folder, layout, images, open_shards(folder, layout, shards, title))
+
+
+def _header(about: dict[str, str], layout: Layout, images: int) -> dict:
+    """What `store.json` holds."""
+    form = {
+        "format": FORMAT,
+        "number": images,
+        "fc": layout.fc,
+        "row": str(layout.row),
+        "view": str(layout.view),
+        "stages": layout.stages,
+        "width": layout.width,
+    }
+    assert not form.keys() & about.keys()
+    return form | about
 
 
 @contextlib.contextmanager

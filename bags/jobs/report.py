@@ -68,6 +68,7 @@ def gather(runs: list["RunResults"], draws: int) -> "Findings":
     detections = {run.label: shown.by_image(of_run) for run, of_run in zip(runs, entries, strict=True)}
     if findings.objects is not None:
         gather_mistakes(runs, detections, findings)
+    gather_labels(first, findings)
     if dataset is not None:
         rows = [row for part in findings.tail for row in part[:EXAMPLES]]
         try:
@@ -93,6 +94,50 @@ def gather_mistakes(
     truth = Path(config.data.root) / config.data.val
     most = [run.config.test.max_detections for run in runs]
     findings.errors = [error_kinds(truth, r.folder / "predictions.json", n) for r, n in zip(runs, most, strict=True)]
+
+
+def gather_labels(run: "RunResults", findings: "Findings") -> None:
+    """Find training objects whose label is likely wrong, from stored features. Missing parts become notes."""
+    from bags.analysis.wrong_labels import LISTED, SHOWN, Doubted, picture_of, suspects
+    from bags.assembly.initialise import check_categories
+    from bags.assembly.loaders import build_train_loader, open_index
+    from bags.assembly.models import load_detector
+    from bags.assembly.stored import store_folder, stored_objects
+    from bags.data.dataset import DetectionDataset
+
+    config, checkpoint = run.config, run.folder / "last.pth"
+    folder = store_folder(config) if config.init_file else checkpoint.with_suffix(".features")
+    mend = "a row that trains only the classifier makes the store"
+    if not checkpoint.exists() or not folder.is_dir():
+        findings.notes.append(f"{folder}: no stored features: no section about likely wrong labels; {mend}")
+        return
+    try:
+        detector, meta = load_detector(checkpoint)
+        index = open_index(config, "train")
+        check_categories(meta["stats"], index, checkpoint)
+        dataset = build_train_loader(config, index, meta["stats"]).dataset
+        objects = stored_objects(config, detector, dataset, folder) if isinstance(dataset, DetectionDataset) else None
+    except UserError as error:
+        findings.notes.append(f"{error}: no section about likely wrong labels")
+        return
+    if objects is None:
+        findings.notes.append(f"{folder / 'train'}: not complete: no section about likely wrong labels; {mend}")
+        return
+    assert isinstance(dataset, DetectionDataset)
+    features, labels, annotations = objects
+    found = suspects(features, labels, LISTED)
+    index, names = (
+        dataset.index,
+        [meta["stats"].names[label - 1] for label in range(1, meta["stats"].num_categories + 1)],
+    )
+    columns = (found.objects, found.guesses, found.similarity, found.own)
+    for number, (k, guess, similarity, own) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+        annotation, label = int(annotations[k]), names[int(labels[k]) - 1]
+        source = index.file_name(int(index.owners[annotation]))
+        picture = picture_of(dataset, annotation, label) if number < SHOWN else None
+        identity = int(index.annotation_ids[annotation])
+        findings.doubted.append(Doubted(identity, source, label, names[guess - 1], similarity, own, picture))
+    findings.compared = found.nearer, len(labels)
 
 
 def gather_choice(run: "RunResults", findings: "Findings") -> None:

@@ -23,6 +23,7 @@ from bags.analysis.tables import column_title, tail_below
 from bags.cli import evaluate
 from bags.core.errors import UserError
 from bags.evaluation.comparison import compare
+from bags.jobs.report import gather_labels
 
 HOSTILE = '<script>alert("1")</script> & \'$x_1$'
 
@@ -77,7 +78,7 @@ def parsed(path) -> Page:
     style = content.partition("<style>")[2].partition("</style>")[0]
     assert "url(" not in style and "@import" not in style
     assert not page.tags & {"script", "link", "iframe", "object", "base"} and len(content) < 3e6
-    assert all(re.fullmatch(r"#s\d", link) for link in page.links) and page.links
+    assert all(re.fullmatch(r"#s\d+", link) for link in page.links) and page.links
     for image in page.images:
         kind, data = re.fullmatch(r"data:image/(png|jpeg);base64,(.+)", image["src"]).groups()
         with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as opened:
@@ -118,6 +119,34 @@ def test_report_of_a_run(job, folder):
     assert f"softmax: {never} of" in page.text and "scripts/train.py" in page.text
     data = page.tables[next(caption for caption in page.tables if caption.startswith("Data: tiny"))]
     assert data[-1][1:3] == [str(len(rows)), str(sum(row["training_instances"] for row in rows.values()))]
+
+
+def test_report_of_likely_wrong_labels(job, glyphs, folder):
+    """The listed annotations are of the training file, as it says; without a store, or with another one, a note."""
+    run = read_run(folder / "bags")
+    findings = report.Findings()
+    gather_labels(run, findings)
+    assert not findings.notes and findings.compared[0] >= len(findings.doubted) > 0
+    content = json.loads((glyphs / "train.json").read_text())
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    files = {image["id"]: image["file_name"] for image in content["images"]}
+    annotations = {a["id"]: (names[a["category_id"]], files[a["image_id"]]) for a in content["annotations"]}
+    assert findings.compared[1] == len(annotations)
+    for entry in findings.doubted:
+        assert annotations[entry.annotation] == (entry.label, entry.source) and entry.guess != entry.label
+        assert entry.similarity > entry.own
+    with Image.open(io.BytesIO(findings.doubted[0].picture())) as picture:
+        assert picture.format == "JPEG"
+    findings = report.Findings()
+    header = folder / "softmax/last.features/train/store.json"
+    kept = header.read_text()
+    header.write_text(kept.replace('"images": "', '"images": "0'))
+    gather_labels(read_run(folder / "softmax"), findings)
+    assert "of other images" in findings.notes[0] and findings.compared is None
+    header.unlink()
+    gather_labels(read_run(folder / "softmax"), findings)
+    assert "not complete: no section about likely wrong labels" in findings.notes[1]
+    header.write_text(kept)
 
 
 def test_report_of_two_runs(job, glyphs, folder, tmp_path):
@@ -291,6 +320,7 @@ def test_without_the_dataset(folder, glyphs, tmp_path):
     """The report is made without what needs it, and says so."""
     data = shutil.copytree(glyphs, tmp_path / "d")
     shutil.rmtree(data / "val")
+    shutil.rmtree(data / "train")
     both = folder / "bags", folder / "softmax", "--draws", 0, "--output", tmp_path / "r.html"
     for change, message in (
         (lambda: None, "no example images; data.root=... says where"),
@@ -298,7 +328,8 @@ def test_without_the_dataset(folder, glyphs, tmp_path):
     ):
         change()
         done = run_script("report", *both, f"data.root={data}")
-        assert done.returncode == 0 and message in done.stderr and done.stderr.count("note: ") == 1
+        assert done.returncode == 0 and message in done.stderr and done.stderr.count("note: ") == 2
+        assert "no section about likely wrong labels" in done.stderr
         page = parsed(tmp_path / "r.html")
         assert message in page.text and not any("jpeg" in image["src"] for image in page.images)
         assert len(page.tables["Average precision of boxes"]) == 3
