@@ -66,7 +66,7 @@ def training_store(
         return sorted(stored, key=lambda record: record.view)
 
     about = _about(config, detector, plain, _pool_settings(config))
-    return _open(config, "train", detector, plain, about, _pool_layout(detector), records)
+    return _open(config, "train", detector, plain, about, _pool_layout(config, detector), records)
 
 
 def stored_objects(
@@ -74,18 +74,18 @@ def stored_objects(
 ) -> tuple[Tensor, Tensor, np.ndarray] | None:
     """Features of the training objects themselves, read from the stores in a folder; None without a complete store.
 
-    Gives features float16 [N, D] of the first stage, in each object's own box; labels int64 [N] in 1..C; and the
-    objects' positions in `dataset.index`, int64 [N]. Raises UserError if the store was made of something else.
+    Gives features [N, D], float16 or float32, of the first stage, in each object's own box; labels int64 [N] in 1..C;
+    and the objects' positions in `dataset.index`, int64 [N]. Raises UserError if the store was made of something else.
     """
     plain = _plain(dataset)
     about = _about(config, detector, plain, _pool_settings(config))
-    layout = _pool_layout(detector)
+    layout = _pool_layout(config, detector)
     store = find_store(folder / "train", about, layout, len(plain), config.name)
     if store is None:
         return None
     annotations = np.concatenate([plain.objects(position) for position in range(len(plain))])
     labels = plain.index.labels[annotations].astype(np.int64)
-    features = np.empty((len(annotations), layout.width), layout.fc)
+    features = np.empty((len(annotations), layout.width), "float32" if layout.fc == "uint8" else layout.fc)
     done = 0
     short = store.nbytes() < SHOWN_FROM
     for position in Progress(range(len(plain)), desc=f"{config.name}: objects", unit="image", disable=short):
@@ -108,9 +108,9 @@ def _pool_settings(config: Config) -> dict[str, object]:
     return {"negatives": config.store.negatives, "mirrored": len(_views(config)) > 1}
 
 
-def _pool_layout(detector: FasterRCNN) -> Layout:
+def _pool_layout(config: Config, detector: FasterRCNN) -> Layout:
     stages, width = _shape(detector)
-    return Layout("float16", pool_row(stages), View, stages, width)
+    return Layout(config.store.features, pool_row(stages), View, stages, width)
 
 
 def _plain(dataset: DetectionDataset) -> DetectionDataset:
@@ -193,6 +193,7 @@ def store_settings(config: Config) -> tuple:
         tail,
         data.flip > 0 and config.store.mirrored,
         config.store.negatives,
+        config.store.features,
         repr(_detector_settings(config.detector)),
     )
 

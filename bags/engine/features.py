@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bags.core import distributed
+from bags.core.eight_bits import decode
 from bags.core.errors import UserError
 from bags.core.files import read_text, write_problem, write_text
 from bags.core.progress import Progress
@@ -61,9 +62,13 @@ class FeatureStore:
         return self.features(key), self.rows(key)
 
     def features(self, key: tuple[int, bool], chosen: np.ndarray | None = None) -> np.ndarray:
-        """Features [R, S, D] of a view's rows, or of the chosen ones (int64 [R], positions in the view)."""
+        """Features [R, S, D] of a view's rows, or of the chosen ones (int64 [R], positions in the view).
+
+        float32 where the store has eight bits, else of the layout's type.
+        """
         shard, first, count = self.places[key[0], int(key[1])].tolist()
-        return self.shards[shard].read("fc", first, count, chosen)
+        features = self.shards[shard].read("fc", first, count, chosen)
+        return decode(torch.from_numpy(features)).numpy() if self.layout.fc == "uint8" else features
 
     def rows(self, key: tuple[int, bool]) -> np.ndarray:
         """The records of a view's rows, [R] of the layout's row type."""
@@ -80,8 +85,8 @@ class FeatureStore:
         return rows + first + int(self.starts[shard])
 
     def whole(self, device: torch.device) -> Tensor:
-        """All features [rows, S, D] in the memory of a device."""
-        shape = (int(self.starts[-1]), self.layout.stages, self.layout.width)
+        """All features in the memory of a device: [rows, S, D], or uint8 [rows, S, 8 + D] for `eight_bits.decode`."""
+        shape = (int(self.starts[-1]), *self.layout.shape("fc")[1])
         result = torch.empty(shape, dtype=getattr(torch, self.layout.fc), device=device)
         for shard, first in zip(self.shards, self.starts.tolist(), strict=False):
             result[first : first + shard.rows] = torch.from_numpy(shard.read("fc", 0, shard.rows)).to(device)
@@ -219,7 +224,8 @@ def _announce(folder: Path, layout: Layout, images: int, loader_of: Callable, re
         for position, (shown, targets) in zip(probed, loader_of([[p] for p in probed]), strict=True)
         for record in records_of(shown, targets, [position])
     ]
-    row = layout.stages * layout.width * np.dtype(layout.fc).itemsize + layout.row.itemsize
+    kind, shape = layout.shape("fc")
+    row = int(np.prod(shape)) * kind.itemsize + layout.row.itemsize
     per_image = row * sum(len(record.rows) for record in records) / len(probed)
     there = sum(path.stat().st_size for path in folder.glob("*.fc"))
     needed, free = per_image * images - there, shutil.disk_usage(folder).free
@@ -231,7 +237,8 @@ def _announce(folder: Path, layout: Layout, images: int, loader_of: Callable, re
     if needed * 1.02 > free:
         raise UserError(
             f"{folder}: about {needed / 1e9:.1f} GB of proposal features do not fit ({free / 1e9:.1f} GB are free): "
-            "set store.folder to another disk, store.mirrored=false or fewer store.negatives, or train.features=live"
+            "set store.folder to another disk, store.features=uint8, store.mirrored=false or fewer store.negatives, or "
+            "train.features=live"
         )
 
 

@@ -15,7 +15,9 @@ from bags.assembly import stored as cached
 from bags.assembly.loaders import build_train_loader, build_val_dataset, open_index
 from bags.assembly.models import build_detector
 from bags.assembly.stored_samples import TrainingFeatures, collate_samples
+from bags.config.load import override_config
 from bags.config.sections import DetectorConfig, RoIConfig
+from bags.core.eight_bits import decode, encode
 from bags.core.errors import UserError
 from bags.data.statistics import CategoryStats
 from bags.detectors.from_features import FromFeatures, proposals_to_store
@@ -77,6 +79,58 @@ def test_losses_are_those_of_a_live_step(tmp_path, glyphs, framework, mirrored):
         resident = FromFeatures(detector, store.whole(CPU)).train()
         numbers = TrainingFeatures(store, config.data.flip, 100000, 1.0, resident=True)
         assert resident(*collate_samples([numbers[position, 7]])) == losses
+
+
+def test_eight_bits_a_number():
+    """Against numbers worked by hand, and the bound of the error; zeros and constant rows are kept."""
+    rows = encode(torch.tensor([[0.0, 51.0, 255.0], [2.5, 2.5, 2.5], [-1.0, 0.2, 1.0]]).double())
+    assert rows.dtype == torch.uint8 and rows.shape == (3, 11)
+    assert rows[:, 8:].tolist() == [[0, 51, 255], [0, 0, 0], [0, 153, 255]]
+    assert rows[0, :8].tolist() == [0, 0, 0, 0, 0, 0, 0x80, 0x3F]  # 0.0 and 1.0, lowest byte first
+    expected = torch.tensor([[0.0, 51.0, 255.0], [2.5, 2.5, 2.5], [-1.0, 0.2, 1.0]])
+    torch.testing.assert_close(decode(rows), expected)
+    torch.manual_seed(0)
+    for features in (
+        torch.randn(50, 2, 33).mul(100).relu().half(),
+        torch.randn(4, 7),
+        torch.randn(1, 5),
+        torch.zeros(0, 5),
+    ):
+        again, row = decode(encode(features)), features.float()
+        assert again.shape == row.shape and again.dtype == torch.float32
+        spread = (row.amax(-1) - row.amin(-1))[..., None]
+        assert ((again - row).abs() <= spread / 510 * 1.001).all() and torch.equal(again[row == 0], row[row == 0])
+
+
+@pytest.mark.parametrize("framework", ["faster", "cascade"])
+def test_a_store_of_eight_bits(tmp_path, glyphs, framework):
+    """Half as large; its losses differ by the rounding, on a GPU's copy as from disk; damage is found."""
+    overrides = [*EVERYTHING, *FRAMEWORKS[framework], "store.negatives=100000"]
+    config, detector, dataset = prepared(tmp_path, glyphs, *overrides)
+    plain = cached.training_store(config, detector, dataset, CPU)
+    config = override_config(config, ["store.features=uint8"])
+    with pytest.raises(UserError, match="holds proposal features of other fc"):
+        cached.training_store(config, detector, dataset, CPU)
+    config = override_config(config, [f"store.folder={tmp_path / 'eight'}"])
+    store = cached.training_store(config, detector, dataset, CPU)
+    width = plain.layout.width
+    assert store.nbytes() * 2 * width == plain.nbytes() * (width + 8)
+    for position in range(len(dataset)):
+        fc, rows = store[position, False]
+        exact, same = plain[position, False]
+        assert np.array_equal(rows, same) and fc.dtype == np.float32 and fc.shape == exact.shape
+        spread = exact.max(-1, keepdims=True).astype(np.float32) - exact.min(-1, keepdims=True)
+        assert (np.abs(fc - exact) <= spread * 2e-3 + 2e-3 * np.abs(exact)).all()
+        assert np.array_equal(store.features((position, False), np.array([3, 0])), fc[[3, 0]])
+    losses = {}
+    for name, of in (("plain", plain), ("eight", store)):
+        stored = TrainingFeatures(of, 0.0, 100000, 1.0, resident=False)
+        losses[name] = FromFeatures(detector).train()(*collate_samples([stored[5, 7]]))
+    for key, value in losses["plain"].items():
+        torch.testing.assert_close(losses["eight"][key], value, rtol=1e-2, atol=1e-3)
+    numbers = TrainingFeatures(store, 0.0, 100000, 1.0, resident=True)
+    resident = FromFeatures(detector, store.whole(CPU)).train()
+    assert resident(*collate_samples([numbers[5, 7]])) == losses["eight"]
 
 
 def test_what_is_drawn_is_what_a_live_step_draws(tmp_path, glyphs):
