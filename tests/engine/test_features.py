@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import killed_and_repeated, run_ranks, run_script, start_script, write_configs
+from torchvision.transforms.v2 import functional as F
 
 import bags
 from bags.analysis.results import load_results
@@ -131,6 +132,34 @@ def test_a_store_of_eight_bits(tmp_path, glyphs, framework):
     numbers = TrainingFeatures(store, 0.0, 100000, 1.0, resident=True)
     resident = FromFeatures(detector, store.whole(CPU)).train()
     assert resident(*collate_samples([numbers[5, 7]])) == losses["eight"]
+
+
+def test_stored_objects(tmp_path, glyphs):
+    """Features in each object's own box, with its own label, even if two objects have the same box."""
+    data = shutil.copytree(glyphs, tmp_path / "data")
+    content = json.loads((data / "train.json").read_text())
+    first = content["annotations"][0]
+    other = next(c["id"] for c in content["categories"] if c["id"] != first["category_id"])
+    content["annotations"].insert(1, first | {"id": 10**6, "category_id": other})
+    (data / "train.json").write_text(json.dumps(content))
+    config, detector, dataset = prepared(tmp_path, data, "data.flip=0.5")
+    folder = cached.store_folder(config)
+    assert cached.stored_objects(config, detector, dataset, folder) is None  # nothing is made
+    cached.training_store(config, detector, dataset, CPU)
+    features, labels, annotations = cached.stored_objects(config, detector, dataset, folder)
+    index = dataset.index
+    assert sorted(index.annotation_ids[annotations]) == sorted(a["id"] for a in content["annotations"])
+    assert labels.tolist() == index.labels[annotations].tolist() and features.dtype == torch.float16
+    position = int(index.owners[annotations[0]])
+    image, _ = dataset.read(position)
+    mine = index.owners[annotations] == position
+    boxes = torch.from_numpy(index.boxes[annotations[mine]])
+    with torch.inference_mode():
+        batch, targets = detector.transform([F.to_dtype(F.to_image(image), scale=True)], [{"boxes": boxes}])
+        maps = detector.backbone(batch.tensors)
+        stage = detector.roi_heads.box_stages[0]
+        expected = stage.box_features(maps, [targets[0]["boxes"]], batch.image_sizes).fc
+    torch.testing.assert_close(features[torch.from_numpy(mine)].float(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_what_is_drawn_is_what_a_live_step_draws(tmp_path, glyphs):
