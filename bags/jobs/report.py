@@ -126,15 +126,16 @@ def gather_labels(run: "RunResults", findings: "Findings") -> None:
     assert isinstance(dataset, DetectionDataset)
     features, labels, annotations = objects
     found = suspects(features, labels, LISTED)
-    index, names = (
-        dataset.index,
-        [meta["stats"].names[label - 1] for label in range(1, meta["stats"].num_categories + 1)],
-    )
+    index, names = dataset.index, meta["stats"].names
     columns = (found.objects, found.guesses, found.similarity, found.own)
     for number, (k, guess, similarity, own) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
         annotation, label = int(annotations[k]), names[int(labels[k]) - 1]
         source = index.file_name(int(index.owners[annotation]))
-        picture = picture_of(dataset, annotation, label) if number < SHOWN else None
+        picture = None
+        try:
+            picture = picture_of(dataset, annotation, label) if number < SHOWN else None
+        except UserError as error:
+            findings.notes.append(f"{error}: no picture of annotation {int(index.annotation_ids[annotation])}")
         identity = int(index.annotation_ids[annotation])
         findings.doubted.append(Doubted(identity, source, label, names[guess - 1], similarity, own, picture))
     findings.compared = found.nearer, len(labels)

@@ -20,6 +20,7 @@ from bags.analysis.examples import crop_window, judged, overlap
 from bags.analysis.run_files import read_categories
 from bags.analysis.run_results import read_run
 from bags.analysis.tables import column_title, tail_below
+from bags.analysis.wrong_labels import section
 from bags.cli import evaluate
 from bags.core.errors import UserError
 from bags.evaluation.comparison import compare
@@ -135,8 +136,16 @@ def test_report_of_likely_wrong_labels(job, glyphs, folder):
     for entry in findings.doubted:
         assert annotations[entry.annotation] == (entry.label, entry.source) and entry.guess != entry.label
         assert entry.similarity > entry.own
-    with Image.open(io.BytesIO(findings.doubted[0].picture())) as picture:
+    with Image.open(io.BytesIO(findings.doubted[0].picture)) as picture:
         assert picture.format == "JPEG"
+    image = glyphs / findings.doubted[0].source
+    content = image.read_bytes()
+    image.write_bytes(bytes(len(content)))  # of the same size, so that the store is not stale
+    findings = report.Findings()
+    gather_labels(run, findings)
+    image.write_bytes(content)
+    assert f"no picture of annotation {findings.doubted[0].annotation}" in findings.notes[0]
+    assert findings.doubted[0].picture is None and "looks like" in section(findings.doubted, *findings.compared)
     findings = report.Findings()
     header = folder / "softmax/last.features/train/store.json"
     kept = header.read_text()
