@@ -281,11 +281,12 @@ MAKE = ("CONFIG", "ARGS", "METHODS")
 def test_training_commands_of_the_pages_are_valid(arguments, monkeypatch):
     """Files, keys and values are there and fit each other; weights and data need not be at hand."""
     monkeypatch.chdir(ROOT)
-    at = arguments.index("--methods") if "--methods" in arguments else len(arguments)
-    flags = arguments.index("--seeds") if "--seeds" in arguments else at
-    paths, overrides = split_arguments([a for a in arguments[: min(at, flags)] if not a.startswith("--")])
-    overrides += [text for text in arguments[at + 1 :] if "=" in text]
-    methods = [name for name in arguments[at + 1 :] if "=" not in name]
+    flags = [place for place, argument in enumerate(arguments) if argument.startswith("--")] + [len(arguments)]
+    parts = [arguments[start + 1 : end] for start, end in zip(flags, flags[1:], strict=False)]
+    after = dict(zip((arguments[place] for place in flags[:-1]), parts, strict=True))
+    methods = [name for name in after.get("--methods", []) if "=" not in name]
+    paths, overrides = split_arguments(arguments[: flags[0]])
+    overrides += [text for part in parts for text in part if "=" in text and "$(" not in text]
     names = (*map(str, paths), *methods)
     if not any(name.startswith(("mine", "my", "birds", "label_")) for name in names):  # files of the reader's own
         assert load_rows(paths, overrides, None, methods)
