@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from bags.core.errors import UserError
+from bags.core.settings import types_of
 
 CHOSEN_BY_NAME = ("classifier", "sampler")  # a new `name` replaces these sections
 NULLS = ("", "~", "null", "Null", "NULL")  # the spellings of null in YAML
@@ -112,7 +113,7 @@ def need_sections(tree: Any, kind: type, key: str, source: str) -> None:
     """Raise UserError for a section of a layer that is no mapping. `merge` would hide it, or what it is laid over."""
     if not isinstance(tree, dict):
         raise UserError(f"{source}: {key}: expected a section of keys, got {shown(tree)}")
-    hints, prefix = typing.get_type_hints(kind), f"{key}." if key else ""
+    hints, prefix = types_of(kind), f"{key}." if key else ""
     for name, value in tree.items():
         options = typing.get_args(hints.get(name)) or (hints.get(name),)
         sections: list[Any] = [option for option in options if dataclasses.is_dataclass(option)]
@@ -224,7 +225,7 @@ def option_types(kind: Any, key: str, tree: Any) -> list[Any]:
     inner = tree if isinstance(tree, dict) else {}
     if len(sections) > 1 and part != "name":
         sections = [option for option in sections if getattr(option, "name", None) == inner.get("name")]
-    hints = typing.get_type_hints(sections[0]) if sections else {}
+    hints = types_of(sections[0]) if sections else {}
     return option_types(hints[part], rest, inner.get(part)) if part in hints else []
 
 
@@ -245,7 +246,7 @@ def _convert_section(value: Any, kind: type, key: str, source: str) -> Any:
         raise UserError(f"{source}: {key}: expected a section of keys, got {shown(value)}")
     if key.count(".") >= DEEPEST:
         raise UserError(f"{source}: {key}: expected at most {DEEPEST} sections in each other")
-    hints, prefix = typing.get_type_hints(kind), f"{key}." if key else ""
+    hints, prefix = types_of(kind), f"{key}." if key else ""
     for name in value:
         if name not in hints:
             key_text = name if isinstance(name, str) and len(name) < 100 else shown(name)

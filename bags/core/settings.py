@@ -9,6 +9,7 @@
 check, because both make the same object.
 """
 
+import functools
 import itertools
 import math
 import types
@@ -109,10 +110,11 @@ class _Rule(NamedTuple):
         return ", or ".join([*words, *(["null"] if None in self.choices else [])])
 
 
+@functools.cache
 def _rules(kind: type) -> dict[str, _Rule]:
     """Field -> what it may hold, read from its annotation."""
     rules, fields = {}, marks(kind)
-    for name, hint in typing.get_type_hints(kind).items():
+    for name, hint in types_of(kind).items():
         is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
         options = typing.get_args(hint) if is_union else (hint,)
         literals = [choice for o in options if typing.get_origin(o) is Literal for choice in typing.get_args(o)]
@@ -123,6 +125,13 @@ def _rules(kind: type) -> dict[str, _Rule]:
     return rules
 
 
+@functools.cache
+def types_of(kind: type) -> dict[str, Any]:
+    """Field -> its type, without what the annotation adds. Kept, because Python reads annotations anew each time."""
+    return typing.get_type_hints(kind)
+
+
+@functools.cache
 def marks(kind: type) -> dict[str, tuple]:
     """Field -> what its annotation adds to the type: a Range, NO_RESULT, or nothing."""
     hints = typing.get_type_hints(kind, include_extras=True)
