@@ -204,7 +204,12 @@ def _exhausted(error: Exception, again: str) -> str | None:
 
 
 def _end(message: str, code: int) -> None:
-    """Prints and exits. torchrun ends the other ranks when one has: those that wait then have nothing to add."""
+    """Prints and exits. torchrun ends the other ranks when one has: those that wait then have nothing to add.
+
+    torch raises an error wherever this process is when one of a loader's processes dies; that is over now.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if int(os.environ.get("LOCAL_RANK", 0)):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(PATIENCE)

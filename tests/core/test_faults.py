@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import tracemalloc
 from pathlib import Path
@@ -336,6 +337,27 @@ def test_a_killed_loader_process_is_one_line(tmp_path, glyphs):
     assert done.returncode == 2 and "Traceback" not in error, error
     how = "(killed by signal: Killed|exited unexpectedly)"  # torch's words depend on the moment
     assert re.search(rf"error: a loader process has ended \(.*{how}.*Fewer data.workers", error), error
+
+
+def test_a_process_that_dies_while_the_error_is_told():
+    """torch's handler of dead loader processes raises wherever the main process is; after an error it no longer does."""
+    code = """
+        import os, signal
+        from bags.core import errors
+        def handler(*_): raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+        def main():
+            signal.signal(signal.SIGCHLD, handler)
+            raise RuntimeError("DataLoader worker exited unexpectedly")
+        close = os.close
+        def die_first(file):
+            if os.fork() == 0: os._exit(0)
+            os.wait()
+            close(file)
+        os.close = die_first
+        errors.run_script(main)"""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith("error: a loader process has ended"), done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
