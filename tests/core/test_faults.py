@@ -340,7 +340,7 @@ def test_a_killed_loader_process_is_one_line(tmp_path, glyphs):
 
 
 def test_a_process_that_dies_while_the_error_is_told():
-    """torch's handler of dead loader processes raises wherever the main process is; after an error it no longer does."""
+    """torch's handler of dead loader processes raises wherever the main process is; not after an error."""
     code = """
         import os, signal
         from bags.core import errors
