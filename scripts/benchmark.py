@@ -25,7 +25,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bags.cli.checks import check_save
 from bags.core.errors import UserError, run_script
 
-NAMES = ("loss", "train_step", "large_models", "throughput", "classifier_stage", "inference", "evaluation", "data")
+NAMES = (
+    "loss",
+    "train_step",
+    "large_models",
+    "throughput",
+    "classifier_stage",
+    "inference",
+    "evaluation",
+    "data",
+    "scale_categories",
+    "scale_images",
+    "whole",
+)
 
 
 def main() -> None:
@@ -52,7 +64,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(results, indent=1))
         return
-    if "model" in results[0]:
+    if "peer" not in results[0]:
         from bags.analysis.results import render_cases
 
         print(render_cases(results))

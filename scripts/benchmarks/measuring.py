@@ -1,5 +1,6 @@
 """The tools of several benchmarks: two functions timed in turn, memory in processes of its own, made-up objects."""
 
+import math
 import operator
 import statistics
 import time
@@ -59,6 +60,24 @@ def peak(function: Callable) -> dict:
     seconds = time.perf_counter() - start
     del result
     return {"s": seconds, "mb": status_mb("VmHWM") - before}
+
+
+def cost(function: Callable, repeats: int) -> dict:
+    """Median seconds of `repeats` calls after one, and how far they raised the process's peak memory, in MB."""
+    function()
+    measured = [peak(function) for _ in range(repeats)]
+    return {"s": statistics.median(one["s"] for one in measured), "mb": max(one["mb"] for one in measured)}
+
+
+def growth(what: str, sizes: tuple[int, ...], values: list[float]) -> dict:
+    """A line of a table of costs against sizes. The exponent is that of a power law from the second size to the last.
+
+    An exponent of 1 means that what is ten times as large costs ten times as much; no cost at all gives 0.
+    """
+    first, last = max(values[1], 1e-9), max(values[-1], 1e-9)
+    exponent = math.log(last / first) / math.log(sizes[-1] / sizes[1])
+    shown = {f"{size:,}": float(f"{value:.3g}") for size, value in zip(sizes, values, strict=True)}
+    return {"what": what, **shown, "exponent": round(exponent, 2)}
 
 
 def status_mb(key: str) -> float:
