@@ -20,6 +20,7 @@ code 1 if training would stop at one of them, else 0; --json prints the list for
 import argparse
 from pathlib import Path
 
+from bags.cli.arguments import for_this_machine
 from bags.data.glyphs import PRESETS
 from bags.jobs import prepare_data
 
@@ -77,6 +78,7 @@ def main() -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if takes_more:
         arguments.overrides += rest  # that stand after an option
+        (arguments.source,) = for_this_machine([arguments.source], arguments.overrides)  # as train and choose take it
     names = ("lvis", "coco_lt", "split", "remap", "check", "preview")
     verbs = {name: getattr(prepare_data, name) for name in names}
     verbs |= dict.fromkeys(prepare_data.REPOSITORIES, prepare_data.from_repository)

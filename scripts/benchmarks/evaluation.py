@@ -51,7 +51,7 @@ def evaluation(arguments: argparse.Namespace) -> list[dict]:
     return results
 
 
-def write_results(folder: Path) -> tuple[Path, Path]:
+def write_results(folder: Path, number: int = 2000) -> tuple[Path, Path]:
     """Random federated truth and shifted, mislabelled detections of it."""
     import numpy as np
 
@@ -71,7 +71,7 @@ def write_results(folder: Path) -> tuple[Path, Path]:
     images: list[dict] = []
     objects: list[dict] = []
     detections: list[dict] = []
-    for i in range(1, 2001):
+    for i in range(1, number + 1):
         labels = rng.choice(1203, 12, p=share) + 1
         absent = [c for c in set((rng.choice(1203, 15) + 1).tolist()) if c not in labels]
         images.append(

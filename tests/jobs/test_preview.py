@@ -72,3 +72,15 @@ def test_on_the_command_line(tmp_path, glyphs):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no such file" in done.stderr, done.stderr
     done = run_script("prepare_data", "preview", row, "--output", "/dev/null/a.png")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU keeps configs/custom")
+def test_without_a_gpu_it_is_what_training_sees_there(tmp_path, glyphs):
+    """`train` takes custom_cpu then, with other sizes; so do `preview` and `check`."""
+    keys = ["configs/custom", f"data.root={glyphs}", "data.train_images=.", "data.val_images=."]
+    keys += ["detector.backbone_weights=null", "detector.frozen_stages=0"]
+    for verb, options in (("preview", ["--output", tmp_path / "a.png"]), ("check", [])):
+        done = run_script("prepare_data", verb, *keys, *options)
+        assert done.returncode == 0 and "so configs/custom_cpu takes its place" in done.stderr, done.stderr
+    with Image.open(tmp_path / "a.png") as picture:
+        assert max(picture.size) < 1600  # four images of 320 pixels; those of configs/custom are eight of up to 1333
