@@ -19,6 +19,7 @@ from bags.analysis.examples import TRUTH, crop_window, cropped
 from bags.analysis.page import drawn, figure, table, text
 
 SHOWN, LISTED = 12, 100  # objects with a picture, and in the table
+WEAK = 0.3  # share of all objects from which on the list says more of the detector than of the labels
 CHUNK = 4096  # objects that are compared at a time
 
 
@@ -93,6 +94,11 @@ def section(doubted: Sequence[Doubted], nearer: int, objects: int) -> str:
         "most labels are right; mend the file, and train again. In brackets: cosine of the object's feature and of the "
         "mean feature of the category, without the object itself. The only object of a category is not judged.</p>"
     ]
+    if nearer > WEAK * objects:
+        parts.append(
+            "<p>These are so many that this detector tells the categories apart too poorly for a judgement: train it "
+            "longer first.</p>"
+        )
     figures = []
     for entry in doubted:
         if entry.picture is not None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from bags.analysis.report import Findings
     from bags.analysis.run_results import RunResults
+    from bags.config.sections import Config
     from bags.data.dataset import DetectionDataset
     from bags.data.statistics import CategoryStats
     from bags.evaluation.comparison import Comparison
@@ -102,11 +103,11 @@ def gather_labels(run: "RunResults", findings: "Findings") -> None:
     from bags.assembly.initialise import check_categories
     from bags.assembly.loaders import build_train_loader, open_index
     from bags.assembly.models import load_detector
-    from bags.assembly.stored import store_folder, stored_objects
+    from bags.assembly.stored import stored_objects
     from bags.data.dataset import DetectionDataset
 
     config, checkpoint = run.config, run.folder / "last.pth"
-    folder = store_folder(config) if config.init_file else checkpoint.with_suffix(".features")
+    folder = _nearest_store(config, checkpoint)
     mend = "a row that trains only the classifier makes the store"
     if not checkpoint.exists() or not folder.is_dir():
         findings.notes.append(f"{folder}: no stored features: no section about likely wrong labels; {mend}")
@@ -139,6 +140,23 @@ def gather_labels(run: "RunResults", findings: "Findings") -> None:
         identity = int(index.annotation_ids[annotation])
         findings.doubted.append(Doubted(identity, source, label, names[guess - 1], similarity, own, picture))
     findings.compared = found.nearer, len(labels)
+
+
+def _nearest_store(config: "Config", checkpoint: Path) -> Path:
+    """The store that a run reads, or that of the run that it starts from, and so on; the first one where none is there.
+
+    A choice starts from the control, which starts from the baseline, beside which the store is.
+    """
+    from bags.assembly.stored import store_folder
+    from bags.config.load import load_config
+
+    folders = [store_folder(config) if config.init_file else checkpoint.with_suffix(".features")]
+    while (
+        config.init_file and not folders[-1].is_dir() and (before := config.init_file.with_name("config.yaml")).exists()
+    ):
+        start, config = config.init_file, load_config(before)
+        folders.append(store_folder(config) if config.init_file else start.with_suffix(".features"))
+    return folders[-1] if folders[-1].is_dir() else folders[0]
 
 
 def gather_choice(run: "RunResults", findings: "Findings") -> None:

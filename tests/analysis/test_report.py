@@ -146,6 +146,7 @@ def test_report_of_likely_wrong_labels(job, glyphs, folder):
     image.write_bytes(content)
     assert f"no picture of annotation {findings.doubted[0].annotation}" in findings.notes[0]
     assert findings.doubted[0].picture is None and "looks like" in section(findings.doubted, *findings.compared)
+    assert [("too poorly" in section(findings.doubted, nearer, 100)) for nearer in (30, 31)] == [False, True]
     findings = report.Findings()
     header = folder / "softmax/last.features/train/store.json"
     kept = header.read_text()

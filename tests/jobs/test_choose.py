@@ -9,8 +9,11 @@ import torch
 from conftest import metrics, read_lines, run_script, start_script, write_dataset
 
 import bags
+from bags.analysis.report import Findings
+from bags.analysis.run_results import read_run
 from bags.engine.checkpoint import load_checkpoint
 from bags.jobs.pool import ADAMW_RATE, POOLS, pool_rows
+from bags.jobs.report import gather_labels
 
 ROWS = ("bags", "bags classifier.others_ratio=1", "softmax_retrained x2 adamw", "norcal classifier.gamma=0.3")
 NAMES = ["softmax_retrained", "bags", "bags,others_ratio=1", "softmax_retrained,x2,adamw", "norcal,gamma=0.3"]
@@ -318,3 +321,10 @@ def test_a_folder_of_that_name_is_not_overwritten(chosen, tmp_path, file):
 def test_several_ranks_are_refused(chosen):
     done = start_script("choose", chosen[0], f"output={chosen[1]}", WORLD_SIZE="2", RANK="0").wait(60)
     assert done.returncode == 2 and "error: choose runs in one process" in done.stderr
+
+
+def test_the_report_of_a_choice_finds_the_store_of_the_baseline(chosen):
+    """A choice starts from the control, and the control from the baseline, beside which the store is."""
+    findings = Findings()
+    gather_labels(read_run(chosen[1] / "tiny/choose"), findings)
+    assert not findings.notes and findings.compared
