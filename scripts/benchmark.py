@@ -9,6 +9,9 @@
     python scripts/benchmark.py large_models --full --repeats 1  # memory and seconds of the models of Tables 2 and 3
     python scripts/benchmark.py throughput      # images/s of our training loop against torchvision's reference loop
     python scripts/benchmark.py classifier_stage  # BAGS from stored features, R50-FPN, against the live detector
+    python scripts/benchmark.py whole --full --repeats 3      # validation of LVIS v1, from image files to AP, each step
+    python scripts/benchmark.py scale_categories --full --repeats 3  # seconds and memory with 80 to 21,000 categories
+    python scripts/benchmark.py scale_images --full --repeats 1  # ... and with 1,000 to 100,000 images
     python scripts/benchmark.py loss --json     # [{case, ours_s, peer, peer_s, ratio, identical}, ...]
 
 Memory is measured in processes of its own; those cases have ours_mb and peer_mb instead of seconds.
@@ -64,17 +67,14 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(results, indent=1))
         return
-    if "peer" not in results[0]:
-        from bags.analysis.results import render_cases
+    from bags.analysis.results import quantity, render_cases
 
+    if "peer" not in results[0]:
         print(render_cases(results))
         return
     print(f"{'case':<62} {'ours':>10} {'peer':>10} {'peer/ours':>9} {'ours/peer':>9}  identical  peer is")
     for r in results:
-        if "ours_mb" in r:
-            times = f"{r['ours_mb']:>7.1f} MB {r['peer_mb']:>7.1f} MB"
-        else:
-            times = f"{1e3 * r['ours_s']:>7.2f} ms {1e3 * r['peer_s']:>7.2f} ms"
+        times = f"{quantity(r, 'ours'):>10} {quantity(r, 'peer'):>10}"
         ratios = f"{r['ratio']:>9.2f} {1 / r['ratio']:>9.2f}"
         print(f"{r['case']:<62} {times} {ratios}  {r['identical']!s:<9}  {r['peer']}")
 

@@ -162,16 +162,19 @@ def render_cases(cases: list[dict]) -> str:
         return "\n".join(f"| {' | '.join(map(str, line))} |" for line in table)
     lines = ["| case | ours | peer | peer / ours | same output | peer is |", "|---|---:|---:|---:|---|---|"]
     for case in cases:
-        ours, peer = (_quantity(case, side) for side in ("ours", "peer"))
+        ours, peer = (quantity(case, side) for side in ("ours", "peer"))
         same = {True: "yes", False: "no", None: ""}[case["identical"]]
         lines.append(f"| {case['case']} | {ours} | {peer} | {case['ratio']:.2f} | {same} | {case['peer']} |")
     return "\n".join(lines)
 
 
-def _quantity(case: dict, side: str) -> str:
+def quantity(case: dict, side: str) -> str:
+    """Seconds or megabytes of a benchmark's case; side: "ours" or "peer"."""
     if f"{side}_mb" in case:
         return f"{case[f'{side}_mb']:.1f} MB"
     seconds = case[f"{side}_s"]
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"
 
 

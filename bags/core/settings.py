@@ -14,8 +14,9 @@ import itertools
 import math
 import types
 import typing
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 NO_RESULT = "does not change a result"  # marks a field that two runs with equal results may differ in
 _MISSING = object()
@@ -77,7 +78,7 @@ class Settings:
 
         A subclass that adds rules about several fields calls this first. The types themselves are not checked.
         """
-        for name, rule in _rules(type(self)).items():
+        for name, rule in _rules(cast(Hashable, type(self))).items():
             value = getattr(self, name)
             if not rule.allows(value):
                 need(False, name, rule.describe(name), _as_list(value))
@@ -111,7 +112,7 @@ class _Rule(NamedTuple):
 
 
 @functools.cache
-def _rules(kind: type) -> dict[str, _Rule]:
+def _rules(kind: Hashable) -> dict[str, _Rule]:
     """Field -> what it may hold, read from its annotation."""
     rules, fields = {}, marks(kind)
     for name, hint in types_of(kind).items():
@@ -125,17 +126,20 @@ def _rules(kind: type) -> dict[str, _Rule]:
     return rules
 
 
-@functools.cache
-def types_of(kind: type) -> dict[str, Any]:
-    """Field -> its type, without what the annotation adds. Kept, because Python reads annotations anew each time."""
-    return typing.get_type_hints(kind)
+def types_of(kind: Any) -> dict[str, Any]:
+    """Field -> its type, without what the annotation adds."""
+    return _annotations(kind, False)
 
 
-@functools.cache
-def marks(kind: type) -> dict[str, tuple]:
+def marks(kind: Any) -> dict[str, tuple]:
     """Field -> what its annotation adds to the type: a Range, NO_RESULT, or nothing."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: getattr(hint, "__metadata__", ()) for name, hint in _annotations(kind, True).items()}
+
+
+@functools.cache
+def _annotations(kind: Hashable, extras: bool) -> dict[str, Any]:
+    """Kept, because Python reads annotations anew each time."""
+    return typing.get_type_hints(kind, include_extras=extras)
 
 
 def need(holds: bool, name: str, expected: str, given: object = _MISSING) -> None:

@@ -56,7 +56,7 @@ def loss(categories: int, repeats: int) -> dict:
     def once() -> None:
         """The loss and its gradient."""
         logits = torch.randn(512, width, requires_grad=True)
-        sum(classifier.loss(logits, labels).values()).backward()
+        torch.stack(list(classifier.loss(logits, labels).values())).sum().backward()
 
     return cost(once, repeats)
 
@@ -73,7 +73,7 @@ def stage_step(categories: int, repeats: int) -> dict:
     def once() -> None:
         """One step."""
         optimizer.zero_grad(set_to_none=True)
-        sum(classifier.loss(classifier(proposals), labels).values()).backward()
+        torch.stack(list(classifier.loss(classifier(proposals), labels).values())).sum().backward()
         optimizer.step()
 
     return cost(once, repeats)
