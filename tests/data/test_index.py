@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 import bags
+from bags.data import json_files
 from bags.data.index import _cache_folders
 from bags.data.packing import rle_fits
 
@@ -359,3 +360,31 @@ def test_any_bytes_are_our_error(data):
         with pytest.raises(bags.UserError):
             bags.AnnotationIndex.open(path)
         assert _cache_folders(path)[0].name == "a.json.index"
+
+
+# --------------------------------------------------------------------------- reading several entries at a time
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats() | st.text('}],{[":\\ a\ud800', max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('}],{" a', max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    st.lists(st.dictionaries(st.text("ab}", max_size=2), VALUES, max_size=4), max_size=12),
+    st.sampled_from([0, 16, 64, 1024]),
+    st.sampled_from([None, 1]),
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_streamed_entries_are_those_of_json(tmp_path, monkeypatch, entries, window, indent):
+    """Whatever is in an entry: objects, brackets in texts, NaN, half a surrogate pair; in windows of any size."""
+    monkeypatch.setattr(json_files, "WINDOW", window)
+    monkeypatch.setattr(json_files, "LEAST", 8)
+    content = {"images": entries, "annotations": entries, "other": entries, "categories": entries[:1]}
+    path = tmp_path / "any.json"
+    path.write_text(json.dumps(content, indent=indent))
+    found = {key: [] for key in json_files.LISTS}
+    for key, entry in json_files.stream(path):
+        found[key].append(entry)
+    assert repr(found) == repr({key: content[key] for key in json_files.LISTS})
