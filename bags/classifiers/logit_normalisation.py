@@ -1,6 +1,6 @@
 """Logit normalisation of a trained softmax (LogN; Zhao, Teng and Wang, IJCV 2024). Nothing is trained."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,7 @@ class LogitNormalisationSettings(ClassifierSettings):
 
     def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "LogitNormalisation":
         """Make the classifier, whose statistics are still to be fitted."""
-        return LogitNormalisation(in_features, training.num_categories)
+        return LogitNormalisation(in_features, training.num_categories, training.instance_counts)
 
 
 class LogitNormalisation(Softmax):
@@ -34,13 +34,19 @@ class LogitNormalisation(Softmax):
     mean and sigma are those of the baseline's logits over training proposals, as the sampler of training draws them;
     beta is the least mean of all categories, which restores the balance with the background. The released code tracks
     them as running statistics in training; here `fit` computes them in one pass. Before it, logits stay unchanged.
+
+    The logits of categories without training objects stay unchanged: the baseline has only pushed them down, to nearly
+    one value, so that dividing by their deviation would lift them above all others.
     """
 
     means: Tensor
     deviations: Tensor
 
-    def __init__(self, in_features: int, num_categories: int):
+    def __init__(self, in_features: int, num_categories: int, instance_counts: Sequence[int] | None = None):
+        """instance_counts: [C] training objects; None stands for some of each category."""
         super().__init__(in_features, num_categories)
+        counts = [1] * num_categories if instance_counts is None else list(instance_counts)
+        self.has_objects = torch.tensor([0, *counts]) > 0  # [C+1], without the background
         self.register_buffer("means", torch.zeros(num_categories + 1))
         self.register_buffer("deviations", torch.ones(num_categories + 1))
 
@@ -58,8 +64,10 @@ class LogitNormalisation(Softmax):
             raise ValueError("no proposal in the training images: there are no logits to normalise")
         means = sums / number
         deviations = (squares / number - means.square()).clamp(min=LEAST_VARIANCE).sqrt()
-        self.means[1:] = (means[1:] - means[1:].min()).to(self.means)
-        self.deviations[1:] = deviations[1:].to(self.deviations)
+        chosen = self.has_objects.to(means.device)
+        if chosen.any():
+            self.means[chosen] = (means[chosen] - means[chosen].min()).to(self.means)
+            self.deviations[chosen] = deviations[chosen].to(self.deviations)
 
     def probs(self, logits: Tensor) -> Tensor:
         """Softmax [R, C+1] of the normalised logits, column 0 the background. Rows sum to 1."""

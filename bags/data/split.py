@@ -74,6 +74,10 @@ def split_annotations(
     """
     _check_arguments(source, outputs, share, seed)
     index = AnnotationIndex(path=source, **pack(source))  # which refuses what training would refuse
+    if not index.trained.any():
+        raise UserError(
+            f"{source}: has no object that can be trained on, so no categories to divide by; add annotations"
+        )
     content = read_json(source)
     unit_of = _unit_of_image(source, content["images"], index.image_ids, group)
     units, what = _units(index, unit_of), f"group by {group!r}" if group else "image"

@@ -203,6 +203,9 @@ def _begin(folder: Path, header: dict) -> None:
         if old.get("format") == 1:
             raise UserError(f"{folder}: was made by an earlier version and has no checksums: {mend}")
         changed = [key for key in {**header, **old} if header.get(key) != old.get(key)]
+        if "fc" in changed:
+            was, is_now = old.get("fc"), header["fc"]
+            raise UserError(f"{folder}: holds features of store.features={was!s:.20}, this run has {is_now}: {mend}")
         if changed:
             raise UserError(f"{folder}: holds proposal features of other {', '.join(changed)}: {mend}")
         return

@@ -1,5 +1,6 @@
 """A trained checkpoint as an ONNX file, compared on the user's own images."""
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,7 +42,8 @@ def export(
     images = list(_images(files, number, config))
     if files and not images:
         raise UserError(f"{files[0].parent}: none of the first images could be read; choose others with --images")
-    texts = {"framework": config.detector.framework, "name": config.name}
+    exif = json.dumps(config.data.exif)  # whether images are turned as their EXIF orientation says
+    texts = {"framework": config.detector.framework, "name": config.name, "exif": exif}
     print(summary(export_onnx(detector, output, images, meta["categories"], texts)))
 
 

@@ -125,6 +125,8 @@ def check_checkpoint(folder: Path, config: Config) -> None:
 def _difference(first: Config, second: Config, but: Sequence[str] = ()) -> tuple[str, object, object] | None:
     """The first setting that can change a result and differs: (key, first value, second value)."""
     changes = differences(first, second, result_settings)
+    if not (first.is_cached or second.is_cached):  # neither reads a store
+        changes = [change for change in changes if not change[0].startswith("store.")]
     return next((change for change in changes if change[0] not in but), None)
 
 

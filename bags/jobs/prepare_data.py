@@ -94,9 +94,10 @@ def split(arguments: "argparse.Namespace") -> None:
         f"({alone} of them cannot be in both: they have one {what} only), {kinds.count((False, True))} in val only, "
         f"{kinds.count((False, False))} without objects"
     )
-    if not group and abs(done.images[1] - arguments.val * sum(done.images)) > 1:
+    if abs(done.images[1] - arguments.val * sum(done.images)) > (0.02 * sum(done.images) if group else 1):
         words = f"val has {share:.1%} of the images, not {arguments.val:.1%}"
-        print(f"note: {val}: {words}: otherwise categories would be missing from a file", file=sys.stderr)
+        why = "groups stay whole, or" * bool(group) + " otherwise categories would be missing from a file"
+        print(f"note: {val}: {words}: {why.strip()}", file=sys.stderr)
     keys = " ".join(map(shlex.quote, _keys_of_split(source, train, val)))
     print(f"next: python scripts/prepare_data.py check configs/custom {keys}")
 

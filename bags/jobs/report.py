@@ -151,12 +151,11 @@ def _nearest_store(config: "Config", checkpoint: Path) -> Path:
     from bags.config.load import load_config
 
     folders = [store_folder(config) if config.init_file else checkpoint.with_suffix(".features")]
-    while (
-        config.init_file and not folders[-1].is_dir() and (before := config.init_file.with_name("config.yaml")).exists()
-    ):
+    while config.init_file and (before := config.init_file.with_name("config.yaml")).exists():
         start, config = config.init_file, load_config(before)
         folders.append(store_folder(config) if config.init_file else start.with_suffix(".features"))
-    return folders[-1] if folders[-1].is_dir() else folders[0]
+    moved = [checkpoint.parent.parent / folder.parent.name / folder.name for folder in folders]  # with all of its rows
+    return next((folder for folder in (*folders, *moved) if folder.is_dir()), folders[0])
 
 
 def gather_choice(run: "RunResults", findings: "Findings") -> None:

@@ -114,7 +114,18 @@ def test_a_detector_in_onnx_runtime(tmp_path):
         [sys.executable, ROOT / "scripts/run_onnx.py", file, tmp_path / "photo.png"], capture_output=True, text=True
     )
     lines = done.stdout.splitlines()
-    assert len(lines) == len(expected["labels"]) > 0, done.stderr
+    assert len(lines) == len(expected["labels"]) > 0 and done.returncode == 0, done.stderr
+    grey = (image[0] * 255).round().byte().numpy()
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")  # the same grey values
+    (tmp_path / "cut.png").write_bytes((tmp_path / "photo.png").read_bytes()[:200])
+    command = [sys.executable, ROOT / "scripts/run_onnx.py", file, *(tmp_path / f"{n}.png" for n in ("8", "cut", "16"))]
+    both = subprocess.run(command, capture_output=True, text=True)
+    found = [
+        [line.partition(": ")[2] for line in both.stdout.splitlines() if f"/{name}.png" in line] for name in (8, 16)
+    ]
+    assert found[0] == found[1] != [] and both.returncode == 2 and "cut.png: left out" in both.stderr
+    assert subprocess.run(command[:3], capture_output=True, text=True).stderr.startswith("usage: ")
     names = [STATS.names[label - 1] for label in expected["labels"].tolist()]
     assert [line.split()[1] for line in lines] == names
 

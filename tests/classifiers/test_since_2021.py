@@ -195,6 +195,25 @@ def test_logit_normalisation_equals_numpy():
         classifier.fit(iter([]))
 
 
+def test_logit_normalisation_without_objects_of_a_category():
+    """Its logit is pushed to one value in training; divided by its deviation, noise in it would beat all others."""
+    torch.manual_seed(0)
+    stats = CategoryStats((1, 2, 3), ("a", "b", "c"), (5, 0, 7), (5, 0, 7))
+    classifier = classifier_settings()["logit_normalisation"]().build(6, 6, stats).double()
+    with torch.no_grad():
+        classifier.linear.weight[2] *= 1e-3
+        classifier.linear.bias[2] = -9
+    batch = torch.randn(200, 6, dtype=torch.float64) * 3
+    classifier.fit([(BoxFeatures(torch.zeros(200, 1, 1, 1), batch), torch.ones(200, dtype=torch.long))])
+    assert classifier.means[2] == 0 and classifier.deviations[2] == 1
+    logits = classifier(BoxFeatures(batch, batch))
+    assert classifier.probs(logits)[:, 2].max() < 1e-2
+    others = logits[:, [1, 3]]
+    expected = (others.mean(0) - others.mean(0).min(), others.std(0, correction=0))
+    assert torch.allclose(classifier.means[[1, 3]].double(), expected[0], atol=1e-6)
+    assert torch.allclose(classifier.deviations[[1, 3]].double(), expected[1], rtol=1e-5)
+
+
 def slow_dimension(points: list[tuple[float, float]]) -> float:
     """Box counting of one category with sets of cells and numpy's fit of a line."""
     if len(points) < 4:

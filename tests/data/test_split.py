@@ -26,7 +26,9 @@ def write(path, images, **of_image):
             for i in range(1, len(images) + 1)
         ],
         "annotations": [],
-        "categories": [{"id": c, "name": f"c{c}"} for c in range(1, max(map(max, filter(None, images))) + 1)],
+        "categories": [
+            {"id": c, "name": f"c{c}"} for c in range(1, max(map(max, filter(None, images)), default=1) + 1)
+        ],
     }
     for i, categories in enumerate(images, 1):
         for c in categories:
@@ -184,6 +186,14 @@ def test_counts_of_lvis(tmp_path):
     assert "counts disagree" not in {finding.kind for finding in check_annotations(tmp_path / "t2.json")}
 
 
+def test_groups_that_allow_no_share_are_told(tmp_path):
+    """Two groups of five images: val has half of them, not a fifth."""
+    write(tmp_path / "x.json", [[1]] * 10, video=[1] * 5 + [2] * 5)
+    done = run_script("prepare_data", "split", "x.json", "--group", "video", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "note: x_val.json: val has 50.0% of the images, not 20.0%: groups stay whole" in done.stderr
+
+
 REFUSED = {  # options -> words
     "--val 0": "--val 0.0: expected a share",
     "--val 1": "--val 1.0: expected a share",
@@ -206,7 +216,11 @@ def test_refusals(tmp_path):
     for options, words in REFUSED.items():
         done = run_script("prepare_data", "split", "x.json", *options.split(), cwd=tmp_path)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, (options, done.stderr)
-    for images, words in (([[1]], "has one image only"), ([[1], [2], [3], []], "holds the only ones of a category")):
+    for images, words in (
+        ([[1]], "has one image only"),
+        ([[1], [2], [3], []], "holds the only ones of a category"),
+        ([[], [], []], "has no object that can be trained on"),
+    ):
         write(source, images)
         with pytest.raises(bags.UserError, match=words):
             halves(source)

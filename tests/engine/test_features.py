@@ -110,7 +110,7 @@ def test_a_store_of_eight_bits(tmp_path, glyphs, framework):
     config, detector, dataset = prepared(tmp_path, glyphs, *overrides)
     plain = cached.training_store(config, detector, dataset, CPU)
     config = override_config(config, ["store.features=uint8"])
-    with pytest.raises(UserError, match="holds proposal features of other fc"):
+    with pytest.raises(UserError, match="holds features of store.features=float16, this run has uint8"):
         cached.training_store(config, detector, dataset, CPU)
     config = override_config(config, [f"store.folder={tmp_path / 'eight'}"])
     store = cached.training_store(config, detector, dataset, CPU)

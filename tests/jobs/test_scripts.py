@@ -90,6 +90,10 @@ def test_finished_rows_are_not_run_again(job):
     assert before == {r: (runs / "tiny" / r / "last.pth").stat().st_mtime_ns for r in ROWS}
     table = [line for line in printed.splitlines() if line.startswith("|")]
     assert [line for line in again.stdout.splitlines() if line.startswith("|")] == table
+    again = run_script("train", configs / "softmax.yaml", f"output={runs}", "store.features=uint8")  # it reads no store
+    assert again.returncode == 0 and "complete, not run again" in again.stdout, again.stderr
+    again = run_script("train", configs / "bags.yaml", f"output={runs}", "store.features=uint8")
+    assert again.returncode == 2 and "store.features=float16" in again.stderr
 
 
 @pytest.mark.parametrize("after", ["softmax/log.jsonl", "bags/last.pth"])
