@@ -48,8 +48,9 @@ def run_script(main: Callable[[], None], again: str = "starts over") -> None:
 
     again: what the same command does after it was stopped, for messages.
     Codes: 0 done, 2 a user's mistake, 75 stopped by a signal in training or by the loss of a rank, 130 stopped by
-    Ctrl-C elsewhere, 143 or 130 ended at once by a second SIGTERM or Ctrl-C. Under torchrun an error that all ranks
-    have is printed once for each node, and torchrun adds its own report and exit code.
+    Ctrl-C elsewhere, 141 the reader of the output has ended, 143 or 130 ended at once by a second SIGTERM or Ctrl-C.
+    Under torchrun an error that all ranks have is printed once for each node, and torchrun adds its own report and
+    exit code.
     """
     tolerate_any_text()
     with _second_signal_ends():
@@ -61,6 +62,7 @@ def _run(main: Callable[[], None], again: str) -> None:
     try:
         _refuse_empty(sys.argv)
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         _end(f"\nstopped; {again}", 130)
     except Stopped as stop:
@@ -84,6 +86,9 @@ def _run(main: Callable[[], None], again: str) -> None:
         if "does not have a deterministic implementation" in text:
             _end(f"error: --deterministic: {text.partition(' does not')[0]} is not deterministic here: leave it out", 2)
         raise
+    except BrokenPipeError:  # what read the output, `head` say, has ended: as other commands, without a word
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:  # a folder where a file should be, no permission, a full disk
         _end(f"error: {_exhausted(error, again) or printable(system_error(error))}", 2)
 

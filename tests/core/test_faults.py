@@ -339,6 +339,14 @@ def test_a_killed_loader_process_is_one_line(tmp_path, glyphs):
     assert re.search(rf"error: a loader process has ended \(.*{how}.*Fewer data.workers", error), error
 
 
+def test_a_reader_that_has_ended():
+    """As `train.py CONFIG --list | head -1`: nothing on stderr, and the code of a broken pipe."""
+    command = [sys.executable, ROOT / "scripts/train.py", "configs/glyphs-100", "--list"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 141
+
+
 def test_a_process_that_dies_while_the_error_is_told():
     """torch's handler of dead loader processes raises wherever the main process is; not after an error."""
     code = """
