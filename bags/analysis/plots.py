@@ -22,6 +22,9 @@ if "ipykernel" not in sys.modules:  # in a notebook, figures are shown below the
     matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+# A name in letters that the font lacks is drawn as boxes; matplotlib would say so for each letter.
+warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+
 COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d5a97", "#e08e45", "#555555")
 PALETTE = ("#1b9e9e", "#b5651d", "#6a51a3", "#c2185b", "#5b7f11", "#7a6a53", "#0f7fd6", "#a8324a", "#3f8f6b", "#c49000")
 METHODS = {"softmax": "#1b6ca8", "softmax_retrained": "#e08e45", "bags": "#d1495b", "choose": "#2e933c"}
@@ -335,14 +338,12 @@ def save_drawing(
 def _save(figure: Figure, path: Path | BinaryIO, **settings: Any) -> None:
     """Write a figure and close it; a file is replaced as a whole or not at all."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that the font lacks: drawn as boxes
-            if not isinstance(path, Path):
-                return figure.savefig(path, dpi=DPI, **settings)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path, "wb") as file:
-                kind = path.suffix.removeprefix(".")
-                fast = {"pil_kwargs": FAST} if kind == "png" else {}
-                figure.savefig(file, dpi=DPI, **{"format": kind, **fast, **settings})
+        if not isinstance(path, Path):
+            return figure.savefig(path, dpi=DPI, **settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, "wb") as file:
+            kind = path.suffix.removeprefix(".")
+            fast = {"pil_kwargs": FAST} if kind == "png" else {}
+            figure.savefig(file, dpi=DPI, **{"format": kind, **fast, **settings})
     finally:
         plt.close(figure)

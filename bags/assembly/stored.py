@@ -7,6 +7,7 @@ on is in its header: weights, annotations, settings.
 import contextlib
 import gc
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -243,6 +244,7 @@ def _about(
         "annotations": _annotations_digest(dataset.index),
         "images": _images_digest(dataset),
         "settings": _digest({**settings, "detector": _detector_settings(config.detector)}),
+        "shown": json.dumps({**{f"store.{key}": value for key, value in settings.items()}, **_shown(config.detector)}),
     }
 
 
@@ -280,6 +282,11 @@ def _detector_settings(detector: DetectorConfig) -> dict:
     settings = {f.name: getattr(detector, f.name) for f in fields(detector) if f.name not in NOT_OF_THE_FEATURES}
     settings["roi"] = {key: value for key, value in asdict(detector.roi).items() if key not in NO_BOXES}
     return settings
+
+
+def _shown(detector: DetectorConfig) -> dict[str, str]:
+    """The same settings, for the message that one of them has changed."""
+    return {f"detector.{key}": f"{value!r:.100}" for key, value in _detector_settings(detector).items()}
 
 
 def _digest(values: object) -> str:

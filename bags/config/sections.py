@@ -72,6 +72,7 @@ class DataConfig(Settings):
         _need_path("root", self.root)
         pair = not self.jitter or (len(self.jitter) == 2 and self.jitter[0] <= self.jitter[1])
         need(pair, "jitter", "the lowest and the highest scale, such as [0.1, 2.0], or []", list(self.jitter))
+        need(self.jitter_size is None or bool(self.jitter), "jitter_size", "null without data.jitter", self.jitter_size)
         need(not (self.jitter and self.short_sides), "short_sides", "[]: data.jitter draws sizes, too")
         rising = all(low <= high for low, high in itertools.pairwise(self.short_sides))
         need(rising, "short_sides", "rising numbers above 0", list(self.short_sides))

@@ -202,10 +202,7 @@ def _begin(folder: Path, header: dict) -> None:
             raise UserError(f"{path}: cannot be read: {mend}") from None
         if old.get("format") == 1:
             raise UserError(f"{folder}: was made by an earlier version and has no checksums: {mend}")
-        changed = [key for key in {**header, **old} if header.get(key) != old.get(key)]
-        if "fc" in changed:
-            was, is_now = old.get("fc"), header["fc"]
-            raise UserError(f"{folder}: holds features of store.features={was!s:.20}, this run has {is_now}: {mend}")
+        changed = _changed(header, old)
         if changed:
             raise UserError(f"{folder}: holds proposal features of other {', '.join(changed)}: {mend}")
         return
@@ -217,6 +214,25 @@ def _begin(folder: Path, header: dict) -> None:
         raise UserError(
             f"{folder}: cannot be written ({write_problem(error)}): set store.folder to another one"
         ) from None
+
+
+def _changed(header: dict, old: dict) -> list[str]:
+    """What differs between two headers, for a message: for settings their keys with both values, where they are known.
+
+    `shown` is the readable form of `settings`, and is not compared: stores of earlier versions have none.
+    """
+    changed = [key for key in {**header, **old} if key != "shown" and header.get(key) != old.get(key)]
+    try:
+        before, now = (dict(json.loads(one["shown"])) for one in (old, header))
+    except (KeyError, ValueError, TypeError):
+        before, now = {}, {}
+    keys = (
+        [f"{key} ({before.get(key)}, now {now[key]})" for key in now if before.get(key) != now[key]] if before else []
+    )
+    for name, words in (("fc", [f"store.features ({old.get('fc')!s:.20}, now {header['fc']})"]), ("settings", keys)):
+        if name in changed and words:
+            changed[changed.index(name) : changed.index(name) + 1] = words
+    return changed
 
 
 def _announce(folder: Path, layout: Layout, images: int, loader_of: Callable, records_of: Callable) -> None:

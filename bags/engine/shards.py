@@ -173,7 +173,8 @@ def open_shards(folder: Path, layout: Layout, shards: list[range], title: str) -
         opened |= {rank + k * distributed.world_size(): result for k, result in enumerate(results)}
     problems = [result for result in opened.values() if isinstance(result, str)]
     if problems:
-        more = f" ({len(problems) - 1} more shards are damaged)" if len(problems) > 1 else ""
+        bad = [number for number in sorted(opened) if isinstance(opened[number], str)]
+        more = f" (damaged shards: {', '.join(map(str, bad))})" if len(bad) > 1 else ""
         raise UserError(problems[0] + more)
     return [shard for number in range(len(shards)) if isinstance(shard := opened[number], Shard)]
 

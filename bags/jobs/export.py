@@ -44,7 +44,11 @@ def export(
         raise UserError(f"{files[0].parent}: none of the first images could be read; choose others with --images")
     exif = json.dumps(config.data.exif)  # whether images are turned as their EXIF orientation says
     texts = {"framework": config.detector.framework, "name": config.name, "exif": exif}
-    print(summary(export_onnx(detector, output, images, meta["categories"], texts)))
+    exported = export_onnx(detector, output, images, meta["categories"], texts)
+    print(summary(exported))
+    if not exported.detections:
+        words = "nothing was detected in these images, so no scores and boxes were compared"
+        print(f"warning: {words}: choose others with --images, or a lower test.score_threshold", file=sys.stderr)
 
 
 def summary(exported: Exported) -> str:

@@ -33,7 +33,7 @@ def is_complete(folder: Path, config: Config) -> bool:
         return False
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder}: holds checkpoints but no config.yaml, which says what they are: remove the folder")
-    change = _difference(load_config(folder / "config.yaml"), config)
+    change = _difference(load_config(folder / "config.yaml"), config, but=("data.root",))  # a dataset may have moved
     if change:
         raise UserError(
             f"{folder}: this run was trained with {change[0]}={change[1]}, now it is {change[2]}: "
@@ -125,8 +125,8 @@ def check_checkpoint(folder: Path, config: Config) -> None:
 def _difference(first: Config, second: Config, but: Sequence[str] = ()) -> tuple[str, object, object] | None:
     """The first setting that can change a result and differs: (key, first value, second value)."""
     changes = differences(first, second, result_settings)
-    if not (first.is_cached or second.is_cached):  # neither reads a store
-        changes = [change for change in changes if not change[0].startswith("store.")]
+    if not (first.is_cached or second.is_cached):  # neither reads a store, and live is what null stands for
+        changes = [change for change in changes if not change[0].startswith(("store.", "train.features"))]
     return next((change for change in changes if change[0] not in but), None)
 
 

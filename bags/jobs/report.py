@@ -109,7 +109,10 @@ def gather_labels(run: "RunResults", findings: "Findings") -> None:
     config, checkpoint = run.config, run.folder / "last.pth"
     folder = _nearest_store(config, checkpoint)
     mend = "a row that trains only the classifier makes the store"
-    if not checkpoint.exists() or not folder.is_dir():
+    if not checkpoint.exists():
+        findings.notes.append(f"{checkpoint}: no such checkpoint: no section about likely wrong labels")
+        return
+    if not folder.is_dir():
         findings.notes.append(f"{folder}: no stored features: no section about likely wrong labels; {mend}")
         return
     try:
@@ -155,7 +158,7 @@ def _nearest_store(config: "Config", checkpoint: Path) -> Path:
         start, config = config.init_file, load_config(before)
         folders.append(store_folder(config) if config.init_file else start.with_suffix(".features"))
     moved = [checkpoint.parent.parent / folder.parent.name / folder.name for folder in folders]  # with all of its rows
-    return next((folder for folder in (*folders, *moved) if folder.is_dir()), folders[0])
+    return next((folder for folder in (*moved, *folders) if folder.is_dir()), folders[0])
 
 
 def gather_choice(run: "RunResults", findings: "Findings") -> None:

@@ -110,8 +110,13 @@ def test_a_store_of_eight_bits(tmp_path, glyphs, framework):
     config, detector, dataset = prepared(tmp_path, glyphs, *overrides)
     plain = cached.training_store(config, detector, dataset, CPU)
     config = override_config(config, ["store.features=uint8"])
-    with pytest.raises(UserError, match="holds features of store.features=float16, this run has uint8"):
+    with pytest.raises(UserError, match=r"of other store.features \(float16, now uint8\)"):
         cached.training_store(config, detector, dataset, CPU)
+    changes = override_config(config, ["store.features=float16", "store.negatives=5", "detector.max_size=99"])
+    with pytest.raises(
+        UserError, match=r"other store.negatives \(100000, now 5\), detector.max_size \(\d+, now 99\): "
+    ):
+        cached.training_store(changes, detector, dataset, CPU)
     config = override_config(config, [f"store.folder={tmp_path / 'eight'}"])
     store = cached.training_store(config, detector, dataset, CPU)
     width = plain.layout.width

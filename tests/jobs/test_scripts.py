@@ -82,7 +82,7 @@ def test_only_the_classifier_differs_between_rows(job):
     assert not torch.equal(states["softmax"][key], states["softmax_retrained"][key])
 
 
-def test_finished_rows_are_not_run_again(job):
+def test_finished_rows_are_not_run_again(job, glyphs, tmp_path):
     configs, runs, printed = job
     before = {r: (runs / "tiny" / r / "last.pth").stat().st_mtime_ns for r in ROWS}
     again = run_script("train", configs, f"output={runs}", "train.nonfinite=skip", "data.max_bad_images=3")
@@ -94,6 +94,9 @@ def test_finished_rows_are_not_run_again(job):
     assert again.returncode == 0 and "complete, not run again" in again.stdout, again.stderr
     again = run_script("train", configs / "bags.yaml", f"output={runs}", "store.features=uint8")
     assert again.returncode == 2 and "store.features=float16" in again.stderr
+    moved = shutil.copytree(glyphs, tmp_path / "moved")  # a row trained in another place is still that row
+    again = run_script("train", configs, f"output={runs}", f"data.root={moved}")
+    assert again.returncode == 0 and again.stdout.count("complete, not run again") == 3, again.stderr
 
 
 @pytest.mark.parametrize("after", ["softmax/log.jsonl", "bags/last.pth"])
