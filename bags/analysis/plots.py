@@ -1,5 +1,6 @@
 """Figures of runs and comparisons, written as PNG to a path or an open binary file, or drawn on given axes."""
 
+import itertools
 import sys
 import warnings
 import zlib
@@ -112,6 +113,29 @@ def plot_norms_and_counts(
     words = " (diamond: background)" if panels == 2 else ""
     below.set(xlabel=f"categories, from the most to the least frequent{words}", xticks=[])
     figure.subplots_adjust(**{**MARGINS, "bottom": 0.07}, hspace=0.06)
+    _save(figure, path)
+
+
+def plot_gains(path: Path | BinaryIO, gains: Mapping[str, Mapping[str, list[float]]], rows: Sequence[str]) -> None:
+    """Save what rows gain over the control: a line for each dataset, a mark for each row, with the range of the seeds.
+
+    gains: dataset -> row -> the difference in mAP of each seed, in -1..1.
+    """
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.55 * len(gains)))
+    shift = np.linspace(-0.27, 0.27, len(rows))
+    for row, offset, mark in zip(rows, shift, itertools.cycle("osD^vP"), strict=False):
+        places = [k for k, of_rows in enumerate(gains.values()) if row in of_rows]
+        values = [100 * np.asarray(of_rows[row]) for of_rows in gains.values() if row in of_rows]
+        colour = METHODS["choose"] if row.startswith("chosen") else method_colour(row)
+        middle = [value.mean() for value in values]
+        axes.plot(middle, np.add(places, offset), mark, ms=7, color=colour, label=plain(row))
+        axes.hlines(np.add(places, offset), [v.min() for v in values], [v.max() for v in values], color=colour, lw=1.5)
+    axes.axvline(0, color="black", lw=1)
+    axes.set_yticks(range(len(gains)), [plain(name) for name in gains])
+    axes.set(xlabel="mAP above the control (points)", ylim=(len(gains) - 0.5, -0.5))
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.subplots_adjust(left=0.14, right=0.76, bottom=0.6 / (1.2 + 0.55 * len(gains)), top=0.97)
     _save(figure, path)
 
 

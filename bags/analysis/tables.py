@@ -97,6 +97,19 @@ def render_norms(datasets: Mapping[str, tuple[Sequence[int], np.ndarray | None]]
     return _markdown(table)
 
 
+def render_gains(gains: Mapping[str, Mapping[str, list[float]]], rows: Sequence[str]) -> str:
+    """Markdown table: the control's mAP of each dataset, and what rows gain over it, in percent.
+
+    gains: dataset -> "control" and rows -> a number of each seed, in 0..1.
+    """
+    table = [["dataset", "control", *rows]]
+    for name, of_rows in gains.items():
+        percent = {row: [100 * value for value in values] for row, values in of_rows.items()}
+        cells = [spread(percent[row], ".1f", "+") if row in percent else "-" for row in rows]
+        table.append([name, spread(percent["control"], ".1f"), *cells])
+    return _markdown(table)
+
+
 def _markdown(table: list[list[str]]) -> str:
     """A table whose first line is its head; all columns but the first are aligned to the right."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]

@@ -6,6 +6,7 @@
     python scripts/tables.py --paper 1 configs/glyphs-100          # the paper's table; runs what is missing
     python scripts/tables.py --paper 1 configs/glyphs-100 --seeds 0,1,2 --save results/glyphs-100-table1.json
     python scripts/tables.py --norms figure_1.png runs/glyphs-100/softmax runs/glyphs-100-balanced/softmax
+    python scripts/tables.py --gains gains.png results/*-choose.json    # what methods gain over the control, by dataset
     python scripts/tables.py --render README.md docs/results/*.md         # their tables anew, from results/*.json
 
 `--paper` is 1, 2, 3, 4, fig4 or coco_lt, or methods: later ones beside BAGS, with the seconds of their training
@@ -13,6 +14,7 @@ steps and the published numbers that can be compared. It takes section.key=value
 does. Without it, figures are written to `figures` beside the first seed's run folders: weight_norms.png (the paper's
 Figures 1 and 3 for these runs) and predictions.png (validation images, every run's boxes). `--norms` draws Figure 1 for
 runs of several datasets; an annotation file, or a list of categories with `instance_count`, adds its counts alone.
+`--gains` takes files that `choose.py --save` has kept.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from pathlib import Path
 from bags.cli.arguments import seeds_of, split_arguments
 from bags.cli.checks import check_save
 from bags.core.errors import UserError
-from bags.jobs.tables import compare, compare_norms, paper_table, render_pages
+from bags.jobs.tables import compare, compare_gains, compare_norms, paper_table, render_pages
 
 
 def main() -> None:
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("--seeds", help="with --paper: comma-separated, for mean and deviation")
     parser.add_argument("--save", type=Path, metavar="JSON", help="keep the numbers, the command and the environment")
     parser.add_argument("--norms", type=Path, metavar="PNG", help="draw weight norms of runs of several datasets")
+    parser.add_argument("--gains", type=Path, metavar="PNG", help="draw gains over the control, of files of choose.py")
     parser.add_argument("--render", action="store_true", help="make the tables of pages (Markdown) anew")
     arguments = parser.parse_intermixed_args()
     if arguments.render:
@@ -45,6 +48,11 @@ def main() -> None:
         if arguments.save or arguments.paper or arguments.seeds:
             raise UserError("--norms takes only run folders and annotation files")
         compare_norms([Path(path) for path in arguments.runs], arguments.norms)
+        return
+    if arguments.gains:
+        if arguments.save or arguments.paper or arguments.seeds:
+            raise UserError("--gains takes only files that choose.py --save has kept")
+        compare_gains([Path(path) for path in arguments.runs], arguments.gains)
         return
     check_save(arguments.save)
     if arguments.paper:

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 from bags.analysis.paper import METHODS, PAPER, PaperTable
 from bags.analysis.results import save_results, this_command
 from bags.analysis.run_files import read_metrics, read_seconds
-from bags.analysis.tables import render_norms, render_paper_table, render_table, spread, with_means_of_bins
+from bags.analysis.tables import (
+    render_gains,
+    render_norms,
+    render_paper_table,
+    render_table,
+    spread,
+    with_means_of_bins,
+)
 from bags.config.load import load_config, load_rows
 from bags.config.rows import find_dataset, row_beside
 from bags.core.errors import UserError
@@ -112,6 +119,33 @@ def compare_norms(paths: list[Path], figure: Path) -> None:
         shown[name] = counts, norms
     print(f"\n{render_norms(shown)}")
     plot_norms_and_counts(figure, shown)
+    print(f"figure: {figure}")
+
+
+GAINS = ("softmax_retrained,x4", "bags", "bags_cosine", "reweight_cls", "seesaw", "chosen, on others")
+
+
+def compare_gains(paths: list[Path], figure: Path) -> None:
+    """Print and draw what methods gain over the control in mAP, for datasets whose choices were saved."""
+    from bags.analysis.plots import plot_gains
+    from bags.analysis.results import load_results
+
+    if figure.suffix != ".png" or figure.is_dir():
+        raise UserError(f"--gains {figure}: expected a file to write, as in gains.png")
+    gains: dict[str, dict[str, list[float]]] = {}
+    for path in paths:
+        content = load_results(path)
+        rows, name = content.get("rows", {}), str(content.get("title", path.stem)).partition(":")[0]
+        if "softmax_retrained" not in rows or "chosen, on others" not in rows:
+            raise UserError(f"{path}: expected a file that choose.py --save has kept")
+        if name in gains:
+            raise UserError(f"{path}: {name} is given twice")
+        control = [run["AP"] for run in rows["softmax_retrained"]]
+        of_rows = {row: [run["AP"] for run in rows[row]] for row in GAINS if row in rows}
+        gains[name] = {row: [a - b for a, b in zip(runs, control, strict=True)] for row, runs in of_rows.items()}
+        gains[name]["control"] = control
+    print(f"\n{render_gains(gains, GAINS)}")
+    plot_gains(figure, gains, GAINS)
     print(f"figure: {figure}")
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from bags.analysis.plots import plot_weight_norms
 from bags.analysis.results import TABLE, load_results, render_page
 from bags.core.errors import UserError
+from bags.jobs.tables import GAINS
 
 PAGES = ["README.md", *sorted(f"docs/results/{page.name}" for page in (ROOT / "docs/results").glob("*.md"))]
 
@@ -120,3 +121,23 @@ def test_groups_by_confusion(job, glyphs, tmp_path):
     for name in kept:
         groups = json.loads((tmp_path / f"{name}.txt").read_text())
         assert sorted(itertools.chain(*groups)) == ids and [len(group) for group in groups] == [2] * 4
+
+
+def test_gains_of_choices(tmp_path):
+    """By hand: seeds are paired with their own control; what is no choice is refused, and nothing is written."""
+    about = {"command": "", "environment": {}, "revisions": [], "published": {}}
+    rows = {"softmax_retrained": [0.2, 0.4], "bags": [0.25, 0.41], "chosen, on others": [0.3, 0.5], "knn": [0.1, 0.1]}
+    content = about | {"title": "a: choose", "rows": {row: [{"AP": v} for v in values] for row, values in rows.items()}}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    one = {row: [{"AP": values[0]}] for row, values in rows.items() if row != "bags"}
+    (tmp_path / "b.json").write_text(json.dumps(content | {"title": "b: choose", "rows": one}))
+    done = run_script("tables", "--gains", tmp_path / "g.png", tmp_path / "a.json", tmp_path / "b.json")
+    assert done.returncode == 0 and (tmp_path / "g.png").read_bytes()[:4] == b"\x89PNG", done.stderr
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
+    assert lines[0] == ["dataset", "control", *GAINS]
+    assert lines[2] == ["a", "30.0 ±14.1", "-", "+3.0 ±2.8", "-", "-", "-", "+10.0 ±0.0"]
+    assert lines[3] == ["b", "20.0", "-", "-", "-", "-", "-", "+10.0"]
+    (tmp_path / "c.json").write_text(json.dumps(content | {"rows": {"bags": [{"AP": 0.1}]}}))
+    for files, words in ((["c.json"], "c.json: expected a file that"), (["a.json", "a.json"], "a is given twice")):
+        done = run_script("tables", "--gains", "new.png", *files, cwd=tmp_path)
+        assert done.returncode == 2 and words in done.stderr and not (tmp_path / "new.png").exists()
