@@ -39,32 +39,28 @@ def main() -> None:
     parser.add_argument("--gains", type=Path, metavar="PNG", help="draw gains over the control, of files of choose.py")
     parser.add_argument("--render", action="store_true", help="make the tables of pages (Markdown) anew")
     arguments = parser.parse_intermixed_args()
-    if arguments.render:
-        if arguments.save or arguments.paper or arguments.seeds:
-            raise UserError("--render takes only pages: it shows numbers that --save has kept")
-        render_pages([Path(path) for path in arguments.runs])
-        return
-    if arguments.norms:
-        if arguments.save or arguments.paper or arguments.seeds:
-            raise UserError("--norms takes only run folders and annotation files")
-        compare_norms([Path(path) for path in arguments.runs], arguments.norms)
-        return
-    if arguments.gains:
-        if arguments.save or arguments.paper or arguments.seeds:
-            raise UserError("--gains takes only files that choose.py --save has kept")
-        compare_gains([Path(path) for path in arguments.runs], arguments.gains)
-        return
+    paths = [Path(path) for path in arguments.runs]
+    modes = {  # option -> what it takes
+        "render": ("only pages: it shows numbers that --save has kept", lambda: render_pages(paths)),
+        "norms": ("only run folders and annotation files", lambda: compare_norms(paths, arguments.norms)),
+        "gains": ("only files that choose.py --save has kept", lambda: compare_gains(paths, arguments.gains)),
+    }
+    for mode, (takes, run) in modes.items():
+        if getattr(arguments, mode):
+            if arguments.save or arguments.paper or arguments.seeds:
+                raise UserError(f"--{mode} takes {takes}")
+            return run()
     check_save(arguments.save)
     if arguments.paper:
-        paths, overrides = split_arguments(arguments.runs)
-        if len(paths) != 1:
-            raise UserError(f"--paper {arguments.paper}: expected one dataset, got {paths}")
-        paper_table(arguments.paper, paths[0], overrides, seeds_of(arguments.seeds), arguments.save)
+        datasets, overrides = split_arguments(arguments.runs)
+        if len(datasets) != 1:
+            raise UserError(f"--paper {arguments.paper}: expected one dataset, got {datasets}")
+        paper_table(arguments.paper, datasets[0], overrides, seeds_of(arguments.seeds), arguments.save)
         return
     if arguments.seeds or any("=" in run and not os.path.exists(run) for run in arguments.runs):
         raise UserError("--seeds and section.key=value go with --paper; finished runs are compared as they are")
     rows: dict[str, list[Path]] = {}
-    for path in map(Path, arguments.runs):
+    for path in paths:
         for folder in [path] if (path / "config.yaml").exists() else sorted(path.glob("*/")):
             known = [other.resolve() for other in rows.get(folder.name, [])]
             if (folder / "metrics.json").exists() and folder.resolve() not in known:
