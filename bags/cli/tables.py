@@ -49,7 +49,8 @@ def main() -> None:
         if getattr(arguments, mode):
             if arguments.save or arguments.paper or arguments.seeds:
                 raise UserError(f"--{mode} takes {takes}")
-            return run()
+            run()
+            return
     check_save(arguments.save)
     if arguments.paper:
         datasets, overrides = split_arguments(arguments.runs)

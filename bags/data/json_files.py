@@ -16,6 +16,7 @@ from bags.core.files import decode, encoding_problem, read_bytes
 
 LISTS = ("images", "annotations", "categories")
 NUMBERS = {int, float}
+BLANKS = re.compile(r"[ \t\r\n]*")
 WINDOW, LEAST = 2**18, 2**12  # characters of a list that are parsed at a time: orjson takes a third of json's time
 
 
@@ -152,32 +153,16 @@ def _noting(repeated: list[str]) -> Callable[[list[tuple[str, Any]]], dict]:
 
 def _stream(path: Path, text: str, repeated: list[str] | None) -> Iterator[tuple[str, dict]]:
     decode = json.JSONDecoder().raw_decode
-    decode_entry = decode if repeated is None else json.JSONDecoder(object_pairs_hook=_noting(repeated)).raw_decode
-    blanks = re.compile(r"[ \t\r\n]*")
-
-    def skip(at: int) -> int:
-        """The place after blanks."""
-        found = blanks.match(text, at)
-        return found.end() if found else at
-
-    def expect(characters: str, at: int) -> tuple[str, int]:
-        """The next character, one of these, and the place after it."""
-        at = skip(at)
-        if text[at : at + 1] not in tuple(characters):
-            raise json.JSONDecodeError(f"expected {' or '.join(characters)}", text, at)
-        return text[at], skip(at + 1)
-
-    at = skip(0)
+    at, seen = _skip(text, 0), set()
     if text[at : at + 1] != "{":
         value, _ = decode(text, at)
         raise UserError(f"{path}: expected a COCO or LVIS annotation object, found a {type(value).__name__}")
-    seen = set()
-    mark, at = expect("{", at)
+    mark, at = _expect(text, "{", at)
     if text[at : at + 1] == "}":
-        mark, at = expect("}", at)
+        mark, at = _expect(text, "}", at)
     while mark != "}":
         key, at = decode(text, at)
-        _, at = expect(":", at)
+        _, at = _expect(text, ":", at)
         if key in seen or not isinstance(key, str):
             raise json.JSONDecodeError(f"key {key!r:.40} is given twice, or is no text", text, at)
         seen.add(key)
@@ -186,31 +171,55 @@ def _stream(path: Path, text: str, repeated: list[str] | None) -> Iterator[tuple
         elif text[at : at + 1] != "[":
             raise UserError(f"{path}: {NO_LIST.format(key)}")
         else:
-            position, window = 0, WINDOW if repeated is None else 0
-            mark, at = expect("[", at)
-            if text[at : at + 1] == "]":
-                mark, at = expect("]", at)
-            while mark != "]":
-                entries, end = _several(text, at, window)
-                if entries:
-                    at, window = end, min(2 * window, WINDOW)
-                elif window > LEAST:
-                    window //= 4
-                    continue
-                else:
-                    entry, at = decode_entry(text, at)
-                    entries = [entry]
+            position = 0
+            for entries, end in _list(text, at, repeated):
+                at = end
                 for entry in entries:
                     _need_object(path, key, position, entry)
                     yield key, entry
                     position += 1
-                mark, at = expect(",]", at)
-        mark, at = expect(",}", at)
+        mark, at = _expect(text, ",}", at)
     if at != len(text):
         raise json.JSONDecodeError("more than one value", text, at)
     for key in LISTS:
         if key not in seen:
             raise UserError(f"{path}: {NO_LIST.format(key)}")
+
+
+def _list(text: str, at: int, repeated: list[str] | None) -> Iterator[tuple[list, int]]:
+    """Some entries at a time of the list that begins at a place, and the place after them, at last after the list."""
+    hook = None if repeated is None else _noting(repeated)
+    decode, window = json.JSONDecoder(object_pairs_hook=hook).raw_decode, WINDOW if repeated is None else 0
+    mark, at = _expect(text, "[", at)
+    if text[at : at + 1] == "]":
+        mark, at = _expect(text, "]", at)
+    yield [], at
+    while mark != "]":
+        entries, at = _several(text, at, window)
+        if entries:
+            window = min(2 * window, WINDOW)
+        elif window > LEAST:
+            window //= 4
+            continue
+        else:
+            entry, at = decode(text, at)
+            entries = [entry]
+        mark, at = _expect(text, ",]", at)
+        yield entries, at
+
+
+def _skip(text: str, at: int) -> int:
+    """The place after blanks."""
+    found = BLANKS.match(text, at)
+    return found.end() if found else at
+
+
+def _expect(text: str, characters: str, at: int) -> tuple[str, int]:
+    """The next character, one of these, and the place after it and the blanks that follow."""
+    at = _skip(text, at)
+    if text[at : at + 1] not in tuple(characters):
+        raise json.JSONDecodeError(f"expected {' or '.join(characters)}", text, at)
+    return text[at], _skip(text, at + 1)
 
 
 def _several(text: str, at: int, window: int) -> tuple[list, int]:
