@@ -75,6 +75,9 @@ def _run(main: Callable[[], None], again: str) -> None:
         _end(f"error: {printable(one_line(error))}", 2)
     except (RuntimeError, MemoryError, ImportError) as error:  # torch raises it wherever the main process is then
         text = one_line(error).rstrip(".")
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            mend = "activate the environment (source .venv/bin/activate), or pip install -r requirements.txt"
+            _end(f"error: the package {error.name.partition('.')[0]} is not installed for {sys.executable}: {mend}", 2)
         if type(error).__name__ == "OutOfMemoryError":
             mend = "train.accumulate=2 (and another output=) takes half a batch at a time, test.batch_size=1 one image"
             _end(f"error: the GPU's memory is full: {mend}. {text}", 2)

@@ -339,6 +339,14 @@ def test_a_killed_loader_process_is_one_line(tmp_path, glyphs):
     assert re.search(rf"error: a loader process has ended \(.*{how}.*Fewer data.workers", error), error
 
 
+def test_without_the_requirements():
+    """A script under another Python than that of the environment."""
+    code = "import sys; sys.modules['torchvision'] = None; sys.argv = ['train']; from bags.cli import run; run('train')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith("error: the package torchvision is not installed for ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_reader_that_has_ended():
     """As `train.py CONFIG --list | head -1`: nothing on stderr, and the code of a broken pipe."""
     command = [sys.executable, ROOT / "scripts/train.py", "configs/glyphs-100", "--list"]
