@@ -97,13 +97,20 @@ def check_scored_alike(folders: Sequence[Path]) -> None:
 def check_comparable(rows: dict[str, list[Path]]) -> None:
     """Raise UserError for runs that do not belong in one table.
 
-    rows: row -> run folders. All must be scored alike; those of one row may differ in the seed and the dataset's place.
+    rows: row -> run folders. All must be scored alike; those of one row may differ in the seed, the dataset's place and
+    the folder of the row that they start from.
     """
     check_scored_alike([folder for folders in rows.values() for folder in folders])
     for name, (first, *others) in rows.items():
         config = load_config(first / "config.yaml") if others else None
         for other in others:
-            change = config and _difference(config, load_config(other / "config.yaml"), but=("seed", "data.root"))
+            if config is None:
+                continue
+            theirs, but = load_config(other / "config.yaml"), ["seed", "data.root"]
+            starts = [Path(one.detector.init_from or "").parts[-2:] for one in (config, theirs)]
+            if starts[0] == starts[1]:  # each seed from its own checkpoint of that row, wherever it is
+                but.append("detector.init_from")
+            change = _difference(config, theirs, but)
             if change:
                 raise UserError(
                     f"{other}: has {change[0]}={change[2]}, {first} has {change[1]}: runs called {name} are averaged, "
