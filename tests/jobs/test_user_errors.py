@@ -1,7 +1,9 @@
 """What a user gets wrong: one line on stderr that names it, exit code 2, never a traceback."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -90,6 +92,15 @@ def test_runs_of_one_row_differ_only_in_their_seed(moved, tmp_path):
     config = other / "bags/config.yaml"
     config.write_text(config.read_text().replace("\nseed: 0", "\nseed: 1").replace("root: ", "root: /elsewhere"))
     check_comparable({"softmax": [rows / "softmax"], "bags": [rows / "bags", other / "bags"]})
+    seeds = [shutil.copytree(rows / "bags", tmp_path / name / "bags") for name in ("seed0", "seed1")]
+    for row, alike in (("softmax", True), ("softmax_x2", False)):  # each seed from a checkpoint of its own
+        for folder, start in zip(seeds, ("seed0/softmax/last.pth", f"/seed1/{row}/last.pth"), strict=True):
+            text = re.sub("init_from: .*", f"init_from: {start}", (folder / "config.yaml").read_text())
+            (folder / "config.yaml").write_text(text)
+        with (
+            contextlib.nullcontext() if alike else pytest.raises(bags.UserError, match="has detector.init_from=/seed1")
+        ):
+            check_comparable({"bags": seeds})
     config.write_text(config.read_text().replace("lr: 0.01", "lr: 0.5"))
     with pytest.raises(
         bags.UserError, match=r"other/tiny/bags: has train.lr=0.5, .*tiny/bags has 0.01: runs called bags"
