@@ -9,7 +9,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -285,8 +285,13 @@ def _detector_settings(detector: DetectorConfig) -> dict:
 
 
 def _shown(detector: DetectorConfig) -> dict[str, str]:
-    """The same settings, for the message that one of them has changed."""
-    return {f"detector.{key}": f"{value!r:.100}" for key, value in _detector_settings(detector).items()}
+    """The same settings, key by key, for the message that one of them has changed."""
+    shown: dict[str, str] = {}
+    for key, value in _detector_settings(detector).items():
+        section = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        for name, leaf in section.items() if isinstance(section, dict) else [("", section)]:
+            shown[f"detector.{key}.{name}".rstrip(".")] = f"{leaf!r:.100}"
+    return shown
 
 
 def _digest(values: object) -> str:

@@ -281,7 +281,10 @@ def test_another_store_is_refused_and_says_why(tmp_path, glyphs):
     config, detector, dataset = prepared(tmp_path, glyphs)
     folder = cached.training_store(config, detector, dataset, CPU).folder
     before = files(folder)
-    for override, reason in (("detector.rpn.train_proposals=30", "settings"), ("store.negatives=3", "settings")):
+    for override, reason in (
+        ("detector.rpn.train_proposals=30", r"detector.rpn.train_proposals \(\d+, now 30\)"),
+        ("store.negatives=3", r"store.negatives \(1024, now 3\)"),
+    ):
         other = bags.load_config(tmp_path / "configs/bags.yaml", [f"output={tmp_path / 'runs'}", override])
         with pytest.raises(UserError, match=rf"other {reason}: remove the folder"):
             cached.training_store(other, detector, dataset, CPU)
