@@ -376,7 +376,7 @@ VALUES = st.recursive(
     st.sampled_from([0, 16, 64, 1024]),
     st.sampled_from([None, 1]),
 )
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_streamed_entries_are_those_of_json(tmp_path, monkeypatch, entries, window, indent):
     """Whatever is in an entry: objects, brackets in texts, NaN, half a surrogate pair; in windows of any size."""
     monkeypatch.setattr(json_files, "WINDOW", window)
