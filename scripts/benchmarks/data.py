@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import shutil
+import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,11 @@ def data(arguments: argparse.Namespace) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "train.json")
         write_lvis_like(path, 1_270_141 if arguments.full else 127_014)
-        first, parsed = in_process(build_index, path), in_process(parse_json, path)
+        pairs = [(in_process(build_index, path), in_process(parse_json, path)) for _ in range(3)]  # in turn
+        first, parsed = (
+            {key: statistics.median(one[key] for one in side) for key in ("s", "mb")}
+            for side in zip(*pairs, strict=True)
+        )
         ours = AnnotationIndex.open(path)
         peer_name, load = peer_loader()
         identical = same_content(ours, load(path))
@@ -117,9 +123,11 @@ def same_content(ours: Any, peer: Any) -> bool:
 
 
 def build_index(path: Path) -> dict:
-    """Time and peak of the first open."""
-    from bags.data.index import AnnotationIndex
+    """Time and peak of an open that finds no index."""
+    from bags.data.index import AnnotationIndex, _cache_folders
 
+    for folder in _cache_folders(path):
+        shutil.rmtree(folder, ignore_errors=True)
     return peak(lambda: AnnotationIndex.open(path))
 
 
