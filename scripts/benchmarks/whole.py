@@ -79,8 +79,8 @@ def validate(size: tuple[int, int], images: int, iou_type: str) -> tuple[dict[st
     return totals[0], totals[1], same
 
 
-def models(size: tuple[int, int], masks: bool) -> tuple[Any, Any]:
-    """(torchvision's model, ours)."""
+def models(size: tuple[int, int], masks: bool, categories: int = CATEGORIES) -> tuple[Any, Any]:
+    """(torchvision's model, ours) with R50-FPN, threshold 0, 300 detections and the same random weights."""
     import torch
     from torchvision.models import detection
 
@@ -94,7 +94,7 @@ def models(size: tuple[int, int], masks: bool) -> tuple[Any, Any]:
     peer = make(
         weights=None,
         weights_backbone=None,
-        num_classes=CATEGORIES + 1,
+        num_classes=categories + 1,
         min_size=size[0],
         max_size=size[1],
         box_score_thresh=0.0,
@@ -103,8 +103,8 @@ def models(size: tuple[int, int], masks: bool) -> tuple[Any, Any]:
     keys = ["detector.conventions=torchvision", f"detector.min_size={size[0]}", f"detector.max_size={size[1]}"]
     keys += ["detector.framework=mask_rcnn"] * masks
     keys += ["test.score_threshold=0", f"test.max_detections={DETECTIONS}"]
-    counts = tuple([10] * CATEGORIES)
-    stats = CategoryStats(tuple(range(1, CATEGORIES + 1)), tuple(map(str, range(CATEGORIES))), counts, counts)
+    counts = tuple([10] * categories)
+    stats = CategoryStats(tuple(range(1, categories + 1)), tuple(map(str, range(categories))), counts, counts)
     ours = build_detector(override_config(config_from_dict({}), keys), stats)
     ours.load_state_dict(ours.state_dict() | translate(peer.state_dict(), "torchvision").state)
     return peer, ours

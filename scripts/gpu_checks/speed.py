@@ -75,27 +75,10 @@ def lvis_stats(number: int) -> "CategoryStats":
 
 def inference(place: Place) -> Iterator[Line]:
     """Prediction of Faster R-CNN R50-FPN at LVIS's settings against torchvision's own model of equal weights."""
-    from torchvision.models import detection
-
-    from bags.assembly.models import build_detector
-    from bags.config.load import config_from_dict, override_config
-    from bags.detectors.weights import translate
+    from scripts.benchmarks.whole import models
 
     number, size = (1203, (800, 1333)) if place.is_gpu else (20, (64, 96))
-    torch.manual_seed(0)
-    peer = detection.fasterrcnn_resnet50_fpn(
-        weights=None,
-        weights_backbone=None,
-        num_classes=number + 1,
-        min_size=size[0],
-        max_size=size[1],
-        box_score_thresh=0.0,
-        box_detections_per_img=300,
-    )
-    keys = ["detector.conventions=torchvision", f"detector.min_size={size[0]}", f"detector.max_size={size[1]}"]
-    ours: Any = build_detector(override_config(config_from_dict({}), keys), lvis_stats(number))
-    new, state = ours.state_dict(), translate(peer.state_dict(), "torchvision").state
-    ours.load_state_dict({**new, **{k: v for k, v in state.items() if v.shape == new[k].shape}})
+    peer, ours = models(size, False, number)
     images = [torch.rand(3, *size, device=place.device) for _ in range(8 if place.is_gpu else 1)]
     ours.to(place.device, memory_format=torch.channels_last).eval()
     peer.to(place.device).eval()
