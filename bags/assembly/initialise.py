@@ -17,7 +17,7 @@ from bags.core.tensor_files import check_finite
 from bags.data.findings import REMAP
 from bags.data.index import AnnotationIndex
 from bags.data.statistics import CategoryStats
-from bags.detectors.backbones import load_backbone_weights
+from bags.detectors.backbones import DeformableConv, load_backbone_weights
 from bags.detectors.faster_rcnn import FasterRCNN
 from bags.engine.checkpoint import load_checkpoint, load_weights
 
@@ -31,7 +31,8 @@ def initialise(
 
     checkpoint: the content of that file, where it is at hand.
     The classifier is loaded if its outputs stand for the same labels, in the same groups. With
-    `detector.other_categories`, everything that depends on categories stays new.
+    `detector.other_categories`, everything that depends on categories stays new. Deformable stages start equal to the
+    plain ones of a checkpoint without them.
     Raises UserError if the checkpoint has other categories or is of another detector.
     """
     path = config.init_file
@@ -65,7 +66,9 @@ def initialise(
             f"{saved.name} {'are reset by detector.reset_classifier' if same else 'are of another kind'}"
         )
     unused = [name for name in checkpoint["model"] if name not in detector.state_dict()]
-    foreign = [n for n in (*new, *unused) if not n.endswith(COUNTERS) and not n.startswith(classifiers + skip)]
+    offsets = detector.prefixes(m.offsets for m in detector.modules() if isinstance(m, DeformableConv))
+    may_be_new = classifiers + skip + offsets
+    foreign = [n for n in (*new, *unused) if not n.endswith(COUNTERS) and not n.startswith(may_be_new)]
     if foreign:
         maps = foreign[0].startswith(semantic)
         section = "data.train_semantic and data.semantic_classes" if maps else "detector section"

@@ -581,6 +581,33 @@ def test_training_starts_from_a_detector_of_other_categories(tmp_path, glyphs, t
         assert name in new or name.endswith("num_batches_tracked") or torch.equal(value, taken)
 
 
+def test_deformable_stages_start_from_a_detector_without_them(tmp_path, glyphs):
+    """Their offsets start as 0, so that both detectors find the same; the other way round is refused."""
+    detector = "{backbone: resnet18, fpn_channels: 16, roi: {fc: 16}}"
+    plain = bags.load_config(write(tmp_path, "c.yaml", f"detector: {detector}\ndevice: cpu"))
+    index = bags.AnnotationIndex.open(glyphs / "train.json")
+    stats = CategoryStats.from_index(index)
+    deformable = "detector.deformable_stages=[3, 4]"
+    images = [torch.rand(3, 64, 96)]
+    for name, keys, others in (("plain", [], [deformable]), ("deformable", [deformable], [])):
+        config = bags.load_config(tmp_path / "c.yaml", keys)
+        torch.manual_seed(1)
+        source = build_detector(config, stats).eval()
+        content = {"config": config_to_dict(config), "stats": stats.to_dict(), "model": source.state_dict()}
+        save_checkpoint(tmp_path / f"{name}.pth", content)
+        ours = bags.load_config(tmp_path / "c.yaml", [f"detector.init_from={tmp_path / name}.pth", *others])
+        torch.manual_seed(2)
+        model = build_detector(ours, stats).eval()
+        if name == "deformable":
+            with pytest.raises(bags.UserError, match="offsets.weight does not fit"):
+                initialise(model, ours, index, stats)
+            continue
+        new = initialise(model, ours, index, stats)
+        assert len(new) == 8 and all(".offsets." in n for n in new)  # 2 tensors, 2 blocks, 2 stages
+        for level, found in model.backbone(images[0][None]).items():
+            assert torch.allclose(found, source.backbone(images[0][None])[level], atol=1e-5)
+
+
 def test_torchvisions_own_weights_need_no_annotations(monkeypatch, tmp_path):
     """COCO_V1 without COCO at hand: the 80 categories come with the weights, whose eps was 0."""
     names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
