@@ -584,7 +584,7 @@ def test_training_starts_from_a_detector_of_other_categories(tmp_path, glyphs, t
 def test_deformable_stages_start_from_a_detector_without_them(tmp_path, glyphs):
     """Their offsets start as 0, so that both detectors find the same; the other way round is refused."""
     detector = "{backbone: resnet18, fpn_channels: 16, roi: {fc: 16}}"
-    plain = bags.load_config(write(tmp_path, "c.yaml", f"detector: {detector}\ndevice: cpu"))
+    write(tmp_path, "c.yaml", f"detector: {detector}\ndevice: cpu")
     index = bags.AnnotationIndex.open(glyphs / "train.json")
     stats = CategoryStats.from_index(index)
     deformable = "detector.deformable_stages=[3, 4]"
