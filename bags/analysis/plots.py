@@ -139,6 +139,28 @@ def plot_gains(path: Path | BinaryIO, gains: Mapping[str, Mapping[str, list[floa
     _save(figure, path)
 
 
+def plot_scale(path: Path | BinaryIO, costs: Mapping[str, Mapping[str, Mapping[int, float]]]) -> None:
+    """Save costs against sizes, both on logarithmic axes: a row of panels for each kind of size, seconds beside memory.
+
+    costs: the kind of size -> "what, unit" -> size -> cost. Units are s and MB; a cost of 0 is not drawn.
+    """
+    figure, grid = plt.subplots(len(costs), 2, figsize=(12, 4 * len(costs)), squeeze=False, layout="constrained")
+    for (kind, curves), panels in zip(costs.items(), grid, strict=True):
+        names = list(dict.fromkeys(what.rpartition(", ")[0] for what in curves))
+        sizes = np.array(sorted({size for of in curves.values() for size in of}))
+        for unit, axes in zip(("s", "MB"), panels, strict=True):
+            for name, colour, mark in zip(names, itertools.cycle(COLOURS + PALETTE), itertools.cycle("osD^vP")):
+                of = curves.get(f"{name}, {unit}", {})
+                axes.plot(list(of), [cost or np.nan for cost in of.values()], f"{mark}-", color=colour, label=name)
+            axes.set(xscale="log", yscale="log", xlabel=kind, ylabel={"s": "seconds", "MB": "memory (MB)"}[unit])
+            low, high = axes.get_ylim()
+            for start in 10.0 ** np.arange(-9, 9):  # as steep as what is in proportion to the size
+                axes.plot(sizes, start * sizes / sizes[0], ":", color="black", lw=0.8, alpha=0.4, zorder=0)
+            axes.set_ylim(low, high)
+        panels[1].legend(*panels[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _save(figure, path)
+
+
 def method_name(label: str) -> str:
     """The method in the label of a run: a name, a folder, or either with a remark after a colon."""
     return label.split(":")[0].rstrip("/").rpartition("/")[2]

@@ -7,6 +7,7 @@
     python scripts/tables.py --paper 1 configs/glyphs-100 --seeds 0,1,2 --save results/glyphs-100-table1.json
     python scripts/tables.py --norms figure_1.png runs/glyphs-100/softmax runs/glyphs-100-balanced/softmax
     python scripts/tables.py --gains gains.png results/*-choose.json    # what methods gain over the control, by dataset
+    python scripts/tables.py --scale scale.png results/benchmark-scale_*.json       # how costs grow with sizes
     python scripts/tables.py --render README.md docs/results/*.md         # their tables anew, from results/*.json
 
 `--paper` is 1, 2, 3, 4, fig4 or coco_lt, or methods: later ones beside BAGS, with the seconds of their training
@@ -24,7 +25,7 @@ from pathlib import Path
 from bags.cli.arguments import seeds_of, split_arguments
 from bags.cli.checks import check_save
 from bags.core.errors import UserError
-from bags.jobs.tables import compare, compare_gains, compare_norms, paper_table, render_pages
+from bags.jobs.tables import compare, compare_gains, compare_norms, compare_scale, paper_table, render_pages
 
 
 def main() -> None:
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, metavar="JSON", help="keep the numbers, the command and the environment")
     parser.add_argument("--norms", type=Path, metavar="PNG", help="draw weight norms of runs of several datasets")
     parser.add_argument("--gains", type=Path, metavar="PNG", help="draw gains over the control, of files of choose.py")
+    parser.add_argument("--scale", type=Path, metavar="PNG", help="draw costs against sizes, of files of benchmark.py")
     parser.add_argument("--render", action="store_true", help="make the tables of pages (Markdown) anew")
     arguments = parser.parse_intermixed_args()
     paths = [Path(path) for path in arguments.runs]
@@ -44,6 +46,7 @@ def main() -> None:
         "render": ("only pages: it shows numbers that --save has kept", lambda: render_pages(paths)),
         "norms": ("only run folders and annotation files", lambda: compare_norms(paths, arguments.norms)),
         "gains": ("only files that choose.py --save has kept", lambda: compare_gains(paths, arguments.gains)),
+        "scale": ("only files that benchmark.py --save has kept", lambda: compare_scale(paths, arguments.scale)),
     }
     for mode, (takes, run) in modes.items():
         if getattr(arguments, mode):

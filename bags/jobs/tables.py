@@ -109,8 +109,7 @@ def compare_norms(paths: list[Path], figure: Path) -> None:
     """
     from bags.analysis.plots import plot_norms_and_counts
 
-    if figure.suffix != ".png" or figure.is_dir():
-        raise UserError(f"--norms {figure}: expected a file to write, as in figure_1.png")
+    _check_figure("norms", figure)
     shown: dict[str, tuple[Sequence[int], np.ndarray | None]] = {}
     for path in paths:
         name, counts, norms = _counts_and_norms(path)
@@ -122,6 +121,39 @@ def compare_norms(paths: list[Path], figure: Path) -> None:
     print(f"figure: {figure}")
 
 
+def compare_scale(paths: list[Path], figure: Path) -> None:
+    """Draw how costs grow with sizes, of files of the benchmarks `scale_categories` and `scale_images`."""
+    from bags.analysis.plots import plot_scale
+    from bags.analysis.results import load_results
+
+    _check_figure("scale", figure)
+    costs: dict[str, dict[str, dict[int, float]]] = {}
+    for path in paths:
+        content = load_results(path)
+        kind = str(content.get("command", "")).partition(" scale_")[2].partition(" ")[0]
+        if kind in costs:
+            raise UserError(f"{path}: costs against {kind} are given twice")
+        try:
+            costs[kind] = {
+                case["what"]: {
+                    int(size.replace(",", "")): float(cost) for size, cost in case.items() if size[:1].isdigit()
+                }
+                for case in content["cases"]
+            }
+        except (KeyError, ValueError, TypeError):
+            kind = ""
+        if not kind or not any(costs[kind].values()):
+            raise UserError(f"{path}: expected a file that benchmark.py scale_categories or scale_images has saved")
+    plot_scale(figure, costs)
+    print(f"figure: {figure}")
+
+
+def _check_figure(option: str, figure: Path) -> None:
+    """Refuse what is no file to write a PNG to."""
+    if figure.suffix != ".png" or figure.is_dir():
+        raise UserError(f"--{option} {figure}: expected a file to write, as in {option}.png")
+
+
 GAINS = ("softmax_retrained,x4", "bags", "bags_cosine", "reweight_cls", "seesaw", "chosen, on others")
 
 
@@ -130,8 +162,7 @@ def compare_gains(paths: list[Path], figure: Path) -> None:
     from bags.analysis.plots import plot_gains
     from bags.analysis.results import load_results
 
-    if figure.suffix != ".png" or figure.is_dir():
-        raise UserError(f"--gains {figure}: expected a file to write, as in gains.png")
+    _check_figure("gains", figure)
     gains: dict[str, dict[str, list[float]]] = {}
     for path in paths:
         content = load_results(path)

@@ -123,6 +123,29 @@ def test_groups_by_confusion(job, glyphs, tmp_path):
         assert sorted(itertools.chain(*groups)) == ids and [len(group) for group in groups] == [2] * 4
 
 
+def test_costs_against_sizes_are_drawn(tmp_path):
+    """From what benchmarks save; a cost of 0 has no place on a logarithmic axis, and leaves a gap."""
+    case = {"what": "index: open, s", "1,000": 0.0, "10,000": 0.2, "100,000": 1.5, "exponent": 0.9}
+    about = {"title": "", "environment": {}, "command": "python scripts/benchmark.py scale_images --full"}
+    (tmp_path / "images.json").write_text(json.dumps(about | {"cases": [case, case | {"what": "store, MB"}]}))
+    (tmp_path / "loss.json").write_text(
+        json.dumps(about | {"command": "python scripts/benchmark.py loss", "cases": [case]})
+    )
+    (tmp_path / "odd.json").write_text(json.dumps(about | {"cases": [case | {"1,000": "slow"}]}))
+    figure = tmp_path / "scale.png"
+    done = run_script("tables", "--scale", figure, tmp_path / "images.json")
+    assert done.returncode == 0 and figure.read_bytes()[:4] == b"\x89PNG", done.stderr
+    refused = {
+        "loss.json: expected a file that benchmark.py scale_categories": ["new.png", "loss.json"],
+        "odd.json: expected a file that benchmark.py scale_categories": ["new.png", "odd.json"],
+        "costs against images are given twice": ["new.png", "images.json", "images.json"],
+        "--scale new.pdf: expected a file to write, as in scale.png": ["new.pdf", "images.json"],
+    }
+    for words, arguments in refused.items():
+        done = run_script("tables", "--scale", *arguments, cwd=tmp_path)
+        assert done.returncode == 2 and words in done.stderr and not (tmp_path / arguments[0]).exists()
+
+
 def test_gains_of_choices(tmp_path):
     """By hand: seeds are paired with their own control; what is no choice is refused, and nothing is written."""
     about = {"command": "", "environment": {}, "revisions": [], "published": {}}
