@@ -104,7 +104,7 @@ def few_images(folder: Path, overrides: list[str]) -> list[str]:
 def overfit(framework: str, classifier: str, overrides: list[str]) -> bool:
     """Trains one detector; prints its AP50, time and memory, and returns whether it has learnt the images.
 
-    bags starts from the detector of softmax, the others from nothing.
+    bags starts from the detector of softmax and learns from features of one size, the others as `overrides` say.
     """
     from bags.config.load import load_config
     from bags.core.distributed import distributed
@@ -113,9 +113,8 @@ def overfit(framework: str, classifier: str, overrides: list[str]) -> bool:
     row = DATASET / ROWS[framework]
     deep = load_config(row, overrides).detector.backbone != "small"
     settings = [*SCHEDULE, *(DEEP + SCALES.get(framework, []) if deep else []), *CLASSIFIERS[classifier]]
-    if classifier == "bags":
-        settings.append(f"detector.init_from=row:{framework}-softmax")
-    config = load_config(row, [*settings, f"name={framework}-{classifier}", *overrides])
+    stage = [f"detector.init_from=row:{framework}-softmax", "data.short_sides=[]"] if classifier == "bags" else []
+    config = load_config(row, [*settings, f"name={framework}-{classifier}", *overrides, *stage])
     reset_peak()
     start = time.perf_counter()
     with distributed(config.device) as device:
