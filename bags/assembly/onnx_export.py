@@ -19,6 +19,7 @@ from torchvision.ops import DeformConv2d
 from bags.assembly.onnx_check import Detections, Difference, compare, run
 from bags.core.errors import UserError, one_line
 from bags.core.files import replacing
+from bags.detectors.faster_rcnn import FasterRCNN
 from bags.detectors.traceable import OUTPUTS, Traceable
 
 OPSET, DEFORMABLE_OPSET = 17, 19
@@ -64,6 +65,8 @@ def export_onnx(
     check_output(path)
     onnx, runtime = _packages()
     detector = copy.deepcopy(detector).cpu().float().eval()
+    if isinstance(detector, FasterRCNN):
+        detector.precision = "fp32"
     named = _categories(detector, categories)
     generator = torch.Generator().manual_seed(0)
     generated = [torch.rand(3, *size, generator=generator) for size in GENERATED]

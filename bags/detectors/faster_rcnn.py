@@ -12,6 +12,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from bags.classifiers.base import BoxFeatures, ProposalClassifier, at_least_float32
+from bags.core.precision import autocast
 from bags.detectors.backbones import Backbone
 from bags.detectors.cascade import STAGES, CascadeRoIHeads, Stage
 from bags.detectors.conventions import CONVENTIONS, Conventions
@@ -35,14 +36,19 @@ class FasterRCNN(GeneralizedRCNN):
         rpn: RegionProposalNetwork,
         roi_heads: RoIHeads | CascadeRoIHeads,
         transform: GeneralizedRCNNTransform,
+        precision: str = "fp32",
     ) -> None:
         super().__init__(backbone, rpn, roi_heads, transform)
+        self.precision = precision  # outside training
         self._frozen = [p for p in backbone.parameters() if not p.requires_grad]
 
     def forward(self, images: list[Tensor], targets: list[dict] | None = None) -> Any:
         """See `faster_rcnn`. Raises UserError in a trace, which would hold for the traced image only."""
         refuse_tracing()
-        return super().forward(images, targets)
+        if self.training or self.precision == "fp32":
+            return super().forward(images, targets)
+        with autocast(images[0].device.type if images else "cpu", self.precision):
+            return super().forward(images, targets)
 
     def frozen_parameters(self) -> list[nn.Parameter]:
         """Parameters that are never trained."""
@@ -110,7 +116,7 @@ def faster_rcnn(
     roi_heads = _roi_heads(backbone, parts, make_classifier, settings, selection, semantic_classes)
     mean, std = list(settings.image_mean), list(settings.image_std)
     transform = parts.transform(settings.min_size, settings.max_size, mean, std)
-    return FasterRCNN(backbone, rpn, roi_heads, transform)
+    return FasterRCNN(backbone, rpn, roi_heads, transform, selection.precision)
 
 
 def _region_proposal_network(backbone: Backbone, parts: Conventions, settings: RPNSettings) -> RegionProposalNetwork:

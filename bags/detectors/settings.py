@@ -125,3 +125,7 @@ class SelectionSettings(Protocol):
     @property
     def agnostic_nms(self) -> bool:
         """Boxes of different categories suppress each other, too."""
+
+    @property
+    def precision(self) -> str:
+        """In which the detector computes outside training: fp32, bf16 or fp16; scores and boxes are float32 always."""

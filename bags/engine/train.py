@@ -22,6 +22,7 @@ from bags.classifiers.base import BoxFeatures, ProposalClassifier
 from bags.config.sections import TrainConfig
 from bags.core import distributed
 from bags.core.errors import Stopped, UserError
+from bags.core.precision import autocast
 from bags.core.progress import Progress
 from bags.core.tensor_files import check_finite
 from bags.data.samplers import TrainSampler
@@ -39,7 +40,6 @@ from bags.engine.optim import (
     train_mode,
 )
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAVED_EVERY = (200, 2000)  # iterations, of the detector and of stored features, which take a fraction of the time
 MOST_SKIPPED = 20  # steps in a row that train.nonfinite=skip leaves out
 
@@ -136,7 +136,7 @@ def optimisation_step(
         if part < parts - 1 and isinstance(run.loss_module, DistributedDataParallel):
             once = run.loss_module.no_sync()  # ranks exchange gradients after the last part
         with once:
-            with torch.autocast(device.type, PRECISIONS[config.precision], enabled=config.precision != "fp32"):
+            with autocast(device.type, config.precision):
                 losses = run.loss_module(images[part::parts], targets[part::parts])
             clock.lap("forward")
             run.scaler.scale(sum(losses.values()) / parts).backward()

@@ -95,6 +95,8 @@ def pool_rows(path: Path, overrides: Sequence[str], entries: Sequence[str]) -> l
             raise UserError(
                 f"{entry}: starts from {config.detector.init_from}, {CONTROL} from {rows[0].detector.init_from}"
             )
+        if config.test.precision != "fp32":
+            raise UserError(f"{entry}: test.precision={config.test.precision}: choose scores in fp32: leave it out")
     return rows
 
 

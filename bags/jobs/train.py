@@ -228,7 +228,8 @@ class Pass:
     def score(self) -> None:
         """Predict and score every row, from stored features where several rows share them."""
         features = None
-        if self.first.shares_features and len(self.runs) > 1 and not self.first.detector.has_masks:
+        single = all(config.test.precision == "fp32" for config in self.configs)  # as stored features are computed
+        if single and self.first.shares_features and len(self.runs) > 1 and not self.first.detector.has_masks:
             features = stored.validation_loader(self.first, _detector(self.runs[0]), self.validation, self.device)
         for config, run in zip(self.configs, self.runs, strict=True):
             file = config.run_folder / "predictions.json"

@@ -27,14 +27,16 @@ def whole(arguments: argparse.Namespace) -> list[dict]:
     """Faster and Mask R-CNN R50-FPN with 1,203 categories on images of 800 x 1333 (without --full: 160 x 256) pixels.
 
     Threshold 0, 300 detections an image. A few images are timed, after one that is not; scoring has its own 500
-    images. Seconds are those of a step times 19,809 images.
+    images. Seconds are those of a step times 19,809 images. Ours is timed in fp32, and with test.precision=bf16.
     """
     size = (800, 1333) if arguments.full else (160, 256)
     images, results = max(2, min(arguments.repeats, 5)), []
     for kind, iou_type in (("boxes", "bbox"), ("masks", "segm")):
-        ours, peer, same = validate(size, images, iou_type)
+        ours, half, peer, (same, same_half) = validate(size, images, iou_type)
         results += [_case(f"{kind}: {step}", ours[step], peer[step]) for step in STEPS if step in ours]
         results.append(_case(f"{kind}: whole", sum(ours.values()), sum(peer.values()), same))
+        results.append(_case(f"{kind}: forward, ours in bf16", half["forward"], peer["forward"]))
+        results.append(_case(f"{kind}: whole, ours in bf16", sum(half.values()), sum(peer.values()), same_half))
     return results
 
 
@@ -43,10 +45,10 @@ def _case(case: str, ours: float, peer: float, same: bool | None = None) -> dict
     return {"case": case, "ours_s": ours, "peer": name, "peer_s": peer, "ratio": peer / ours, "identical": same}
 
 
-def validate(size: tuple[int, int], images: int, iou_type: str) -> tuple[dict[str, float], dict[str, float], bool]:
-    """Seconds of the steps for 19,809 images, ours and the peer's, and whether both find the same.
+def validate(size: tuple[int, int], images: int, iou_type: str) -> tuple[Any, Any, Any, list[bool]]:
+    """Seconds of the steps for 19,809 images: ours, ours in bf16 and the peer's; whether ours find what the peer does.
 
-    The models have the same random weights.
+    The models have the same random weights. Ours is laid out in memory as evaluate.py does.
     """
     import torch
 
@@ -56,27 +58,34 @@ def validate(size: tuple[int, int], images: int, iou_type: str) -> tuple[dict[st
         write_dataset(folder, size, images + 1)
         paths = [folder / "images" / f"{k}.jpg" for k in range(1, images + 2)]
         peer_model, model = models(size, iou_type == "segm")
-        model.to(device).eval()
+        model.to(device, memory_format=torch.channels_last).eval()
         peer_model.to(device).eval()
-        ours: dict[str, list[float]] = {}
-        peer: dict[str, list[float]] = {}
-        all_found: list[dict] = []
+        records: list[dict[str, list[float]]] = [{}, {}, {}]
+        same = [True, True]
         with torch.inference_mode():
             for number, path in enumerate(paths):
-                for record, run, used in ((ours, run_ours, model), (peer, run_peer, peer_model)):
+                scores = []
+                for record, precision in zip(records, ("fp32", "bf16", None), strict=True):
+                    model.precision = precision
+                    run, used = (run_ours, model) if precision else (run_peer, peer_model)
                     seconds, found = run(used, path, number, device)
-                    all_found.append(found)
+                    scores.append(found["scores"])
                     if number:
                         for step, taken in seconds.items():
                             record.setdefault(step, []).append(taken)
-        totals = [{step: IMAGES * statistics.median(taken) for step, taken in one.items()} for one in (ours, peer)]
-        for total, scoring in zip(totals, scorings(folder, iou_type), strict=True):
+                same = [one and alike(own, scores[2]) for one, own in zip(same, scores, strict=False)]
+        totals = [{step: IMAGES * statistics.median(taken) for step, taken in one.items()} for one in records]
+        ours, peer = scorings(folder, iou_type)
+        for total, scoring in zip(totals, (ours, ours, peer), strict=True):
             total["score"] = scoring * IMAGES / SCORED
-    same = all(
-        torch.allclose(one["scores"], other["scores"], rtol=1e-4)
-        for one, other in zip(all_found[::2], all_found[1::2], strict=True)
-    )
-    return totals[0], totals[1], same
+    return totals[0], totals[1], totals[2], same
+
+
+def alike(scores: "torch.Tensor", others: "torch.Tensor") -> bool:
+    """Whether as many detections have the same scores, to 1e-4."""
+    import torch
+
+    return scores.shape == others.shape and torch.allclose(scores, others, rtol=1e-4)
 
 
 def models(size: tuple[int, int], masks: bool, categories: int = CATEGORIES) -> tuple[Any, Any]:

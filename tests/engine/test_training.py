@@ -21,6 +21,7 @@ import bags
 from bags.assembly.models import load_detector
 from bags.config.load import override_config
 from bags.core.errors import Stopped, UserError
+from bags.core.precision import PRECISIONS
 from bags.detectors.backbones import FrozenBatchNorm
 from bags.detectors.conventions import mask_targets
 from bags.engine import train as engine
@@ -100,7 +101,7 @@ def test_every_trained_parameter_gets_a_gradient(tmp_path, glyphs, framework):
             assert not missing, (part, missing)
             assert all(p.grad is None or p.grad.isfinite().all() for p in detector.parameters())
     losses = {}
-    for precision, dtype in engine.PRECISIONS.items():
+    for precision, dtype in PRECISIONS.items():
         torch.manual_seed(0)
         with torch.autocast("cpu", dtype, enabled=precision != "fp32"):
             losses[precision] = detector(images, targets)
@@ -108,6 +109,28 @@ def test_every_trained_parameter_gets_a_gradient(tmp_path, glyphs, framework):
     for precision in ("bf16", "fp16"):
         found, expected = (sum(losses[p].values()).item() for p in (precision, "fp32"))
         assert found == pytest.approx(expected, rel=0.2) and found != expected
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_detection_in_other_precisions(tmp_path, glyphs, framework):
+    """Everything is float32, and near what fp32 detects; a precision of fp32 leaves the caller's autocast as it is."""
+    shape = ["detector.roi.class_agnostic=true"] if framework != "faster_rcnn" else []
+    detector, loader = pieces(tiny(tmp_path, glyphs, f"detector.framework={framework}", *shape))
+    images, _ = next(iter(loader))
+    found = {}
+    with torch.inference_mode():
+        detector.eval()
+        for detector.precision in PRECISIONS:
+            found[detector.precision] = detector(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            detector.precision = "fp32"
+            outer = detector(images)
+    for precision, detections in found.items():
+        for one, expected in zip(detections, found["fp32"], strict=True):
+            assert all(v.dtype == torch.float32 for k, v in one.items() if k in ("boxes", "scores", "masks"))
+            best, others = one["scores"][:10], expected["scores"][:10]
+            assert torch.allclose(best, others, rtol=0.1) and torch.equal(best, others) == (precision == "fp32")
+    assert all(torch.equal(a["scores"], b["scores"]) for a, b in zip(outer, found["bf16"], strict=True))
 
 
 @pytest.mark.parametrize("classifier", ["softmax", "reweighted_softmax", "sigmoid_focal", "group_softmax"])
