@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 IMAGES, CATEGORIES, DETECTIONS = 19_809, 1203, 300  # of LVIS v1's validation
 Measured = tuple[dict[str, float], dict]  # seconds of each step of an image, and its detections
+SAME = 5e-4  # of scores; ours sums in another order, because its memory is channels-last
 SCORED = 500  # images whose scoring is timed
 STEPS = ("load", "forward", "detections", "masks", "write", "score")
 
@@ -82,10 +83,10 @@ def validate(size: tuple[int, int], images: int, iou_type: str) -> tuple[Any, An
 
 
 def alike(scores: "torch.Tensor", others: "torch.Tensor") -> bool:
-    """Whether as many detections have the same scores, to 1e-4."""
+    """Whether as many detections have the same scores, but for what another layout in memory changes."""
     import torch
 
-    return scores.shape == others.shape and torch.allclose(scores, others, rtol=1e-4)
+    return scores.shape == others.shape and torch.allclose(scores, others, rtol=SAME)
 
 
 def models(size: tuple[int, int], masks: bool, categories: int = CATEGORIES) -> tuple[Any, Any]:
