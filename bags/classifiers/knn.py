@@ -131,17 +131,21 @@ class NearestNeighbours(Softmax):
     def votes(self, queries: Tensor) -> Tensor:
         """Compute the categories' shares of the votes, [R, C], for embedded proposals [R, width]; 0 without a bank."""
         number = int((self.bank_labels > 0).sum())
-        bank, labels = self.bank[:number].to(queries.dtype), self.bank_labels[:number]
-        shares = queries.new_zeros(len(queries), self.num_categories)
         if not number:
-            return shares
-        for part, into in zip(*(x.split(max(1, DISTANCES // number)) for x in (queries, shares)), strict=True):
-            nearest = torch.cdist(part, bank).topk(min(self.neighbours, number), dim=1, largest=False)
-            squares = nearest.values**2
-            # Of vectors of length 1, half the squared distance is 1 minus the cosine.
-            distances = squares / 2 if self.metric == "cosine" else squares / squares.mean(1, True).clamp(min=1e-12)
-            into.scatter_add_(1, labels[nearest.indices] - 1, torch.softmax(-distances / self.temperature, 1))
-        return shares
+            return _no_votes(queries, self.num_categories)
+        bank, labels = self.bank[:number].to(queries.dtype), self.bank_labels[:number]
+        # A trace for ONNX is of any number of queries, which are then not divided.
+        parts = [queries] if torch.jit.is_tracing() else queries.split(max(1, DISTANCES // number))
+        return torch.cat([self._votes(part, bank, labels) for part in parts])
+
+    def _votes(self, queries: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
+        """`votes` of a few queries, among the rows [K, width] of a bank and their labels [K]."""
+        nearest = torch.cdist(queries, bank).topk(min(self.neighbours, len(bank)), dim=1, largest=False)
+        squares = nearest.values**2
+        # Of vectors of length 1, half the squared distance is 1 minus the cosine.
+        distances = squares / 2 if self.metric == "cosine" else squares / squares.mean(1, True).clamp(min=1e-12)
+        shares = _no_votes(queries, self.num_categories)
+        return shares.scatter_add(1, labels[nearest.indices] - 1, torch.softmax(-distances / self.temperature, 1))
 
     def forward(self, features: BoxFeatures) -> Tensor:
         """Compute plain logits and votes, [R, 2C + 1]."""
@@ -184,3 +188,8 @@ class _Rows:
         first = torch.searchsorted(labels, labels)  # position of each label's first row
         order = order[torch.arange(len(labels), device=labels.device) - first < most]
         return _Rows(self.features[order], self.labels[order], self.keys[order])
+
+
+def _no_votes(queries: Tensor, categories: int) -> Tensor:
+    """Zeros [R, C] for queries [R, width], of which a trace keeps no number of rows."""
+    return torch.zeros_like(queries[:, :1]).repeat(1, categories)

@@ -22,7 +22,7 @@ from bags.detectors.htc import HTCRoIHeads
 from bags.detectors.released import ReleasedRPN, ReleasedTransform, clip_boxes
 from bags.detectors.released_pixels import INCLUSIVE
 from bags.detectors.roi_heads import RoIHeads
-from bags.detectors.traceable_ops import best, length, paste, pool, resize, resize_levels, suppress
+from bags.detectors.traceable_ops import best, length, paste, pool, resize, resize_levels, sigmoid, suppress
 
 FEW = 1000  # proposals of an image up to which torchvision shifts levels apart on a CPU instead of separating them
 OUTPUTS = ("boxes", "scores", "labels", "category_ids", "masks")  # of `Traceable`; masks only with a mask branch
@@ -101,7 +101,7 @@ class Traceable(nn.Module):
         for level_logits, level_deltas in zip(logits, deltas, strict=True):
             level_logits = level_logits[0].permute(1, 2, 0).reshape(-1)
             level_deltas = level_deltas[0].reshape(-1, 4, *level_deltas.shape[2:]).permute(2, 3, 0, 1).reshape(-1, 4)
-            level_scores = level_logits.sigmoid()
+            level_scores = sigmoid(level_logits)
             top = best(level_scores if self.released else level_logits, rpn.pre_nms_top_n())
             moved = rpn.box_coder.decode_single(level_deltas[top], anchors[start + top])
             start = start + length(level_logits)

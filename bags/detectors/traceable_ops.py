@@ -26,6 +26,11 @@ def _numbers(end: Tensor) -> Tensor:
     return torch.arange(cast(Any, end))
 
 
+def sigmoid(logits: Tensor) -> Tensor:
+    """Sigmoids whose order is that of the logits; ONNX Runtime's own operator gives all below -18 the same value."""
+    return 1 / (1 + (-logits).exp())
+
+
 def best(scores: Tensor, number: int) -> Tensor:
     """Indices of the `number` highest of [N] scores, by falling score; of all where N is smaller."""
     return scores.topk(cast(Any, length(scores).clamp(max=number))).indices

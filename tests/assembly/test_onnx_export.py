@@ -25,7 +25,7 @@ from bags.detectors.masks import crops
 from bags.detectors.masks import paste as paste_eagerly
 from bags.detectors.released_pixels import resize_image
 from bags.detectors.traceable import Traceable, _expanded
-from bags.detectors.traceable_ops import paste, resize, resize_levels, suppress
+from bags.detectors.traceable_ops import paste, resize, resize_levels, sigmoid, suppress
 from bags.engine.checkpoint import write_checkpoint
 
 STATS = CategoryStats((3, 5, 9, 11), ("a", "b", "c", "d"), (5, 500, 50, 2000), (4, 300, 40, 900))
@@ -169,7 +169,17 @@ def test_a_balanced_detector_of_torchvision(tmp_path):
 
 
 NAMES = ["bags_cosine", "simcal", "tau_norm_select", "eql_v2", "groups", "norcal", "sigmoid", "ecm", "gumbel", "iif"]
-NAMES += ["ldam", "fracal", "fracal_sigmoid", "logit_normalisation", "disalign", "bacl", "loce", "bags_euclidean"]
+NAMES += [
+    "ldam",
+    "fracal",
+    "fracal_sigmoid",
+    "logit_normalisation",
+    "disalign",
+    "bacl",
+    "loce",
+    "bags_euclidean",
+    "knn",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -179,10 +189,14 @@ def test_classifiers_in_onnx_runtime(name, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
     pair = [settings(method).classifier.build(6, 6, STATS) for method in (name, "bags")]
+    if name == "knn":
+        with torch.no_grad():
+            fc = torch.randn(40, 6)
+            pair[0].fit([(bags.BoxFeatures(fc[:, :, None, None], fc), torch.arange(40) % (STATS.num_categories + 1))])
     average = bags.Average(pair, (1, 3))
 
     class Scores(torch.nn.Module):
-        """Features [4, 6] -> scores of the classifier and of the average."""
+        """Features [R, 6] -> scores of the classifier and of the average."""
 
         def __init__(self):
             super().__init__()
@@ -197,11 +211,31 @@ def test_classifiers_in_onnx_runtime(name, tmp_path):
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape))
-        torch.onnx.export(module, (torch.randn(4, 6),), file, dynamo=False, opset_version=17, input_names=["fc"])
-        fc = torch.randn(4, 6)
+        about = {"opset_version": 17, "input_names": ["fc"], "dynamic_axes": {"fc": {0: "proposals"}}}
+        torch.onnx.export(module, (torch.randn(4, 6),), file, dynamo=False, **about)
+        fc = torch.randn(7, 6)
         found = runtime.InferenceSession(file).run(None, {"fc": fc.numpy()})
         for ours, expected in zip(found, module(fc), strict=True):
             torch.testing.assert_close(torch.from_numpy(ours), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sigmoids_keep_the_order_of_very_low_logits(tmp_path):
+    """Proposals that are certainly background are ordered, too; the runtime's own operator makes them equal."""
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+
+    class Sigmoids(torch.nn.Module):
+        """Both kinds."""
+
+        def forward(self, logits):
+            """See the class."""
+            return sigmoid(logits), logits.sigmoid()
+
+    logits = torch.linspace(-40, 15, 200)
+    torch.onnx.export(Sigmoids(), (logits,), tmp_path / "s.onnx", dynamo=False, opset_version=17, input_names=["z"])
+    ours, theirs = runtime.InferenceSession(tmp_path / "s.onnx").run(None, {"z": logits.numpy()})
+    torch.testing.assert_close(torch.from_numpy(ours), torch.sigmoid(logits), rtol=1e-6, atol=0)
+    assert (ours[1:] > ours[:-1]).all() and not (theirs[1:] > theirs[:-1]).all()
 
 
 def test_a_difference_is_told_and_no_file_stays(tmp_path, monkeypatch):
