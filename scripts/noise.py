@@ -21,12 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from bags.cli.checks import check_draws
 from bags.core.errors import UserError, run_script
 from bags.evaluation import selection
 from bags.evaluation.comparison import IOUS, Detections
 from bags.evaluation.selection import Choice, File, Mixture, Validation
 
 SHAPES = ("20x5", "150x5", "20x100", "150x100")  # images x categories
+
+MOST = 100_000  # images and categories of a simulated data set
 
 
 def main() -> None:
@@ -41,9 +44,14 @@ def main() -> None:
     for shape in arguments.shapes:
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape) or int(shape.partition("x")[0]) < 5:
             raise UserError(f"--shapes {shape}: expected IMAGESxCATEGORIES, as 20x5, with 5 images or more")
+        if max(map(int, shape.split("x"))) > MOST:
+            raise UserError(f"--shapes {shape}: expected at most {MOST} images and categories")
     for name, least in (("data_sets", 1), ("rows", 2), ("draws", 100)):
         if getattr(arguments, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected {least} or more")
+    check_draws(arguments.draws)
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed}: expected 0 or more")
     print(f"{'shape':<10} {'data sets':>9} {'holds 0':>8} {'better':>7} {'honest gain':>16} {'optimistic gain':>16}")
     good = [report(shape, arguments) for shape in arguments.shapes]
     sys.exit(0 if all(good) else 1)

@@ -111,12 +111,16 @@ def load_results(path: Path) -> dict:
         content = json.loads(read_text(path))
         if "cases" in content:
             render_cases(content["cases"])
+            if not all(isinstance(case.get("what", case.get("case")), str) for case in content["cases"]):
+                raise TypeError
             return content
         content["rows"] = {
             name: [{key: math.nan if value is None else float(value) for key, value in run.items()} for run in runs]
             for name, runs in content["rows"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        for numbers in content.get("published", {}).values():
+            dict(numbers)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         words = "missing, or not the numbers that --save writes; give the path of such a file"
         raise UserError(f"{path}: {words}") from None
     return content

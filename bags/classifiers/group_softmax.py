@@ -196,9 +196,8 @@ class GroupSoftmax(ProposalClassifier):
         """Spread logits [R, D] over the columns of the full layout, [R, L], at least float32."""
         logits = at_least_float32(logits)
         if self.variant:
-            logits = (
-                self.constants.to(logits.dtype).repeat(logits.shape[0], 1).index_copy(1, self.learned_columns, logits)
-            )
+            constants = self.constants.to(logits.dtype).repeat(logits.shape[0], 1)
+            logits = constants.index_copy(1, self.learned_columns, logits)
         return logits if self.log_factors is None else logits * self._by_column(self.log_factors.exp(), logits)
 
     def _by_column(self, of_group: Tensor, logits: Tensor) -> Tensor:

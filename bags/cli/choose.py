@@ -35,7 +35,7 @@ def main() -> None:
     """Parse the command line; rows, the choice, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="+", help="a dataset, and section.key=value overrides for all rows")
-    parser.add_argument("--pool", default="quick", help=f"{' or '.join(POOLS)} (default quick)")
+    parser.add_argument("--pool", help=f"{' or '.join(POOLS)} (default quick)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="rows instead of a pool's; the control is added")
     parser.add_argument("--metric", default="AP", help="AP (default), AP50, AP_tail, AP1, APr, AP_fixed, ...")
     parser.add_argument(
@@ -51,6 +51,8 @@ def main() -> None:
     paths, overrides = split_arguments(arguments.config)
     if len(paths) != 1:
         raise UserError(f"{', '.join(map(str, paths)) or 'no configuration'}: expected one dataset")
+    if arguments.pool is not None and arguments.rows:
+        raise UserError("--pool and --rows: expected one of them")
     check_draws(arguments.draws)
     if arguments.draws < 100:
         raise UserError(f"--draws {arguments.draws}: expected 100 or more, for an interval of 95 %")
@@ -63,7 +65,7 @@ def main() -> None:
             overrides,
             seeds,
             arguments.save,
-            pool=arguments.rows or arguments.pool,
+            pool=arguments.rows or ("quick" if arguments.pool is None else arguments.pool),
             metric=arguments.metric,
             folds=arguments.folds,
             draws=arguments.draws,

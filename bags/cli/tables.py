@@ -48,6 +48,9 @@ def main() -> None:
         "gains": ("only files that choose.py --save has kept", lambda: compare_gains(paths, arguments.gains)),
         "scale": ("only files that benchmark.py --save has kept", lambda: compare_scale(paths, arguments.scale)),
     }
+    chosen = [mode for mode in modes if getattr(arguments, mode)]
+    if len(chosen) > 1:
+        raise UserError(f"--{chosen[0]} and --{chosen[1]}: expected one of them in a command")
     for mode, (takes, run) in modes.items():
         if getattr(arguments, mode):
             if arguments.save or arguments.paper or arguments.seeds:

@@ -137,8 +137,9 @@ def make_coco_lt(
     in_images = Counter(category for _, category in {(a["image_id"], a["category_id"]) for a in kept})
     for category in content["categories"]:
         category |= {"instance_count": counts[category["id"]], "image_count": in_images[category["id"]]}
+    text = as_json(content, source)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, as_json(content, source))
+    write_text(output, text)
     return {category: counts[category] for category in by_category}
 
 

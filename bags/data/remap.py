@@ -47,8 +47,9 @@ def remap_categories(source: Path, like: Path, output: Path) -> tuple[int, int, 
                     odd[image["id"]] = None
                 image[name] = known
     content["categories"] = wanted
+    text = as_json(content, source)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, as_json(content, source))
+    write_text(output, text)
     return len(content["annotations"]), len(wanted), list(odd)
 
 

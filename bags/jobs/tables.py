@@ -1,5 +1,7 @@
 """Compare finished runs, and make the paper's tables of them."""
 
+import contextlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,16 +135,16 @@ def compare_scale(paths: list[Path], figure: Path) -> None:
         kind = str(content.get("command", "")).partition(" scale_")[2].partition(" ")[0]
         if kind in costs:
             raise UserError(f"{path}: costs against {kind} are given twice")
-        try:
+        costs[kind] = {}
+        with contextlib.suppress(KeyError, ValueError, TypeError):
             costs[kind] = {
                 case["what"]: {
                     int(size.replace(",", "")): float(cost) for size, cost in case.items() if size[:1].isdigit()
                 }
                 for case in content["cases"]
             }
-        except (KeyError, ValueError, TypeError):
-            kind = ""
-        if not kind or not any(costs[kind].values()):
+        numbers = [cost for of in costs[kind].values() for cost in of.values()]
+        if kind not in ("categories", "images") or not any(numbers) or not all(0 <= n < math.inf for n in numbers):
             raise UserError(f"{path}: expected a file that benchmark.py scale_categories or scale_images has saved")
     plot_scale(figure, costs)
     print(f"figure: {figure}")
@@ -171,8 +173,11 @@ def compare_gains(paths: list[Path], figure: Path) -> None:
             raise UserError(f"{path}: expected a file that choose.py --save has kept")
         if name in gains:
             raise UserError(f"{path}: {name} is given twice")
-        control = [run["AP"] for run in rows["softmax_retrained"]]
-        of_rows = {row: [run["AP"] for run in rows[row]] for row in GAINS if row in rows}
+        shown = [row for row in ("softmax_retrained", *GAINS) if row in rows]
+        control, *others = ([run.get("AP") for run in rows[row]] for row in shown)
+        if not control or any(len(runs) != len(control) or None in runs for runs in (control, *others)):
+            raise UserError(f"{path}: expected AP of as many runs in each row (choose.py --metric AP_fixed saves none)")
+        of_rows = dict(zip(shown[1:], others, strict=True))
         gains[name] = {row: [a - b for a, b in zip(runs, control, strict=True)] for row, runs in of_rows.items()}
         gains[name]["control"] = control
     print(f"\n{render_gains(gains, GAINS)}")

@@ -132,12 +132,14 @@ def test_costs_against_sizes_are_drawn(tmp_path):
         json.dumps(about | {"command": "python scripts/benchmark.py loss", "cases": [case]})
     )
     (tmp_path / "odd.json").write_text(json.dumps(about | {"cases": [case | {"1,000": "slow"}]}))
+    (tmp_path / "low.json").write_text(json.dumps(about | {"cases": [case | {"1,000": -2}]}))
     figure = tmp_path / "scale.png"
     done = run_script("tables", "--scale", figure, tmp_path / "images.json")
     assert done.returncode == 0 and figure.read_bytes()[:4] == b"\x89PNG", done.stderr
     refused = {
         "loss.json: expected a file that benchmark.py scale_categories": ["new.png", "loss.json"],
         "odd.json: expected a file that benchmark.py scale_categories": ["new.png", "odd.json"],
+        "low.json: expected a file that benchmark.py scale_categories": ["new.png", "low.json"],
         "costs against images are given twice": ["new.png", "images.json", "images.json"],
         "--scale new.pdf: expected a file to write, as in scale.png": ["new.pdf", "images.json"],
     }
@@ -161,6 +163,15 @@ def test_gains_of_choices(tmp_path):
     assert lines[2] == ["a", "30.0 ±14.1", "-", "+3.0 ±2.8", "-", "-", "-", "+10.0 ±0.0"]
     assert lines[3] == ["b", "20.0", "-", "-", "-", "-", "-", "+10.0"]
     (tmp_path / "c.json").write_text(json.dumps(content | {"rows": {"bags": [{"AP": 0.1}]}}))
-    for files, words in ((["c.json"], "c.json: expected a file that"), (["a.json", "a.json"], "a is given twice")):
+    fixed = {row: [{"AP_fixed": 0.1}] for row in rows}  # of choose.py --metric AP_fixed
+    (tmp_path / "d.json").write_text(json.dumps(content | {"rows": fixed}))
+    (tmp_path / "e.json").write_text(json.dumps(content | {"rows": one | {"bags": [{"AP": 0.1}, {"AP": 0.2}]}}))
+    (tmp_path / "f.json").write_text(json.dumps(content | {"published": [1]}))
+    (tmp_path / "g.json").write_text(json.dumps(about | {"title": "", "cases": []}))
+    cases = [(["c.json"], "c.json: expected a file that"), (["a.json", "a.json"], "a is given twice")]
+    cases += [([f"{name}.json"], f"{name}.json: expected AP of as many runs") for name in "de"]
+    cases += [([f"{name}.json"], f"{name}.json: missing, or not the numbers") for name in "fg"]
+    cases.append((["a.json", "--scale", "new.png"], "--gains and --scale: expected one of them"))
+    for files, words in cases:
         done = run_script("tables", "--gains", "new.png", *files, cwd=tmp_path)
         assert done.returncode == 2 and words in done.stderr and not (tmp_path / "new.png").exists()

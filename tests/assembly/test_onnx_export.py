@@ -169,17 +169,8 @@ def test_a_balanced_detector_of_torchvision(tmp_path):
 
 
 NAMES = ["bags_cosine", "simcal", "tau_norm_select", "eql_v2", "groups", "norcal", "sigmoid", "ecm", "gumbel", "iif"]
-NAMES += [
-    "ldam",
-    "fracal",
-    "fracal_sigmoid",
-    "logit_normalisation",
-    "disalign",
-    "bacl",
-    "loce",
-    "bags_euclidean",
-    "knn",
-]
+NAMES += ["ldam", "fracal", "fracal_sigmoid", "logit_normalisation", "disalign", "bacl", "loce", "knn"]
+NAMES += ["bags_euclidean"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -231,7 +222,7 @@ def test_sigmoids_keep_the_order_of_very_low_logits(tmp_path):
             """See the class."""
             return sigmoid(logits), logits.sigmoid()
 
-    logits = torch.linspace(-40, 15, 200)
+    logits = torch.linspace(-40, 0, 200)
     torch.onnx.export(Sigmoids(), (logits,), tmp_path / "s.onnx", dynamo=False, opset_version=17, input_names=["z"])
     ours, theirs = runtime.InferenceSession(tmp_path / "s.onnx").run(None, {"z": logits.numpy()})
     torch.testing.assert_close(torch.from_numpy(ours), torch.sigmoid(logits), rtol=1e-6, atol=0)

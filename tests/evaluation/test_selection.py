@@ -310,6 +310,9 @@ def test_nothing_but_noise():
         (["--shapes", "x"], "--shapes x: expected IMAGESxCATEGORIES"),
         (["--data-sets", "0"], "--data-sets 0: expected 1 or more"),
         (["--rows", "1"], "--rows 1: expected 2 or more"),
+        (["--seed", "-1"], "--seed -1: expected 0 or more"),
+        (["--draws", "99999999999"], "--draws 99999999999: expected 0 to"),
+        (["--shapes", "9999999999x5"], "--shapes 9999999999x5: expected at most 100000 images and categories"),
     ],
 )
 def test_noise_refuses(arguments, words):

@@ -275,6 +275,7 @@ MISTAKES = [
     (["--folds", "1"], "--folds 1: expected 2 to 8"),
     (["--draws", "10"], "--draws 10: expected 100 or more"),
     (["test.precision=bf16"], "test.precision=bf16: choose scores in fp32: leave it out"),
+    (["--pool", "full", "--rows", "bags"], "--pool and --rows: expected one of them"),
     (["name=x"], "name=: each row of the pool has a name of its own: leave it out"),
     (["--test", "missing.json"], "missing.json"),
     (["--test-images", "."], "--test-images .: expected --test"),
