@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from bags.core.errors import UserError
 from bags.data.images import read_image
-from bags.data.prepared import Origin, Split, clipped, image_folders, lines_of, prepare, trained_categories
+from bags.data.prepared import Made, Origin, Split, clipped, image_folders, lines_of, prepare, trained_categories
 
 ORIGIN = Origin("angelina", "IlyaOvodov/AngelinaDataset", "e13038d483bb58e17046d640e078dc4768276e9b", "books/train.txt")
 GROUPS = ("books", "handwritten")  # folders with train.txt and val.txt
+PAGES = 240
 SCALE = 0.625
 LEAST_OBJECTS = 3  # that a tile needs, crowd regions not counted
 LEAST_SIDE = 2  # pixels of a clipped box
@@ -24,27 +25,38 @@ QUALITY = 85
 
 def prepare_angelina(source: Path, output: Path) -> Path:
     """Make the tiles and instances_{train,val}.json of Angelina; see `prepare`."""
-    return prepare(ORIGIN, source, output, _make)
+    return prepare(ORIGIN, source, output, _make, PAGES)
 
 
-def _make(source: Path, folder: Path) -> tuple[dict[str, Split], list[str], str]:
+def _make(source: Path, folder: Path) -> Made:
     """Cut the pages of all lists, books first. Ids begin at 1 in each split."""
     pages = {split: _pages(source, split) for split in ("train", "val")}
-    splits = {name: Split([], []) for name in pages}
+    splits = {name: Split(", ".join(str(path) for path in _lists(source, name))) for name in pages}
     image_folders(folder, tuple(splits))
-    with tqdm(total=sum(map(len, pages.values())), desc="angelina", unit="page") as progress:
+    number = sum(map(len, pages.values()))
+    with tqdm(total=number, desc="angelina", unit="page") as progress:
         for split, paths in pages.items():
             for path in paths:
                 name = "-".join(path.relative_to(source).with_suffix("").parts).replace(".", "_")
                 _cut(path, folder / split, name, splits[split])
                 progress.update()
-    return splits, trained_categories(splits["train"]), "angelina {split}"
+    return Made(splits, trained_categories(splits["train"]), "angelina {split}", number)
+
+
+def _lists(source: Path, split: str) -> list[Path]:
+    """The lists of a split."""
+    return [source / group / f"{split}.txt" for group in GROUPS]
 
 
 def _pages(source: Path, split: str) -> list[Path]:
-    """The photographs of a split. The lists have Windows' separators."""
-    lists = [(source / group / f"{split}.txt", source / group) for group in GROUPS]
-    return [base / line.replace("\\", "/") for path, base in lists for _, line in lines_of(path)]
+    """The photographs of a split. The lists have Windows' separators. Raises UserError for an empty list."""
+    pages: list[Path] = []
+    for path in _lists(source, split):
+        lines = [line for _, line in lines_of(path)]
+        if not lines:
+            raise UserError(f"{path}: names no page; the checkout is not complete: fetch it again")
+        pages += [path.parent / line.replace("\\", "/") for line in lines]
+    return pages
 
 
 def _cut(path: Path, folder: Path, name: str, split: Split) -> None:

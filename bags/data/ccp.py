@@ -18,11 +18,12 @@ from tqdm import tqdm
 from bags.core.errors import UserError
 from bags.data.images import read_image
 from bags.data.matlab import read_matrix
-from bags.data.prepared import Origin, Split, image_folders, prepare, trained_categories
+from bags.data.prepared import Made, Origin, Split, image_folders, prepare, trained_categories
 
 ORIGIN = Origin(
     "ccp", "bearpaw/clothing-co-parsing", "fe34fb77721a9973fbae92c05f7f12b664d10110", "annotations/pixel-level"
 )
+PHOTOGRAPHS = 1004
 LONGEST_SIDE = 640
 QUALITIES = (85, 72)  # the reference images were compressed twice
 REACH = 2  # pixels; gaps of up to 2 * REACH within a part are closed
@@ -50,17 +51,17 @@ VAL = """
 
 def prepare_ccp(source: Path, output: Path) -> Path:
     """Make the images and instances_{train,val}.json of Clothing Co-Parsing; see `prepare`."""
-    return prepare(ORIGIN, source, output, _make)
+    return prepare(ORIGIN, source, output, _make, PHOTOGRAPHS)
 
 
-def _make(source: Path, folder: Path) -> tuple[dict[str, Split], list[str], str]:
+def _make(source: Path, folder: Path) -> Made:
     """Convert all photographs with labels, in the order of their numbers. Ids begin at 1 in each split."""
     files = sorted((source / ORIGIN.mark).glob("*.mat"))
     if not files:
         raise UserError(f"{source / ORIGIN.mark}: expected the MAT-files of {ORIGIN.repository}")
     names = read_matrix(source / "label_list.mat", "label_list")
     validation = set(map(int, VAL.split()))
-    splits = {name: Split([], []) for name in ("train", "val")}
+    splits = {name: Split(str(source / ORIGIN.mark)) for name in ("train", "val")}
     image_folders(folder, tuple(splits))
     for path in tqdm(files, desc="ccp", unit="photograph"):
         labels = read_matrix(path, "groundtruth")
@@ -75,7 +76,7 @@ def _make(source: Path, folder: Path) -> tuple[dict[str, Split], list[str], str]
         for category, mask in objects_of(labels, names):
             entry = {"id": len(split.annotations) + 1, "image_id": image["id"], "category": category}
             split.annotations.append(entry | describe(mask, size))
-    return splits, trained_categories(splits["train"]), "ccp {split}"
+    return Made(splits, trained_categories(splits["train"]), "ccp {split}", len(files))
 
 
 def _photograph(path: Path, shape: tuple[int, ...], output: Path) -> tuple[int, int]:

@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from bags.core.errors import UserError
 from bags.core.files import read_bytes
-from bags.data.prepared import Origin, Split, clipped, image_folders, lines_of, prepare, trained_categories
+from bags.data.prepared import Made, Origin, Split, clipped, image_folders, lines_of, prepare, trained_categories
 
 ORIGIN = Origin(
     "muscima", "OMR-Research/muscima-pp", "9a1aa68d0ebd1169aad06621524139b944378be8", "v2.0/data/annotations"
 )
+PAGES = 140
 TEST_LIST = "v2.0/specifications/testset-independent.txt"  # its writers are in no other page
 VAL_WRITERS = (4, 16, 25, 37, 47)
 TILE = 416
@@ -52,16 +53,16 @@ class Symbol:
 
 def prepare_muscima(source: Path, output: Path) -> Path:
     """Make the tiles and instances_{train,val,test}.json of MUSCIMA++; see `prepare`."""
-    return prepare(ORIGIN, source, output, _make)
+    return prepare(ORIGIN, source, output, _make, PAGES)
 
 
-def _make(source: Path, folder: Path) -> tuple[dict[str, Split], list[str], str]:
+def _make(source: Path, folder: Path) -> Made:
     """Draw and cut all pages, in the order of their names. Ids count on over the splits."""
     pages = sorted((source / ORIGIN.mark).glob("*.xml"))
     if not pages:
         raise UserError(f"{source / ORIGIN.mark}: expected the XML files of {ORIGIN.repository}, one for each page")
     test = {line for _, line in lines_of(source / TEST_LIST)}
-    splits = {name: Split([], []) for name in ("train", "val", "test")}
+    splits = {name: Split(str(source / ORIGIN.mark)) for name in ("train", "val", "test")}
     image_folders(folder, tuple(splits))
     image_id = annotation_id = 0
     for path in tqdm(pages, desc="muscima", unit="page"):
@@ -81,7 +82,8 @@ def _make(source: Path, folder: Path) -> tuple[dict[str, Split], list[str], str]
             for number, values in enumerate(objects, start=annotation_id + 1):
                 splits[split].annotations.append({"id": number, "image_id": image_id, **values})
             annotation_id += len(objects)
-    return splits, trained_categories(splits["train"]), "MUSCIMA++ v2.0 mask renders, tiles: {split}"
+    categories = trained_categories(splits["train"])
+    return Made(splits, categories, "MUSCIMA++ v2.0 mask renders, tiles: {split}", len(pages))
 
 
 def _writer(path: Path) -> int:
@@ -93,11 +95,15 @@ def _writer(path: Path) -> int:
 
 
 def read_symbols(path: Path) -> list[Symbol]:
-    """The symbols of a page in the order of its file. Raises UserError for a file that is damaged."""
+    """The symbols of a page in the order of its file. Raises UserError for a file that is damaged or has none."""
+    content = read_bytes(path)
     try:
-        nodes = list(ET.fromstring(read_bytes(path)).iter("Node"))
-    except ET.ParseError as error:
+        root = ET.fromstring(content)
+    except (ET.ParseError, LookupError, ValueError) as error:  # the last two: encodings that are not known
         raise UserError(f"{path}: is not valid XML ({error}); fetch the checkout again") from None
+    nodes = list(root.iter("Node"))
+    if root.tag != "Nodes" or not nodes:
+        raise UserError(f"{path}: expected the element Nodes with a Node for each symbol; fetch the checkout again")
     return [_symbol(path, node) for node in nodes]
 
 

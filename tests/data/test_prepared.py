@@ -169,6 +169,9 @@ def test_muscima_refuses_damage(music, tmp_path):
     page = music / "v2.0/data/annotations/CVC-MUSCIMA_W-01_N-01_D-ideal.xml"
     for text, words in (
         ("<Nodes><Node>", "is not valid XML"),
+        ("<?xml version='1.0' encoding='none'?><Nodes/>", "is not valid XML"),
+        ("<Nodes></Nodes>", "W-01_N-01_D-ideal.xml: expected the element Nodes with a Node"),
+        (f"<html>{node(8, 'stem', 1, 1, 2, 2)}</html>", "expected the element Nodes"),
         (f"<Nodes>{node(8, 'stem', 1, 1, 2, 2, '1:3')}</Nodes>", "node 8: expected Left, Top"),
         (f"<Nodes>{node(8, 'stem', 1, 1, 2, 2, '1:x')}</Nodes>", "node 8: expected Left, Top"),
         (f"<Nodes>{node(8, 'stem', -1, 1, 2, 2)}</Nodes>", "node 8: expected Left, Top"),
@@ -219,6 +222,13 @@ def test_angelina_refuses_damaged_lines(tmp_path, line):
     path.write_text(f"0;0;1;1;1\n\n{line}\n")
     with pytest.raises(bags.UserError, match=r"p\.csv: line 3: expected left;top;right;bottom;pattern"):
         read_boxes(path, (10, 10))
+
+
+def test_angelina_refuses_an_empty_list(braille, tmp_path):
+    (braille / "handwritten/val.txt").write_text("\n")
+    with pytest.raises(bags.UserError, match=r"handwritten/val\.txt: names no page"):
+        prepare_angelina(braille, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["AngelinaDataset"]
 
 
 # --------------------------------------------------------------------------- Clothing Co-Parsing
@@ -373,6 +383,53 @@ def test_nothing_half_made_remains(braille, tmp_path):
     files = sorted(path.name for path in prepare_angelina(braille, output).iterdir())
     assert files == ["instances_train.json", "instances_val.json", "settings.json", "train", "val"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["AngelinaDataset", "angelina"]
+
+
+def without_objects(source):
+    """Empty a file of each page of train below a checkout of Angelina."""
+    for path in source.glob("*/train/*.csv"):
+        path.write_text("")
+
+
+def only_null(source):
+    """Make all labels of ccp's photograph of val null."""
+    labels_file(source / "annotations/pixel-level/0007.mat", np.zeros((160, 320), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("checkout", "prepare", "damage", "words"),
+    [
+        ("music", prepare_muscima, "data/annotations/CVC-MUSCIMA_W-01_N-01_D-ideal.xml", "train would have no images"),
+        ("music", prepare_muscima, "data/annotations/CVC-MUSCIMA_W-04_N-01_D-ideal.xml", "val would have no images"),
+        ("clothes", prepare_ccp, "pixel-level/0001.mat", "pixel-level: train would have no images"),
+        ("clothes", prepare_ccp, "pixel-level/0007.mat", "pixel-level: val would have no images"),
+        ("clothes", prepare_ccp, only_null, "val would have no objects of the categories in train; the checkout is"),
+        ("braille", prepare_angelina, without_objects, r"books/train.txt, .*/train.txt: train would have no images"),
+    ],
+)
+def test_partial_checkouts(checkout, prepare, damage, words, request, tmp_path):
+    """A split without images or objects is refused, and nothing of the dataset stays. A text: the file to remove."""
+    source = request.getfixturevalue(checkout)
+    if callable(damage):
+        damage(source)
+    else:
+        (path,) = (path for path in source.rglob("*.*") if str(path).endswith(damage))
+        path.unlink()
+    with pytest.raises(bags.UserError, match=words):
+        prepare(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
+def test_a_note_on_the_number_of_pages(braille, tmp_path, capsys, monkeypatch):
+    """It comes with each call, and not with as many pages as were published."""
+    words = "out: is made of 4 pages or photographs, and 240 were published: is the checkout complete?"
+    for _ in range(2):
+        prepare_angelina(braille, tmp_path / "out")
+        assert capsys.readouterr().err.count(words) == 1
+    monkeypatch.setattr("bags.data.angelina.PAGES", 4)
+    for _ in range(2):
+        prepare_angelina(braille, tmp_path / "whole")
+        assert "note" not in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------- the real sources
