@@ -17,7 +17,7 @@ from bags.data.angelina import object_in, prepare_angelina, read_boxes
 from bags.data.ccp import connected_parts, describe, objects_of, prepare_ccp
 from bags.data.index import AnnotationIndex
 from bags.data.matlab import read_matrix
-from bags.data.muscima import TILE, prepare_muscima
+from bags.data.muscima import TILE, prepare_muscima, read_symbols
 
 CHECKOUTS = Path(os.environ.get("BAGS_TEST_SOURCES", "none"))  # muscima-pp, AngelinaDataset, clothing-co-parsing
 
@@ -172,14 +172,57 @@ def test_muscima_refuses_damage(music, tmp_path):
         ("<?xml version='1.0' encoding='none'?><Nodes/>", "is not valid XML"),
         ("<Nodes></Nodes>", "W-01_N-01_D-ideal.xml: expected the element Nodes with a Node"),
         (f"<html>{node(8, 'stem', 1, 1, 2, 2)}</html>", "expected the element Nodes"),
-        (f"<Nodes>{node(8, 'stem', 1, 1, 2, 2, '1:3')}</Nodes>", "node 8: expected Left, Top"),
-        (f"<Nodes>{node(8, 'stem', 1, 1, 2, 2, '1:x')}</Nodes>", "node 8: expected Left, Top"),
-        (f"<Nodes>{node(8, 'stem', -1, 1, 2, 2)}</Nodes>", "node 8: expected Left, Top"),
     ):
         page.write_text(text)
         with pytest.raises(bags.UserError, match=words):
             prepare_muscima(music, tmp_path / "tiles")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["muscima-pp"]
+
+
+@pytest.mark.parametrize("mask", ["1:3", "1:x", "1:-1 0:5", "2:4", "257:4", "-1:4", "1:2:1 1:1:0", "1 0", "0:4 1"])
+def test_muscima_refuses_damaged_masks(tmp_path, mask):
+    page = tmp_path / "page.xml"
+    page.write_text(f"<Nodes>{node(8, 'stem', 1, 1, 2, 2, mask)}</Nodes>")
+    with pytest.raises(bags.UserError, match=r"page\.xml: node 8: expected ClassName, Left, Top"):
+        read_symbols(page)
+
+
+@pytest.mark.parametrize(
+    "symbol",
+    [
+        ("stem", -1, 1, 2, 2, "1:4"),
+        ("stem", 1, 1, 0, 0, "1:0"),
+        ("stem", 1, 1, -2, -2, "1:4"),
+        ("", 1, 1, 2, 2, "1:4"),
+        ("stem", 8191, 1, 2, 2, "1:4"),
+        ("stem", 10**12, 1, 2, 2, "1:4"),
+        ("stem", 1, 1, 10**6, 10**6, f"1:{10**12}"),
+        ("stem", 1, 1, 2, 2, f"1:{10**12}"),
+        ("stem", 1, 1, 2, 2, f"1:{2**63}"),
+        ("stem", 1, 1, 2, 2, f"1:{2**63 - 1} 0:{2**63 - 1} 1:6"),  # 4 in 64 bits
+    ],
+)
+def test_muscima_refuses_impossible_symbols(tmp_path, symbol):
+    """Places, sizes and run lengths beyond a page, without the memory that they ask for."""
+    page = tmp_path / "page.xml"
+    page.write_text(f"<Nodes>{node(8, *symbol)}</Nodes>")
+    with pytest.raises(bags.UserError, match=r"page\.xml: node 8: expected ClassName, Left, Top"):
+        read_symbols(page)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("\n", "independent.txt: names no page"),
+        ("CVC-MUSCIMA_W-12_N-01_D-ideal\nCVC-MUSCIMA_W-12_N-01_D-ideal.xml\n", r"line 2: expected the name, without"),
+    ],
+)
+def test_muscima_refuses_damaged_lists(music, tmp_path, text, words):
+    """A test page would else be in train."""
+    (music / "v2.0/specifications/testset-independent.txt").write_text(text)
+    with pytest.raises(bags.UserError, match=words):
+        prepare_muscima(music, tmp_path / "tiles")
+    assert [path.name for path in tmp_path.iterdir()] == ["muscima-pp"]
 
 
 # --------------------------------------------------------------------------- Angelina
