@@ -30,14 +30,14 @@ def prepare_angelina(source: Path, output: Path) -> Path:
 
 def _make(source: Path, folder: Path) -> Made:
     """Cut the pages of all lists, books first. Ids begin at 1 in each split."""
-    pages = {split: _pages(source, split) for split in ("train", "val")}
+    listed: dict[str, str] = {}
+    pages = {split: _pages(source, split, listed) for split in ("train", "val")}
     splits = {name: Split(", ".join(str(path) for path in _lists(source, name))) for name in pages}
     image_folders(folder, tuple(splits))
     number = sum(map(len, pages.values()))
     with tqdm(total=number, desc="angelina", unit="page") as progress:
         for split, paths in pages.items():
-            for path in paths:
-                name = "-".join(path.relative_to(source).with_suffix("").parts).replace(".", "_")
+            for name, path in paths:
                 _cut(path, folder / split, name, splits[split])
                 progress.update()
     return Made(splits, trained_categories(splits["train"]), "angelina {split}", number)
@@ -48,14 +48,28 @@ def _lists(source: Path, split: str) -> list[Path]:
     return [source / group / f"{split}.txt" for group in GROUPS]
 
 
-def _pages(source: Path, split: str) -> list[Path]:
-    """The photographs of a split. The lists have Windows' separators. Raises UserError for an empty list."""
-    pages: list[Path] = []
+def _pages(source: Path, split: str, listed: dict[str, str]) -> list[tuple[str, Path]]:
+    """Name and photograph of each page of a split. The lists have Windows' separators.
+
+    listed: list and line of each name so far; those of the split are added. Raises UserError for an empty list, and
+    for a line that leaves the folder of the list or that repeats a name.
+    """
+    pages = []
     for path in _lists(source, split):
-        lines = [line for _, line in lines_of(path)]
+        lines = list(lines_of(path))
         if not lines:
             raise UserError(f"{path}: names no page; the checkout is not complete: fetch it again")
-        pages += [path.parent / line.replace("\\", "/") for line in lines]
+        for number, line in lines:
+            where, page = f"{path}: line {number}", Path(line.replace("\\", "/"))
+            if page.is_absolute() or ".." in page.parts:
+                words = f"expected the path of a photograph from {path.parent}, without .., got {line[:60]!r}"
+                raise UserError(f"{where}: {words}; fetch the checkout again")
+            name = "-".join((path.parent / page).relative_to(source).with_suffix("").parts).replace(".", "_")
+            if name in listed:
+                words = f"{line[:60]!r} gets the name {name}, as does {listed[name]}; expected each page once"
+                raise UserError(f"{where}: {words}; fetch the checkout again")
+            listed[name] = where
+            pages.append((name, path.parent / page))
     return pages
 
 
@@ -90,10 +104,11 @@ def read_boxes(path: Path, size: tuple[int, int]) -> list[tuple[tuple[float, flo
         try:
             left, top, right, bottom, pattern = (float(text) for text in line.split(";"))
             box = (left * size[0], top * size[1], right * size[0], bottom * size[1])
-            if not (left < right and top < bottom and pattern in range(1, 64)):
+            if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1 and pattern in range(1, 64)):
                 raise ValueError("not a box of a character")
         except ValueError:
-            words = "expected left;top;right;bottom;pattern with left < right, top < bottom and a pattern of 1 to 63"
+            words = "expected left;top;right;bottom;pattern with 0 <= left < right <= 1, 0 <= top < bottom <= 1 and a "
+            words += "pattern of 1 to 63"
             raise UserError(f"{path}: line {number}: {words}, got {line[:60]!r}") from None
         boxes.append((box, int(pattern)))
     return boxes

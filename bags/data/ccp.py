@@ -7,6 +7,7 @@ Command:  python scripts/prepare_data.py ccp --source clothing-co-parsing --outp
 """
 
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,15 +61,17 @@ def _make(source: Path, folder: Path) -> Made:
     if not files:
         raise UserError(f"{source / ORIGIN.mark}: expected the MAT-files of {ORIGIN.repository}")
     names = read_matrix(source / "label_list.mat", "label_list")
+    if not isinstance(names, list):
+        words = "label_list: expected a cell with the name of each label"
+        raise UserError(f"{source / 'label_list.mat'}: {words}; fetch the checkout again")
     validation = set(map(int, VAL.split()))
     splits = {name: Split(str(source / ORIGIN.mark)) for name in ("train", "val")}
     image_folders(folder, tuple(splits))
     for path in tqdm(files, desc="ccp", unit="photograph"):
-        labels = read_matrix(path, "groundtruth")
-        if not isinstance(labels, np.ndarray) or not isinstance(names, list) or labels.max(initial=0) >= len(names):
-            words = f"expected a matrix of labels below the {len(names)} of label_list.mat"
-            raise UserError(f"{path}: groundtruth: {words}; fetch the checkout again")
-        name = "val" if path.stem.isdigit() and int(path.stem) in validation else "train"
+        if not re.fullmatch("[0-9]+", path.stem):
+            raise UserError(f"{path}: expected a name such as 0001.mat; fetch the checkout again")
+        labels = _labels(path, len(names))
+        name = "val" if int(path.stem) in validation else "train"
         split, file_name = splits[name], f"{path.stem}.jpg"
         size = _photograph(source / "photos" / file_name, labels.shape, folder / name / file_name)
         image = {"id": len(split.images) + 1, "file_name": file_name, "width": size[0], "height": size[1]}
@@ -77,6 +80,16 @@ def _make(source: Path, folder: Path) -> Made:
             entry = {"id": len(split.annotations) + 1, "image_id": image["id"], "category": category}
             split.annotations.append(entry | describe(mask, size))
     return Made(splits, trained_categories(splits["train"]), "ccp {split}", len(files))
+
+
+def _labels(path: Path, number: int) -> np.ndarray:
+    """The label of each pixel of a photograph. Raises UserError for anything but a matrix of 0 to below `number`."""
+    labels = read_matrix(path, "groundtruth")
+    matrix = isinstance(labels, np.ndarray) and labels.ndim == 2 and labels.size > 0
+    if matrix and np.min(labels) >= 0 and np.max(labels) < number:
+        return np.asarray(labels)
+    words = f"expected a matrix of labels from 0 to {number - 1}, as label_list.mat has {number}"
+    raise UserError(f"{path}: groundtruth: {words}; fetch the checkout again")
 
 
 def _photograph(path: Path, shape: tuple[int, ...], output: Path) -> tuple[int, int]:

@@ -259,7 +259,14 @@ def test_clipped_characters():
     assert object_in(tile, (11.5, 2.0, 21.5, 12.0), 1) is None and object_in(tile, (1.0, 2.0, 9.0, 9.0), 1) is None
 
 
-@pytest.mark.parametrize("line", ["0.1;0.2;0.3;0.4", "0.1;0.2;0.1;0.4;3", "0.1;0.2;0.3;0.4;64", "0.1;0.2;x;0.4;1", "a"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("0.1;0.2;0.3;0.4", "0.1;0.2;0.1;0.4;3", "0.1;0.2;0.3;0.4;64", "0.1;0.2;x;0.4;1", "a"),
+        *("100;200;300;400;1", "-0.1;0.2;0.3;0.4;1", "0.1;0.2;1.01;0.4;1", "0.1;0.2;inf;0.4;1", "0.1;-inf;0.3;0.4;1"),
+        *("nan;0.2;0.3;0.4;1", "0.1;0.2;0.3;nan;1", "0.1;0.2;0.3;0.4;nan"),
+    ],
+)
 def test_angelina_refuses_damaged_lines(tmp_path, line):
     path = tmp_path / "p.csv"
     path.write_text(f"0;0;1;1;1\n\n{line}\n")
@@ -267,9 +274,21 @@ def test_angelina_refuses_damaged_lines(tmp_path, line):
         read_boxes(path, (10, 10))
 
 
-def test_angelina_refuses_an_empty_list(braille, tmp_path):
-    (braille / "handwritten/val.txt").write_text("\n")
-    with pytest.raises(bags.UserError, match=r"handwritten/val\.txt: names no page"):
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("handwritten/val.txt", "\n", r"handwritten/val\.txt: names no page"),
+        ("books/train.txt", "a\\p.jpg\n\na\\p.jpg\n", r"train\.txt: line 3: .*a-p, as does .*train\.txt: line 1"),
+        ("books/train.txt", "a\\p.1.jpg\na\\p_1.jpg\n", r"train\.txt: line 2: .* gets the name books-a-p_1, as"),
+        ("books/val.txt", "train\\p.1.labeled.jpg\n", r"val\.txt: line 1: .*, as does .*train\.txt: line 1"),
+        ("books/train.txt", "/etc/p.jpg\n", r"train\.txt: line 1: expected the path of a photograph from .*books, wi"),
+        ("books/train.txt", "..\\..\\p.jpg\n", r"train\.txt: line 1: expected the path of a photograph"),
+        ("books/train.txt", ".\n", r"books: "),
+    ],
+)
+def test_angelina_refuses_damaged_lists(braille, tmp_path, name, text, words):
+    (braille / name).write_text(text)
+    with pytest.raises(bags.UserError, match=words):
         prepare_angelina(braille, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["AngelinaDataset"]
 
@@ -295,6 +314,34 @@ def test_ccp_by_hand(clothes, tmp_path):
         with Image.open(output / split / name) as image:
             assert image.size == (640, 320)
     assert AnnotationIndex.open(output / "instances_train.json").category_names == ["hat", "shoes"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        matrix("groundtruth", (160, 320), 8, element(1, bytes([255]) * 51200)),  # -1
+        matrix("groundtruth", (160, 320), 9, element(2, bytes([5]) * 51200)),
+        matrix("groundtruth", (160, 320, 1), 9, element(2, bytes(51200))),
+        matrix("groundtruth", (0, 0), 9, element(2, b"")),
+        matrix("groundtruth", (1, 1), 1, text_cell("hat")),
+    ],
+)
+def test_ccp_refuses_other_labels(clothes, tmp_path, content):
+    matlab(clothes / "annotations/pixel-level/0007.mat", content)
+    with pytest.raises(bags.UserError, match=r"0007\.mat: groundtruth: expected a matrix of labels from 0 to 4"):
+        prepare_ccp(clothes, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["clothing-co-parsing"]
+
+
+def test_ccp_refuses_other_names(clothes, tmp_path):
+    path = clothes / "annotations/pixel-level/\u00b2.mat"  # a digit, but no number
+    path.write_bytes((clothes / "annotations/pixel-level/0007.mat").read_bytes())
+    with pytest.raises(bags.UserError, match=r"\u00b2\.mat: expected a name such as 0001\.mat"):
+        prepare_ccp(clothes, tmp_path / "out")
+    path.unlink()
+    matlab(clothes / "label_list.mat", matrix("label_list", (1, 5), 9, element(2, bytes(5))))
+    with pytest.raises(bags.UserError, match=r"label_list\.mat: label_list: expected a cell with the name"):
+        prepare_ccp(clothes, tmp_path / "out")
 
 
 def labelled(mask):
