@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from bags.core.errors import UserError
 from bags.data.images import read_image
-from bags.data.prepared import Origin, Split, clipped, image_folders, lines_of, prepare, trained_categories
+from bags.data.prepared import Made, Origin, Split, clipped, image_folders, lines_of, prepare, trained_categories
 
 ORIGIN = Origin("angelina", "IlyaOvodov/AngelinaDataset", "e13038d483bb58e17046d640e078dc4768276e9b", "books/train.txt")
 GROUPS = ("books", "handwritten")  # folders with train.txt and val.txt
+PAGES = 240
 SCALE = 0.625
 LEAST_OBJECTS = 3  # that a tile needs, crowd regions not counted
 LEAST_SIDE = 2  # pixels of a clipped box
@@ -24,27 +25,52 @@ QUALITY = 85
 
 def prepare_angelina(source: Path, output: Path) -> Path:
     """Make the tiles and instances_{train,val}.json of Angelina; see `prepare`."""
-    return prepare(ORIGIN, source, output, _make)
+    return prepare(ORIGIN, source, output, _make, PAGES)
 
 
-def _make(source: Path, folder: Path) -> tuple[dict[str, Split], list[str], str]:
+def _make(source: Path, folder: Path) -> Made:
     """Cut the pages of all lists, books first. Ids begin at 1 in each split."""
-    pages = {split: _pages(source, split) for split in ("train", "val")}
-    splits = {name: Split([], []) for name in pages}
+    listed: dict[str, str] = {}
+    pages = {split: _pages(source, split, listed) for split in ("train", "val")}
+    splits = {name: Split(", ".join(str(path) for path in _lists(source, name))) for name in pages}
     image_folders(folder, tuple(splits))
-    with tqdm(total=sum(map(len, pages.values())), desc="angelina", unit="page") as progress:
+    number = sum(map(len, pages.values()))
+    with tqdm(total=number, desc="angelina", unit="page") as progress:
         for split, paths in pages.items():
-            for path in paths:
-                name = "-".join(path.relative_to(source).with_suffix("").parts).replace(".", "_")
+            for name, path in paths:
                 _cut(path, folder / split, name, splits[split])
                 progress.update()
-    return splits, trained_categories(splits["train"]), "angelina {split}"
+    return Made(splits, trained_categories(splits["train"]), "angelina {split}", number)
 
 
-def _pages(source: Path, split: str) -> list[Path]:
-    """The photographs of a split. The lists have Windows' separators."""
-    lists = [(source / group / f"{split}.txt", source / group) for group in GROUPS]
-    return [base / line.replace("\\", "/") for path, base in lists for _, line in lines_of(path)]
+def _lists(source: Path, split: str) -> list[Path]:
+    """The lists of a split."""
+    return [source / group / f"{split}.txt" for group in GROUPS]
+
+
+def _pages(source: Path, split: str, listed: dict[str, str]) -> list[tuple[str, Path]]:
+    """Name and photograph of each page of a split. The lists have Windows' separators.
+
+    listed: list and line of each name so far; those of the split are added. Raises UserError for an empty list, and
+    for a line that leaves the folder of the list or that repeats a name.
+    """
+    pages = []
+    for path in _lists(source, split):
+        lines = list(lines_of(path))
+        if not lines:
+            raise UserError(f"{path}: names no page; the checkout is not complete: fetch it again")
+        for number, line in lines:
+            where, page = f"{path}: line {number}", Path(line.replace("\\", "/"))
+            if page.is_absolute() or ".." in page.parts:
+                words = f"expected the path of a photograph from {path.parent}, without .., got {line[:60]!r}"
+                raise UserError(f"{where}: {words}; fetch the checkout again")
+            name = "-".join((path.parent / page).relative_to(source).with_suffix("").parts).replace(".", "_")
+            if name in listed:
+                words = f"{line[:60]!r} gets the name {name}, as does {listed[name]}; expected each page once"
+                raise UserError(f"{where}: {words}; fetch the checkout again")
+            listed[name] = where
+            pages.append((name, path.parent / page))
+    return pages
 
 
 def _cut(path: Path, folder: Path, name: str, split: Split) -> None:
@@ -78,10 +104,11 @@ def read_boxes(path: Path, size: tuple[int, int]) -> list[tuple[tuple[float, flo
         try:
             left, top, right, bottom, pattern = (float(text) for text in line.split(";"))
             box = (left * size[0], top * size[1], right * size[0], bottom * size[1])
-            if not (left < right and top < bottom and pattern in range(1, 64)):
+            if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1 and pattern in range(1, 64)):
                 raise ValueError("not a box of a character")
         except ValueError:
-            words = "expected left;top;right;bottom;pattern with left < right, top < bottom and a pattern of 1 to 63"
+            words = "expected left;top;right;bottom;pattern with 0 <= left < right <= 1, 0 <= top < bottom <= 1 and a "
+            words += "pattern of 1 to 63"
             raise UserError(f"{path}: line {number}: {words}, got {line[:60]!r}") from None
         boxes.append((box, int(pattern)))
     return boxes

@@ -7,6 +7,7 @@ Command:  python scripts/prepare_data.py ccp --source clothing-co-parsing --outp
 """
 
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from tqdm import tqdm
 from bags.core.errors import UserError
 from bags.data.images import read_image
 from bags.data.matlab import read_matrix
-from bags.data.prepared import Origin, Split, image_folders, prepare, trained_categories
+from bags.data.prepared import Made, Origin, Split, image_folders, prepare, trained_categories
 
 ORIGIN = Origin(
     "ccp", "bearpaw/clothing-co-parsing", "fe34fb77721a9973fbae92c05f7f12b664d10110", "annotations/pixel-level"
 )
+PHOTOGRAPHS = 1004
 LONGEST_SIDE = 640
 QUALITIES = (85, 72)  # the reference images were compressed twice
 REACH = 2  # pixels; gaps of up to 2 * REACH within a part are closed
@@ -50,24 +52,26 @@ VAL = """
 
 def prepare_ccp(source: Path, output: Path) -> Path:
     """Make the images and instances_{train,val}.json of Clothing Co-Parsing; see `prepare`."""
-    return prepare(ORIGIN, source, output, _make)
+    return prepare(ORIGIN, source, output, _make, PHOTOGRAPHS)
 
 
-def _make(source: Path, folder: Path) -> tuple[dict[str, Split], list[str], str]:
+def _make(source: Path, folder: Path) -> Made:
     """Convert all photographs with labels, in the order of their numbers. Ids begin at 1 in each split."""
     files = sorted((source / ORIGIN.mark).glob("*.mat"))
     if not files:
         raise UserError(f"{source / ORIGIN.mark}: expected the MAT-files of {ORIGIN.repository}")
     names = read_matrix(source / "label_list.mat", "label_list")
+    if not isinstance(names, list):
+        words = "label_list: expected a cell with the name of each label"
+        raise UserError(f"{source / 'label_list.mat'}: {words}; fetch the checkout again")
     validation = set(map(int, VAL.split()))
-    splits = {name: Split([], []) for name in ("train", "val")}
+    splits = {name: Split(str(source / ORIGIN.mark)) for name in ("train", "val")}
     image_folders(folder, tuple(splits))
     for path in tqdm(files, desc="ccp", unit="photograph"):
-        labels = read_matrix(path, "groundtruth")
-        if not isinstance(labels, np.ndarray) or not isinstance(names, list) or labels.max(initial=0) >= len(names):
-            words = f"expected a matrix of labels below the {len(names)} of label_list.mat"
-            raise UserError(f"{path}: groundtruth: {words}; fetch the checkout again")
-        name = "val" if path.stem.isdigit() and int(path.stem) in validation else "train"
+        if not re.fullmatch("[0-9]+", path.stem):
+            raise UserError(f"{path}: expected a name such as 0001.mat; fetch the checkout again")
+        labels = _labels(path, len(names))
+        name = "val" if int(path.stem) in validation else "train"
         split, file_name = splits[name], f"{path.stem}.jpg"
         size = _photograph(source / "photos" / file_name, labels.shape, folder / name / file_name)
         image = {"id": len(split.images) + 1, "file_name": file_name, "width": size[0], "height": size[1]}
@@ -75,7 +79,17 @@ def _make(source: Path, folder: Path) -> tuple[dict[str, Split], list[str], str]
         for category, mask in objects_of(labels, names):
             entry = {"id": len(split.annotations) + 1, "image_id": image["id"], "category": category}
             split.annotations.append(entry | describe(mask, size))
-    return splits, trained_categories(splits["train"]), "ccp {split}"
+    return Made(splits, trained_categories(splits["train"]), "ccp {split}", len(files))
+
+
+def _labels(path: Path, number: int) -> np.ndarray:
+    """The label of each pixel of a photograph. Raises UserError for anything but a matrix of 0 to below `number`."""
+    labels = read_matrix(path, "groundtruth")
+    matrix = isinstance(labels, np.ndarray) and labels.ndim == 2 and labels.size > 0
+    if matrix and np.min(labels) >= 0 and np.max(labels) < number:
+        return np.asarray(labels)
+    words = f"expected a matrix of labels from 0 to {number - 1}, as label_list.mat has {number}"
+    raise UserError(f"{path}: groundtruth: {words}; fetch the checkout again")
 
 
 def _photograph(path: Path, shape: tuple[int, ...], output: Path) -> tuple[int, int]:

@@ -19,14 +19,16 @@ from tqdm import tqdm
 
 from bags.core.errors import UserError
 from bags.core.files import read_bytes
-from bags.data.prepared import Origin, Split, clipped, image_folders, lines_of, prepare, trained_categories
+from bags.data.prepared import Made, Origin, Split, clipped, image_folders, lines_of, prepare, trained_categories
 
 ORIGIN = Origin(
     "muscima", "OMR-Research/muscima-pp", "9a1aa68d0ebd1169aad06621524139b944378be8", "v2.0/data/annotations"
 )
+PAGES = 140
 TEST_LIST = "v2.0/specifications/testset-independent.txt"  # its writers are in no other page
 VAL_WRITERS = (4, 16, 25, 37, 47)
 TILE = 416
+LARGEST = 1 << 13  # pixels of a side of a page; the longest has 3,437
 LEAST_OBJECTS = 3  # that a tile needs, crowd regions not counted
 LEAST_AREA = 9  # of a box of which less than half is visible
 PAGE_WIDE = ("staff", "staffSpace", "staffLine", "staffGrouping", "measureSeparator")  # no objects
@@ -52,16 +54,16 @@ class Symbol:
 
 def prepare_muscima(source: Path, output: Path) -> Path:
     """Make the tiles and instances_{train,val,test}.json of MUSCIMA++; see `prepare`."""
-    return prepare(ORIGIN, source, output, _make)
+    return prepare(ORIGIN, source, output, _make, PAGES)
 
 
-def _make(source: Path, folder: Path) -> tuple[dict[str, Split], list[str], str]:
+def _make(source: Path, folder: Path) -> Made:
     """Draw and cut all pages, in the order of their names. Ids count on over the splits."""
     pages = sorted((source / ORIGIN.mark).glob("*.xml"))
     if not pages:
         raise UserError(f"{source / ORIGIN.mark}: expected the XML files of {ORIGIN.repository}, one for each page")
-    test = {line for _, line in lines_of(source / TEST_LIST)}
-    splits = {name: Split([], []) for name in ("train", "val", "test")}
+    test = _test_pages(source / TEST_LIST, {path.stem for path in pages})
+    splits = {name: Split(str(source / ORIGIN.mark)) for name in ("train", "val", "test")}
     image_folders(folder, tuple(splits))
     image_id = annotation_id = 0
     for path in tqdm(pages, desc="muscima", unit="page"):
@@ -81,7 +83,21 @@ def _make(source: Path, folder: Path) -> tuple[dict[str, Split], list[str], str]
             for number, values in enumerate(objects, start=annotation_id + 1):
                 splits[split].annotations.append({"id": number, "image_id": image_id, **values})
             annotation_id += len(objects)
-    return splits, trained_categories(splits["train"]), "MUSCIMA++ v2.0 mask renders, tiles: {split}"
+    categories = trained_categories(splits["train"])
+    return Made(splits, categories, "MUSCIMA++ v2.0 mask renders, tiles: {split}", len(pages))
+
+
+def _test_pages(path: Path, pages: set[str]) -> set[str]:
+    """The pages of the test list. Raises UserError for a list without any, and for a line that names no page."""
+    test = set()
+    for number, line in lines_of(path):
+        if line not in pages:
+            words = f"expected the name, without .xml, of a page in {ORIGIN.mark}, got {line[:60]!r}"
+            raise UserError(f"{path}: line {number}: {words}; fetch the checkout again")
+        test.add(line)
+    if not test:
+        raise UserError(f"{path}: names no page; the checkout is not complete: fetch it again")
+    return test
 
 
 def _writer(path: Path) -> int:
@@ -93,25 +109,36 @@ def _writer(path: Path) -> int:
 
 
 def read_symbols(path: Path) -> list[Symbol]:
-    """The symbols of a page in the order of its file. Raises UserError for a file that is damaged."""
+    """The symbols of a page in the order of its file. Raises UserError for a file that is damaged or has none."""
+    content = read_bytes(path)
     try:
-        nodes = list(ET.fromstring(read_bytes(path)).iter("Node"))
-    except ET.ParseError as error:
+        root = ET.fromstring(content)
+    except (ET.ParseError, LookupError, ValueError) as error:  # the last two: encodings that are not known
         raise UserError(f"{path}: is not valid XML ({error}); fetch the checkout again") from None
+    nodes = list(root.iter("Node"))
+    if root.tag != "Nodes" or not nodes:
+        raise UserError(f"{path}: expected the element Nodes with a Node for each symbol; fetch the checkout again")
     return [_symbol(path, node) for node in nodes]
 
 
 def _symbol(path: Path, node: ET.Element) -> Symbol:
+    """A symbol of a page. Nothing of the size that a damaged file may name is made before it is checked."""
     try:
+        name = node.findtext("ClassName", "").strip()
         left, top, width, height = (int(node.findtext(key, "")) for key in ("Left", "Top", "Width", "Height"))
-        runs = np.array([run.split(":") for run in node.findtext("Mask", "").split()], np.int64).reshape(-1, 2)
-        mask = np.repeat(runs[:, 0].astype(np.uint8), runs[:, 1]).reshape(height, width)
-        if min(left, top) < 0 or not mask.size or mask.max() > 1:
-            raise ValueError("not a mask of a page")
-    except ValueError:
-        words = "expected Left, Top, Width, Height and runs of 0 and 1 (Mask) that fill the box"
-        raise UserError(f"{path}: node {node.findtext('Id')}: {words}; fetch the checkout again") from None
-    return Symbol(node.findtext("ClassName", ""), left, top, mask)
+        inside = min(left, top) >= 0 and min(width, height) > 0 and max(left + width, top + height) <= LARGEST
+        runs = np.array([run.split(":") for run in node.findtext("Mask", "").split()], np.int64)
+        if not (name and inside and runs.ndim == 2 and runs.shape[1] == 2):
+            raise ValueError("no symbol of a page")
+        values, lengths = runs.T
+        fitting = np.isin(values, (0, 1)).all() and lengths.min() >= 0 and lengths.max() <= height * width
+        if not fitting or lengths.sum() != height * width:
+            raise ValueError("no mask of the box")
+    except (ValueError, OverflowError):
+        words = f"Left, Top, Width, Height (within {LARGEST} pixels) and runs of 0 and 1 (Mask) that fill the box"
+        where = f"{path}: node {str(node.findtext('Id'))[:60]}"
+        raise UserError(f"{where}: expected ClassName, {words}; fetch the checkout again") from None
+    return Symbol(name, left, top, np.repeat(values.astype(np.uint8), lengths).reshape(height, width))
 
 
 def draw(symbols: list[Symbol]) -> np.ndarray:

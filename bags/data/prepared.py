@@ -7,14 +7,16 @@ gets its name when it is complete.
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bags.core import locks
 from bags.core.errors import UserError
 from bags.core.files import naming, read_bytes, write_text
+from bags.core.terminal import printable
 from bags.data.json_files import as_json
 
 RARE, COMMON = 10, 100  # most training images of a rare and of a common category, as in LVIS
@@ -36,25 +38,40 @@ class Origin:
 
 @dataclass
 class Split:
-    """Images and annotations of one split. Annotations name their category; `write_splits` replaces it by an id."""
+    """Images and annotations of one split. Annotations name their category; `write_splits` replaces it by an id.
 
-    images: list[dict]
-    annotations: list[dict]
+    source: the folder or the lists that it is made of, for messages.
+    """
+
+    source: str
+    images: list[dict] = field(default_factory=list)
+    annotations: list[dict] = field(default_factory=list)
 
 
-Make = Callable[[Path, Path], tuple[dict[str, Split], list[str], str]]  # (source, folder) -> splits, categories, info
+@dataclass
+class Made:
+    """What is written to a prepared folder beside the images, and the number of pages or photographs behind it."""
+
+    splits: dict[str, Split]
+    categories: list[str]
+    description: str
+    sources: int
 
 
-def prepare(origin: Origin, source: Path, output: Path, make: Make) -> Path:
+Make = Callable[[Path, Path], Made]  # (source, folder) -> content; writes the images below the folder
+
+
+def prepare(origin: Origin, source: Path, output: Path, make: Make, published: int) -> Path:
     """Make a prepared folder from a checkout unless it exists, and return it.
 
-    make: writes the images below the folder that it is given. Raises UserError for a folder that is no checkout, and
-    for an output that holds anything else. After an error or a signal nothing of the output remains; what a killed
-    command leaves (OUTPUT.partial) is removed by the next one.
+    published: pages or photographs of the whole checkout; a note says where there are fewer or more. Raises UserError
+    for a folder that is no checkout, for a split without images or objects, and for an output that holds anything else.
+    After an error or a signal nothing of the output remains; what a killed command leaves (OUTPUT.partial) is removed
+    by the next one.
     """
     settings = asdict(origin)
     if output.exists() or output.is_symlink():
-        _check_settings(output, settings)
+        _note_number(output, _check_settings(output, settings) or published, published)
         return output
     if not (source / origin.mark).exists():
         words = f"expected a checkout of github.com/{origin.repository} (commit {origin.commit})"
@@ -63,15 +80,36 @@ def prepare(origin: Origin, source: Path, output: Path, make: Make) -> Path:
     with locks.alone(folder, "choose another --output"):
         try:
             _clear(folder)
-            splits, categories, description = make(source, folder)
-            write_splits(folder, splits, categories, description)
+            made = make(source, folder)
+            _check_splits(made)
+            write_splits(folder, made.splits, made.categories, made.description)
+            if made.sources != published:
+                settings["sources"] = made.sources
             write_text(folder / "settings.json", json.dumps(settings, indent=1))
             with naming(output):
                 (folder / locks.NAME).unlink()
                 os.replace(folder, output)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+    _note_number(output, made.sources, published)
     return output
+
+
+def _check_splits(made: Made) -> None:
+    """Raise UserError for a split without images, and for one without objects that count."""
+    for name, split in made.splits.items():
+        counted = any(not a["iscrowd"] and a["category"] in made.categories for a in split.annotations)
+        if not counted:  # nor without images
+            what = "objects" if name == "train" else "objects of the categories in train"
+            words = f"{name} would have no {what if split.images else 'images'}"
+            raise UserError(f"{split.source}: {words}; the checkout is not complete: fetch it again")
+
+
+def _note_number(output: Path, sources: int, published: int) -> None:
+    """Print a note where a dataset is made of fewer or more pages or photographs than were published."""
+    if sources != published:
+        words = f"is made of {sources} pages or photographs, and {published} were published: is the checkout complete?"
+        print(f"note: {printable(output)}: {words} Remove this folder to prepare it again", file=sys.stderr)
 
 
 def _clear(folder: Path) -> None:
@@ -83,15 +121,20 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def _check_settings(output: Path, wanted: dict) -> None:
-    """Raise UserError where a folder holds anything but the dataset that is wanted."""
+def _check_settings(output: Path, wanted: dict) -> int | None:
+    """Raise UserError where a folder holds anything but the dataset that is wanted.
+
+    Returns the number of pages or photographs behind it where that is not the published one.
+    """
     try:
         settings = json.loads(read_bytes(output / "settings.json"))
     except (OSError, ValueError, RecursionError):
         settings = None
-    if settings != wanted:
+    sources = settings.pop("sources", None) if isinstance(settings, dict) else None
+    if settings != wanted or not isinstance(sources, int | None):
         words = f"exists and is not {wanted['dataset']} as this version prepares it"
         raise UserError(f"--output {output}: {words}; remove it, or choose another folder")
+    return sources
 
 
 def image_folders(folder: Path, names: tuple[str, ...]) -> None:

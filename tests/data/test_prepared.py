@@ -17,7 +17,7 @@ from bags.data.angelina import object_in, prepare_angelina, read_boxes
 from bags.data.ccp import connected_parts, describe, objects_of, prepare_ccp
 from bags.data.index import AnnotationIndex
 from bags.data.matlab import read_matrix
-from bags.data.muscima import TILE, prepare_muscima
+from bags.data.muscima import TILE, prepare_muscima, read_symbols
 
 CHECKOUTS = Path(os.environ.get("BAGS_TEST_SOURCES", "none"))  # muscima-pp, AngelinaDataset, clothing-co-parsing
 
@@ -169,14 +169,60 @@ def test_muscima_refuses_damage(music, tmp_path):
     page = music / "v2.0/data/annotations/CVC-MUSCIMA_W-01_N-01_D-ideal.xml"
     for text, words in (
         ("<Nodes><Node>", "is not valid XML"),
-        (f"<Nodes>{node(8, 'stem', 1, 1, 2, 2, '1:3')}</Nodes>", "node 8: expected Left, Top"),
-        (f"<Nodes>{node(8, 'stem', 1, 1, 2, 2, '1:x')}</Nodes>", "node 8: expected Left, Top"),
-        (f"<Nodes>{node(8, 'stem', -1, 1, 2, 2)}</Nodes>", "node 8: expected Left, Top"),
+        ("<?xml version='1.0' encoding='none'?><Nodes/>", "is not valid XML"),
+        ("<Nodes></Nodes>", "W-01_N-01_D-ideal.xml: expected the element Nodes with a Node"),
+        (f"<html>{node(8, 'stem', 1, 1, 2, 2)}</html>", "expected the element Nodes"),
     ):
         page.write_text(text)
         with pytest.raises(bags.UserError, match=words):
             prepare_muscima(music, tmp_path / "tiles")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["muscima-pp"]
+
+
+@pytest.mark.parametrize("mask", ["1:3", "1:x", "1:-1 0:5", "2:4", "257:4", "-1:4", "1:2:1 1:1:0", "1 0", "0:4 1"])
+def test_muscima_refuses_damaged_masks(tmp_path, mask):
+    page = tmp_path / "page.xml"
+    page.write_text(f"<Nodes>{node(8, 'stem', 1, 1, 2, 2, mask)}</Nodes>")
+    with pytest.raises(bags.UserError, match=r"page\.xml: node 8: expected ClassName, Left, Top"):
+        read_symbols(page)
+
+
+@pytest.mark.parametrize(
+    "symbol",
+    [
+        ("stem", -1, 1, 2, 2, "1:4"),
+        ("stem", 1, 1, 0, 0, "1:0"),
+        ("stem", 1, 1, -2, -2, "1:4"),
+        ("", 1, 1, 2, 2, "1:4"),
+        ("stem", 8191, 1, 2, 2, "1:4"),
+        ("stem", 10**12, 1, 2, 2, "1:4"),
+        ("stem", 1, 1, 10**6, 10**6, f"1:{10**12}"),
+        ("stem", 1, 1, 2, 2, f"1:{10**12}"),
+        ("stem", 1, 1, 2, 2, f"1:{2**63}"),
+        ("stem", 1, 1, 2, 2, f"1:{2**63 - 1} 0:{2**63 - 1} 1:6"),  # 4 in 64 bits
+    ],
+)
+def test_muscima_refuses_impossible_symbols(tmp_path, symbol):
+    """Places, sizes and run lengths beyond a page, without the memory that they ask for."""
+    page = tmp_path / "page.xml"
+    page.write_text(f"<Nodes>{node(8, *symbol)}</Nodes>")
+    with pytest.raises(bags.UserError, match=r"page\.xml: node 8: expected ClassName, Left, Top"):
+        read_symbols(page)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("\n", "independent.txt: names no page"),
+        ("CVC-MUSCIMA_W-12_N-01_D-ideal\nCVC-MUSCIMA_W-12_N-01_D-ideal.xml\n", r"line 2: expected the name, without"),
+    ],
+)
+def test_muscima_refuses_damaged_lists(music, tmp_path, text, words):
+    """A test page would else be in train."""
+    (music / "v2.0/specifications/testset-independent.txt").write_text(text)
+    with pytest.raises(bags.UserError, match=words):
+        prepare_muscima(music, tmp_path / "tiles")
+    assert [path.name for path in tmp_path.iterdir()] == ["muscima-pp"]
 
 
 # --------------------------------------------------------------------------- Angelina
@@ -213,12 +259,38 @@ def test_clipped_characters():
     assert object_in(tile, (11.5, 2.0, 21.5, 12.0), 1) is None and object_in(tile, (1.0, 2.0, 9.0, 9.0), 1) is None
 
 
-@pytest.mark.parametrize("line", ["0.1;0.2;0.3;0.4", "0.1;0.2;0.1;0.4;3", "0.1;0.2;0.3;0.4;64", "0.1;0.2;x;0.4;1", "a"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("0.1;0.2;0.3;0.4", "0.1;0.2;0.1;0.4;3", "0.1;0.2;0.3;0.4;64", "0.1;0.2;x;0.4;1", "a"),
+        *("100;200;300;400;1", "-0.1;0.2;0.3;0.4;1", "0.1;0.2;1.01;0.4;1", "0.1;0.2;inf;0.4;1", "0.1;-inf;0.3;0.4;1"),
+        *("nan;0.2;0.3;0.4;1", "0.1;0.2;0.3;nan;1", "0.1;0.2;0.3;0.4;nan"),
+    ],
+)
 def test_angelina_refuses_damaged_lines(tmp_path, line):
     path = tmp_path / "p.csv"
     path.write_text(f"0;0;1;1;1\n\n{line}\n")
     with pytest.raises(bags.UserError, match=r"p\.csv: line 3: expected left;top;right;bottom;pattern"):
         read_boxes(path, (10, 10))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("handwritten/val.txt", "\n", r"handwritten/val\.txt: names no page"),
+        ("books/train.txt", "a\\p.jpg\n\na\\p.jpg\n", r"train\.txt: line 3: .*a-p, as does .*train\.txt: line 1"),
+        ("books/train.txt", "a\\p.1.jpg\na\\p_1.jpg\n", r"train\.txt: line 2: .* gets the name books-a-p_1, as"),
+        ("books/val.txt", "train\\p.1.labeled.jpg\n", r"val\.txt: line 1: .*, as does .*train\.txt: line 1"),
+        ("books/train.txt", "/etc/p.jpg\n", r"train\.txt: line 1: expected the path of a photograph from .*books, wi"),
+        ("books/train.txt", "..\\..\\p.jpg\n", r"train\.txt: line 1: expected the path of a photograph"),
+        ("books/train.txt", ".\n", r"books: "),
+    ],
+)
+def test_angelina_refuses_damaged_lists(braille, tmp_path, name, text, words):
+    (braille / name).write_text(text)
+    with pytest.raises(bags.UserError, match=words):
+        prepare_angelina(braille, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["AngelinaDataset"]
 
 
 # --------------------------------------------------------------------------- Clothing Co-Parsing
@@ -242,6 +314,34 @@ def test_ccp_by_hand(clothes, tmp_path):
         with Image.open(output / split / name) as image:
             assert image.size == (640, 320)
     assert AnnotationIndex.open(output / "instances_train.json").category_names == ["hat", "shoes"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        matrix("groundtruth", (160, 320), 8, element(1, bytes([255]) * 51200)),  # -1
+        matrix("groundtruth", (160, 320), 9, element(2, bytes([5]) * 51200)),
+        matrix("groundtruth", (160, 320, 1), 9, element(2, bytes(51200))),
+        matrix("groundtruth", (0, 0), 9, element(2, b"")),
+        matrix("groundtruth", (1, 1), 1, text_cell("hat")),
+    ],
+)
+def test_ccp_refuses_other_labels(clothes, tmp_path, content):
+    matlab(clothes / "annotations/pixel-level/0007.mat", content)
+    with pytest.raises(bags.UserError, match=r"0007\.mat: groundtruth: expected a matrix of labels from 0 to 4"):
+        prepare_ccp(clothes, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["clothing-co-parsing"]
+
+
+def test_ccp_refuses_other_names(clothes, tmp_path):
+    path = clothes / "annotations/pixel-level/\u00b2.mat"  # a digit, but no number
+    path.write_bytes((clothes / "annotations/pixel-level/0007.mat").read_bytes())
+    with pytest.raises(bags.UserError, match=r"\u00b2\.mat: expected a name such as 0001\.mat"):
+        prepare_ccp(clothes, tmp_path / "out")
+    path.unlink()
+    matlab(clothes / "label_list.mat", matrix("label_list", (1, 5), 9, element(2, bytes(5))))
+    with pytest.raises(bags.UserError, match=r"label_list\.mat: label_list: expected a cell with the name"):
+        prepare_ccp(clothes, tmp_path / "out")
 
 
 def labelled(mask):
@@ -373,6 +473,53 @@ def test_nothing_half_made_remains(braille, tmp_path):
     files = sorted(path.name for path in prepare_angelina(braille, output).iterdir())
     assert files == ["instances_train.json", "instances_val.json", "settings.json", "train", "val"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["AngelinaDataset", "angelina"]
+
+
+def without_objects(source):
+    """Empty a file of each page of train below a checkout of Angelina."""
+    for path in source.glob("*/train/*.csv"):
+        path.write_text("")
+
+
+def only_null(source):
+    """Make all labels of ccp's photograph of val null."""
+    labels_file(source / "annotations/pixel-level/0007.mat", np.zeros((160, 320), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("checkout", "prepare", "damage", "words"),
+    [
+        ("music", prepare_muscima, "data/annotations/CVC-MUSCIMA_W-01_N-01_D-ideal.xml", "train would have no images"),
+        ("music", prepare_muscima, "data/annotations/CVC-MUSCIMA_W-04_N-01_D-ideal.xml", "val would have no images"),
+        ("clothes", prepare_ccp, "pixel-level/0001.mat", "pixel-level: train would have no images"),
+        ("clothes", prepare_ccp, "pixel-level/0007.mat", "pixel-level: val would have no images"),
+        ("clothes", prepare_ccp, only_null, "val would have no objects of the categories in train; the checkout is"),
+        ("braille", prepare_angelina, without_objects, r"books/train.txt, .*/train.txt: train would have no images"),
+    ],
+)
+def test_partial_checkouts(checkout, prepare, damage, words, request, tmp_path):
+    """A split without images or objects is refused, and nothing of the dataset stays. A text: the file to remove."""
+    source = request.getfixturevalue(checkout)
+    if callable(damage):
+        damage(source)
+    else:
+        (path,) = (path for path in source.rglob("*.*") if str(path).endswith(damage))
+        path.unlink()
+    with pytest.raises(bags.UserError, match=words):
+        prepare(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
+def test_a_note_on_the_number_of_pages(braille, tmp_path, capsys, monkeypatch):
+    """It comes with each call, and not with as many pages as were published."""
+    words = "out: is made of 4 pages or photographs, and 240 were published: is the checkout complete?"
+    for _ in range(2):
+        prepare_angelina(braille, tmp_path / "out")
+        assert capsys.readouterr().err.count(words) == 1
+    monkeypatch.setattr("bags.data.angelina.PAGES", 4)
+    for _ in range(2):
+        prepare_angelina(braille, tmp_path / "whole")
+        assert "note" not in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------- the real sources
