@@ -266,9 +266,8 @@ class TestConfig(Settings):
     max_detections: Annotated[int, Range(ge=1, le=10**6)] = 300
     max_per_category: Annotated[int, Range(ge=0)] = 0  # detections of one category in an image; 0: any number
     agnostic_nms: bool = False  # boxes suppress those of every category, not only of their own
-    precision: Literal["fp32", "bf16", "fp16"] = (
-        "fp32"  # of detectors that read images; stored features are scored in fp32
-    )
+    # Of a detector that reads images; stored features are scored in fp32.
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     figures: Annotated[bool, NO_RESULT] = True  # draw those of each run, which takes a fifth of a second
     # Training instances that divide the categories for AP1, AP2, ...
     bins: Annotated[tuple[int, ...], Range(gt=0, empty=False, rising=True)] = (10, 100, 1000)
