@@ -23,7 +23,6 @@ from bags.assembly.stored_samples import SeenFeatures, TrainingFeatures, collate
 from bags.config.sections import Config, DetectorConfig, TailOnlyConfig
 from bags.core.progress import Progress
 from bags.data.dataset import DetectionDataset
-from bags.data.index import AnnotationIndex
 from bags.data.samplers import ShardSampler, TrainSampler
 from bags.detectors.faster_rcnn import FasterRCNN
 from bags.detectors.from_features import FromFeatures, Pool, StoredProposals, proposals_to_store, training_pool
@@ -241,7 +240,7 @@ def _about(
     frozen = {name: value for name, value in detector.state_dict().items() if "classifier." not in name}
     return {
         "weights": weights_digest({"model": frozen}),
-        "annotations": _annotations_digest(dataset.index),
+        "annotations": dataset.index.content_digest(),
         "images": _images_digest(dataset),
         "settings": _digest({**settings, "detector": _detector_settings(config.detector)}),
         "shown": json.dumps({**{f"store.{key}": value for key, value in settings.items()}, **_shown(config.detector)}),
@@ -296,22 +295,6 @@ def _shown(detector: DetectorConfig) -> dict[str, str]:
 
 def _digest(values: object) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()
-
-
-def _annotations_digest(index: AnnotationIndex) -> str:
-    digest = hashlib.sha256()
-    for values in (
-        index.image_ids,
-        index.image_sizes,
-        index.name_bytes,
-        index.name_starts,
-        index.starts,
-        index.boxes,
-        index.labels,
-        index.crowd,
-    ):
-        digest.update(values.tobytes())
-    return digest.hexdigest()
 
 
 def _images_digest(dataset: DetectionDataset) -> str:

@@ -126,6 +126,16 @@ class AnnotationIndex:
         if _state(self.path) != list(self.state) and _digest(self.path) != self.sha256:
             raise UserError(f"{self.path}: has changed while this command was running: give the command again")
 
+    def content_digest(self, segmentations: bool = False) -> str:
+        """SHA-256, in hexadecimal, of what training sees: images, boxes, labels, crowd flags; or segmentations, too."""
+        names = ["image_ids", "image_sizes", "name_bytes", "name_starts", "starts", "boxes", "labels", "crowd"]
+        if segmentations:
+            names += ["points", "rings", "ring_starts", "rle_bytes", "rle_starts"]
+        digest = hashlib.sha256()
+        for name in names:
+            digest.update(np.ascontiguousarray(getattr(self, name)).data)
+        return digest.hexdigest()
+
     @property
     def category_names(self) -> list[str]:
         """C names, see `category_name`."""

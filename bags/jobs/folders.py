@@ -44,9 +44,8 @@ def is_complete(folder: Path, config: Config) -> bool:
     assert latest is not None  # a file of it is there
     trained = config_from_dict(latest["config"], f"{folder / 'last.pth'}: config")
     check_checkpoint(folder, trained)
-    data = Path(config.data.root, config.data.train)
-    if data.exists() and latest["stats"] != CategoryStats.from_index(open_index(config, "train")).to_dict():
-        raise UserError(f"{folder}: {data} has changed since this run was trained: remove the folder, or set output=")
+    if Path(config.data.root, config.data.train).exists():
+        check_trained_on(folder, latest, config, open_index(config, "train"))
     if sources and all(source.exists() for source in sources):
         differ = (
             "weights" if latest.get("init") != sources_digest([load_checkpoint(source) for source in sources]) else ""
@@ -66,6 +65,22 @@ def is_complete(folder: Path, config: Config) -> bool:
     if Path(config.data.root, config.data.val).exists():
         check_scored_on(folder, open_index(config, "val"))
     return True
+
+
+def annotations_digest(config: Config, index: AnnotationIndex) -> str:
+    """Digest of what a row's training sees of its annotations."""
+    return index.content_digest(segmentations=config.detector.has_masks or config.data.copy_paste > 0)
+
+
+def check_trained_on(folder: Path, checkpoint: dict, config: Config, index: AnnotationIndex) -> None:
+    """Raise UserError if a run's checkpoint was trained on other annotations than those of the index.
+
+    Checkpoints of earlier versions know only the counts of their annotations.
+    """
+    same = checkpoint["stats"] == CategoryStats.from_index(index).to_dict()
+    if not same or checkpoint.get("annotations") not in (None, annotations_digest(config, index)):
+        mend = "remove the folder, or set output="
+        raise UserError(f"{folder}: {index.path} has changed since this run was trained: {mend}")
 
 
 def is_finished(folder: Path) -> bool:

@@ -33,7 +33,7 @@ from bags.engine import train as training
 from bags.engine.checkpoint import keep_best, load_checkpoint, sources_digest
 from bags.engine.train import Run
 from bags.jobs import preflight
-from bags.jobs.folders import describe, is_complete, is_finished
+from bags.jobs.folders import annotations_digest, describe, is_complete, is_finished
 from bags.jobs.score import predict_and_evaluate
 from bags.jobs.watching import draw_validation, picture_file, to_board
 
@@ -284,6 +284,7 @@ def begin(config: Config, index: AnnotationIndex, stats: CategoryStats, device: 
     distributed.on_main(lambda: describe(config))
     init = sources_digest([*([start] if start else []), *members])
     about = {"config": config_to_dict(config), "stats": stats.to_dict(), "init": init}
+    about["annotations"] = annotations_digest(config, index)
     schedule = dataclasses.replace(config.train, accumulate=1) if config.is_cached else config.train  # no detector runs
     return Run(detector, schedule, config.run_folder, config.seed, config.name, about)
 

@@ -124,6 +124,30 @@ def test_a_changed_file_is_packed_again(file):
     assert not np.array_equal(bags.AnnotationIndex.open(file).boxes, before.boxes)
 
 
+def test_the_content_digest_is_of_what_trains(file):
+    """Other text and other areas change nothing; boxes, crowd flags, names and segmentations do."""
+
+    def digests(change):
+        content = json.loads(file.read_text())
+        change(content)
+        path = file.with_name("b.json")
+        path.write_text(json.dumps(content, indent=2))
+        index = bags.AnnotationIndex.open(path)
+        return index.content_digest(), index.content_digest(segmentations=True)
+
+    def polygon(content):
+        return next(a["segmentation"][0] for a in content["annotations"] if isinstance(a.get("segmentation"), list))
+
+    plain, whole = digests(lambda content: None)
+    assert plain != whole
+    assert digests(lambda content: content["annotations"][0].update(area=7)) == (plain, whole)
+    moved = digests(lambda content: polygon(content).__setitem__(0, 39.5))
+    assert moved[0] == plain and moved[1] != whole
+    for key, value in (("bbox", [1, 1, 9, 9]), ("iscrowd", 0)):
+        assert digests(lambda c, key=key, value=value: c["annotations"][0].update({key: value}))[0] != plain
+    assert digests(lambda content: content["images"][0].update(file_name="other.jpg"))[0] != plain
+
+
 def test_a_change_after_the_opening_is_noticed(file):
     index = bags.AnnotationIndex.open(file)
     os.utime(file, (1, 1))
