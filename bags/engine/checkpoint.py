@@ -144,8 +144,11 @@ def load_checkpoint(path: str | Path) -> dict:
     return content
 
 
-def load_latest(folder: Path) -> dict | None:
-    """The run's `last.pth`; where that is missing or damaged, `previous.pth`; None for a new run."""
+def load_latest(folder: Path, warn: bool = True) -> dict | None:
+    """The run's `last.pth`; where that is missing or damaged, `previous.pth`; None for a new run.
+
+    warn: say so on stderr; a job looks several times, and says it once.
+    """
     files = [folder / name for name in ("last.pth", "previous.pth") if (folder / name).exists()]
     for file in files:
         try:
@@ -153,7 +156,8 @@ def load_latest(folder: Path) -> dict | None:
         except UserError as error:
             if file == files[-1]:
                 raise
-            print(f"warning: {error}; going on from {files[-1].name}", file=sys.stderr)
+            if warn:
+                print(f"warning: {error}; going on from {files[-1].name}", file=sys.stderr)
     return None
 
 

@@ -230,7 +230,7 @@ def fit_classifiers(detector: Any, loader: DataLoader, device: torch.device, see
 
 def _resume(run: Run) -> bool:
     """Loads the folder's latest checkpoint, if there is one."""
-    saved = load_latest(run.folder)
+    saved = load_latest(run.folder, warn=distributed.is_main())
     if saved is None:
         return False
     if saved["stats"] != run.about["stats"]:
@@ -268,7 +268,7 @@ def _first_iterations(config: TrainConfig, loader: DataLoader) -> list[int]:
 
 def is_trained(runs: Sequence[Run], loader: DataLoader) -> bool:
     """Whether `train` would find nothing left to do but what needs no batches."""
-    latest = [load_latest(run.folder) for run in runs]
+    latest = [load_latest(run.folder, warn=False) for run in runs]
     total = _first_iterations(runs[0].config, loader)[-1]
     return all(saved is not None and saved.get("iteration") == total for saved in latest)
 

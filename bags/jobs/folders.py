@@ -40,7 +40,7 @@ def is_complete(folder: Path, config: Config) -> bool:
             "repeat the overrides of that run, give new ones to one row only (DATASET/METHOD with name=), "
             "set output= to keep both, or remove the folder"
         )
-    latest, sources = load_latest(folder), config.source_files
+    latest, sources = load_latest(folder, warn=False), config.source_files
     assert latest is not None  # a file of it is there
     trained = config_from_dict(latest["config"], f"{folder / 'last.pth'}: config")
     check_checkpoint(folder, trained)
