@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from bags.assembly.loaders import make_loader
 from bags.assembly.stored_samples import SeenFeatures, TrainingFeatures, collate_samples
 from bags.config.sections import Config, DetectorConfig, TailOnlyConfig
+from bags.core.few_bits import BITS
 from bags.core.progress import Progress
 from bags.data.dataset import DetectionDataset
 from bags.data.samplers import ShardSampler, TrainSampler
@@ -84,7 +85,7 @@ def stored_objects(
         return None
     annotations = np.concatenate([plain.objects(position) for position in range(len(plain))])
     labels = plain.index.labels[annotations].astype(np.int64)
-    features = np.empty((len(annotations), layout.width), "float32" if layout.fc == "uint8" else layout.fc)
+    features = np.empty((len(annotations), layout.width), "float32" if layout.fc in BITS else layout.fc)
     done = 0
     short = store.nbytes() < SHOWN_FROM
     for position in Progress(range(len(plain)), desc=f"{config.name}: objects", unit="image", disable=short):

@@ -250,7 +250,8 @@ class StoreConfig(Settings):
 
     folder: Annotated[str | None, NO_RESULT] = None  # default: beside the checkpoint of init_from, as `last.features`
     mirrored: bool = True  # also of mirrored images, where data.flip asks for them; false: training sees none
-    features: Literal["float16", "uint8"] = "float16"  # uint8: half as large, rounded to 256 steps of each row's range
+    # uint8 and uint4: a half and a quarter as large, rounded to 256 and to 16 steps of each row's range
+    features: Literal["float16", "uint8", "uint4"] = "float16"
     negatives: Annotated[int, Range(ge=0)] = 1024  # background proposals of each image that training may draw from
 
 

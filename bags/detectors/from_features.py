@@ -15,7 +15,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_p
 from torchvision.ops import box_iou
 
 from bags.classifiers.base import BoxFeatures, ProposalClassifier
-from bags.core.eight_bits import decode
+from bags.core.few_bits import StoredRows
 from bags.detectors.faster_rcnn import FasterRCNN
 from bags.detectors.released import ResizedShape
 
@@ -138,11 +138,10 @@ class FromFeatures(nn.Module):
 
     Training mode: forward([fc [R, D] per stage], [{"labels": [R]} per stage]) returns the classifiers' losses.
     Evaluation mode: forward([StoredProposals per image]) returns the detector's detections, without masks.
-    With `resident`, all rows [N, S, D] of a store (or uint8 [N, S, 8 + D], see `eight_bits`), training features may be
-    row numbers [R] instead.
+    With `resident`, all rows of a store, training features may be row numbers [R] instead.
     """
 
-    def __init__(self, detector: FasterRCNN, resident: Tensor | None = None):
+    def __init__(self, detector: FasterRCNN, resident: StoredRows | None = None):
         super().__init__()
         self.stages = nn.ModuleList(
             nn.ModuleList([stage.classifier, stage.box_regressor]) for stage in detector.roi_heads.box_stages
@@ -185,8 +184,7 @@ class FromFeatures(nn.Module):
         stages = []
         for number, (fc, target) in enumerate(zip(features, targets, strict=True)):
             if self.resident is not None and not fc.is_floating_point():
-                fc = self.resident[fc, number]
-                fc = decode(fc) if fc.dtype == torch.uint8 else fc
+                fc = self.resident.take(fc, number)
             stages.append((_without_pooled(fc), target["labels"]))
         return stages
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bags.core import distributed
-from bags.core.eight_bits import decode
 from bags.core.errors import UserError
+from bags.core.few_bits import BITS, StoredRows, decode
 from bags.core.files import read_text, write_problem, write_text
 from bags.core.progress import Progress
 from bags.engine.shards import Layout, Record, Shard, ShardWriter, is_complete, open_shards
@@ -64,11 +64,13 @@ class FeatureStore:
     def features(self, key: tuple[int, bool], chosen: np.ndarray | None = None) -> np.ndarray:
         """Features [R, S, D] of a view's rows, or of the chosen ones (int64 [R], positions in the view).
 
-        float32 where the store has eight bits, else of the layout's type.
+        float32 where the store is rounded to few bits, else of the layout's type.
         """
         shard, first, count = self.places[key[0], int(key[1])].tolist()
         features = self.shards[shard].read("fc", first, count, chosen)
-        return decode(torch.from_numpy(features)).numpy() if self.layout.fc == "uint8" else features
+        if self.layout.fc in BITS:
+            return decode(torch.from_numpy(features), self.layout.fc, self.layout.width).numpy()
+        return features
 
     def rows(self, key: tuple[int, bool]) -> np.ndarray:
         """The records of a view's rows, [R] of the layout's row type."""
@@ -84,13 +86,13 @@ class FeatureStore:
         shard, first, _ = self.places[key[0], int(key[1])].tolist()
         return rows + first + int(self.starts[shard])
 
-    def whole(self, device: torch.device) -> Tensor:
-        """All features in the memory of a device: [rows, S, D], or uint8 [rows, S, 8 + D] for `eight_bits.decode`."""
-        shape = (int(self.starts[-1]), *self.layout.shape("fc")[1])
-        result = torch.empty(shape, dtype=getattr(torch, self.layout.fc), device=device)
+    def whole(self, device: torch.device) -> StoredRows:
+        """All features in the memory of a device."""
+        kind, shape = self.layout.shape("fc")
+        result = torch.empty((int(self.starts[-1]), *shape), dtype=getattr(torch, kind.name), device=device)
         for shard, first in zip(self.shards, self.starts.tolist(), strict=False):
             result[first : first + shard.rows] = torch.from_numpy(shard.read("fc", 0, shard.rows)).to(device)
-        return result
+        return StoredRows(result, self.layout.fc, self.layout.width)
 
 
 def shards_of(images: int) -> list[range]:
@@ -256,7 +258,7 @@ def _announce(folder: Path, layout: Layout, images: int, loader_of: Callable, re
     if needed * 1.02 > free:
         raise UserError(
             f"{folder}: about {needed / 1e9:.1f} GB of proposal features do not fit ({free / 1e9:.1f} GB are free): "
-            "set store.folder to another disk, store.features=uint8, store.mirrored=false or fewer store.negatives, or "
+            "set store.folder to another disk, store.features=uint4, store.mirrored=false or fewer store.negatives, or "
             "train.features=live"
         )
 

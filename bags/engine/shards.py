@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from bags.core import distributed
-from bags.core.eight_bits import RANGE, encode
 from bags.core.errors import UserError
+from bags.core.few_bits import BITS, encode, row_bytes
 from bags.core.files import open_regular, read_text, write_problem, write_text
 from bags.core.progress import Progress
 
@@ -49,7 +49,7 @@ class Record(NamedTuple):
 class Layout(NamedTuple):
     """The types of a store's files."""
 
-    fc: str  # "float16", "float32", or "uint8": rounded by `eight_bits`
+    fc: str  # "float16", "float32", or one of `few_bits.BITS`, to which features are rounded
     row: np.dtype  # of a row, the record of a proposal
     view: np.dtype  # of a view, the record of an image or of its mirror image
     stages: int  # S, classifiers of the detector
@@ -58,7 +58,9 @@ class Layout(NamedTuple):
     def shape(self, kind: str) -> tuple[np.dtype, tuple[int, ...]]:
         """(type, shape) of one entry of a file: of a row's features [S, D], of a row, of a view."""
         if kind == "fc":
-            return np.dtype(self.fc), (self.stages, self.width + RANGE * (self.fc == "uint8"))
+            if self.fc in BITS:
+                return np.dtype(np.uint8), (self.stages, row_bytes(self.fc, self.width))
+            return np.dtype(self.fc), (self.stages, self.width)
         return (self.row if kind == "rows" else self.view), ()
 
 
@@ -240,13 +242,14 @@ class ShardWriter:
 
     def add(self, record: Record) -> None:
         """Appends one view."""
-        fc = record.fc if self.layout.fc == "uint8" else record.fc.to(getattr(torch, self.layout.fc))
+        kind = self.layout.fc
+        fc = record.fc if kind in BITS else record.fc.to(getattr(torch, kind))
         if not fc.isfinite().all():
-            raise UserError(f"{self.folder}: a feature is not a finite number in {self.layout.fc}: train.features=live")
+            raise UserError(f"{self.folder}: a feature is not a finite number in {kind}: train.features=live")
         position, mirrored, *more = record.view
         view = np.array([(position, mirrored, self.rows, len(record.rows), *more)], self.layout.view)
         self.rows += len(record.rows)
-        stored = (encode(fc) if self.layout.fc == "uint8" else fc).cpu().numpy()
+        stored = (encode(fc, kind) if kind in BITS else fc).cpu().numpy()
         for kind, values in {"fc": stored, "rows": record.rows, "views": view}.items():
             content = np.ascontiguousarray(values).tobytes()
             size, crc = self.sums[kind]

@@ -126,7 +126,7 @@ def stored(place: Place) -> Iterator[Line]:
             run, seconds = _train_stored(place, f"{name}_{number}", torch.device(where), *keys)
             module = run.loss_module
             assert isinstance(module, FromFeatures)
-            resident = module.resident is not None and module.resident.device.type
+            resident = module.resident is not None and module.resident.data.device.type
             wanted = where == "cuda" and "cuda"
             text = f"store on {resident or 'disk'}, trained in {seconds:.1f} s"
             yield verdict(f"{name}, trained on {where}", (resident or False) == wanted, text)
