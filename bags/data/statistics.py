@@ -3,7 +3,7 @@
 import itertools
 import reprlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,8 +94,12 @@ def _check_kind(values: Sequence, key: str, where: str) -> None:
         raise UserError(f"{where}: expected {expected}, got {shown} at position {position}")
 
 
-def disagreement(index: AnnotationIndex, stats: CategoryStats) -> str | None:
-    """One line, where a file's own `instance_count` or `image_count` is not what its annotations add up to."""
+def disagreement(index: AnnotationIndex) -> str | None:
+    """One line, where a file's own `instance_count` or `image_count` is not what its annotations add up to.
+
+    Objects without a segmentation are counted, even where only masks are trained: they are in the file.
+    """
+    stats = CategoryStats.from_index(replace(index, for_masks=False))
     differing = [
         f"category {category['id']}: {name} {category[name]}, counted {counted}"
         for category, *counts in zip(index.categories, stats.instance_counts, stats.image_counts, strict=True)

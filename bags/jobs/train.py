@@ -143,7 +143,7 @@ class Pass:
         self.index = open_index(self.first, "train")
         self.stats = CategoryStats.from_index(self.index)
         if distributed.is_main():
-            note_data(self.index, self.stats)
+            note_data(self.index)
         self.loader = build_train_loader(self.first, self.index, self.stats)
         self.validation = build_val_dataset(self.first)
         self.runs: list[Run] = []
@@ -258,13 +258,13 @@ def note_weakness(config: Config, ap: float) -> None:
     )
 
 
-def note_data(index: AnnotationIndex, stats: CategoryStats) -> None:
+def note_data(index: AnnotationIndex) -> None:
     """Say on stderr what of the training data is left out, or is probably not meant."""
     odd = [
         f"{index.path}: {kind}: {which}; prepare_data.py check says more"
         for kind, which in implausible_boxes(index).items()
     ]
-    for line in (what_does_not_train(index), disagreement(index, stats), *odd):
+    for line in (what_does_not_train(index), disagreement(index), *odd):
         if line:
             print(f"note: {line}", file=sys.stderr)
 
