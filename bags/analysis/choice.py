@@ -47,6 +47,10 @@ def _check(content: Any) -> None:
     for mixture in (content["mixture"], content["chosen"], *content["without_fold"]):
         need(mixture and all(name in rows and isinstance(share, float) for name, share in mixture.items()), "mixture")
         need(all(0 < share <= 1 for share in mixture.values()), "mixture")
+    for gain in content.get("over_baseline", {}).values():
+        need(all(len(values) == 3 and all(map(_is_number, values)) for values in gain.values()), "over_baseline")
+        need(content["metric"] in gain, "over_baseline")
+    need(content.get("instead") in (None, content["control"], *content.get("over_baseline", {})), "instead")
     if "test" in content:
         test = content["test"]
         need(isinstance(test["annotations"], str) and isinstance(test["sha256"], str), "test")

@@ -146,18 +146,23 @@ def verdict(content: dict) -> list[str]:
     """The sentences that a choice amounts to."""
     control, mixture, title = printable(content["control"]), content["mixture"], column_title(content["metric"])
     shares = " + ".join(f"{share:.0%} {printable(name)}" for name, share in mixture.items())
-    gain = gained(content["honest"]["gain"][content["metric"]])
+    gains = {content["control"]: content["honest"]["gain"], **content.get("over_baseline", {})}
+    against = " and ".join(f"{gained(gain[content['metric']])} against {printable(row)}" for row, gain in gains.items())
     lines = [
         f"The scores of {len(mixture)} of {len(content['rows'])} rows, averaged: {shares}."
         if len(mixture) > 1
         else f"Best of {len(content['rows'])} rows and their means: {printable(next(iter(mixture)))}.",
-        f"On images that it was not chosen with, {title} is {gain} against {control}.",
+        f"On images that it was not chosen with, {title} is {against}.",
     ]
-    *_, high = content["honest"]["gain"][content["metric"]]
-    if not content["better_than_control"] and high is not None and high < 0:
-        lines.append(f"It is worse than {control}, which is recommended.")
-    elif not content["better_than_control"]:
-        lines.append(f"The validation images cannot tell it from {control}, which is recommended: the simplest row.")
+    instead = content.get("instead", None if content["better_than_control"] else content["control"])
+    if instead is not None:
+        *_, high = gains[instead][content["metric"]]
+        worse = high is not None and high < 0
+        lines.append(
+            f"It is worse than {printable(instead)}, which is recommended."
+            if worse
+            else f"The validation images cannot tell it from {printable(instead)}, which is recommended: it is simpler."
+        )
     if "test" in content:
         test = content["test"]
         lines.append(f"On {printable(test['annotations'])}: mAP {gained(test['gain']['AP'])} against {control}.")

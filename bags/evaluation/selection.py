@@ -80,10 +80,18 @@ class Choice(NamedTuple):
     optimistic: Estimate  # of the mixture, on the images that it was chosen with
     honest: Estimate  # cross-fitted
 
-    def is_better(self, name: str) -> bool:
-        """Whether the honest estimate of a number is above the control's, and so is its whole interval."""
-        gain, low, _ = self.honest.gain(self.rows[0], name)
+    def is_better(self, name: str, row: int = 0) -> bool:
+        """Whether the honest estimate of a number is above a row's (the control's), and so is its whole interval."""
+        gain, low, _ = self.honest.gain(self.rows[row], name)
         return gain > 0 and low > 0
+
+    def instead(self, name: str, simple: Sequence[int]) -> int | None:
+        """The row to take instead of the mixture: of the simple rows that it may be no better than, the best one.
+
+        None where it is better than each of them. `simple` are the control, and the baseline if it is a row.
+        """
+        doubtful = [row for row in simple if not self.is_better(name, row)]
+        return max(doubtful, key=lambda row: np.nan_to_num(self.rows[row].values[name], nan=-1.0), default=None)
 
 
 class MatchedMixtures:

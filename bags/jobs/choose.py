@@ -37,11 +37,11 @@ from bags.evaluation.selection import Choice, Estimate, Mixture, Validation
 from bags.evaluation.truth import Truth, read_truth
 from bags.jobs import preflight
 from bags.jobs.evaluate import evaluate_checkpoint
-from bags.jobs.pool import POOLS, baseline_of, pool_rows
+from bags.jobs.pool import BASELINE, POOLS, baseline_of, pool_rows
 from bags.jobs.train import run_jobs
 
 NAME = "choose"  # of the run folder
-PROCEDURE = 1  # to be raised when the same rows and images give another choice or estimate
+PROCEDURE = 2  # to be raised when the same rows and images give another choice or estimate
 
 
 def choose(
@@ -253,21 +253,25 @@ class _Memory:
 def _content(choice: Choice, rows: Sequence[Config], settings: tuple[str, int, int], name: str, key: str) -> dict:
     """The choice as JSON."""
     control, (metric, folds, draws) = choice.rows[0], settings
+    names = [row.name for row in rows]
+    simple = [0, *(number for number, row in enumerate(names) if row == BASELINE)]
+    instead = choice.instead(name, simple)
+    shown = {"AP_fixed": "AP"} if metric == "AP_fixed" else {key: key for key in control.values}
+
+    def gains(estimate: Estimate, other: Estimate) -> dict:
+        """Gains over another row with their intervals."""
+        found = {title: estimate.gain(other, key) for title, key in shown.items()}
+        return {key: [None if v != v else v for v in gain] for key, gain in found.items()}
 
     def numbers(estimate: Estimate) -> dict:
-        """Values, and gains over the control with their intervals."""
-        shown = {"AP_fixed": "AP"} if metric == "AP_fixed" else {key: key for key in estimate.values}
-        gains = {title: estimate.gain(control, key) for title, key in shown.items()}
-        return {
-            "numbers": without_nan({title: estimate.values[key] for title, key in shown.items()}),
-            "gain": {key: [None if v != v else v for v in gain] for key, gain in gains.items()},
-        }
+        """Values, and gains over the control."""
+        values = without_nan({title: estimate.values[key] for title, key in shown.items()})
+        return {"numbers": values, "gain": gains(estimate, control)}
 
     def named(mixture: Mixture) -> dict[str, float]:
         """The shares of the rows that are in a mixture."""
-        return {row.name: share for row, share in zip(rows, mixture, strict=True) if share}
+        return {row: share for row, share in zip(names, mixture, strict=True) if share}
 
-    certain = choice.is_better(name)
     return {
         "key": key,
         "command": this_command(),
@@ -277,7 +281,7 @@ def _content(choice: Choice, rows: Sequence[Config], settings: tuple[str, int, i
         "draws": draws,
         "seed": rows[0].seed,
         "images": len(open_index(rows[0], "val").image_ids),
-        "control": rows[0].name,
+        "control": names[0],
         "rows": {
             row.name: {**numbers(estimate), "seconds": _or_none(read_seconds(row.run_folder))}
             for row, estimate in zip(rows, choice.rows, strict=True)
@@ -286,8 +290,10 @@ def _content(choice: Choice, rows: Sequence[Config], settings: tuple[str, int, i
         "without_fold": [named(mixture) for mixture in choice.without],
         "optimistic": numbers(choice.optimistic),
         "honest": numbers(choice.honest),
-        "better_than_control": certain,
-        "chosen": named(choice.mixture) if certain else {rows[0].name: 1.0},
+        "over_baseline": {names[row]: gains(choice.honest, choice.rows[row]) for row in simple[1:]},
+        "better_than_control": choice.is_better(name),
+        "instead": None if instead is None else names[instead],
+        "chosen": named(choice.mixture) if instead is None else {names[instead]: 1.0},
     }
 
 

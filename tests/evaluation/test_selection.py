@@ -14,7 +14,7 @@ from bags.data.statistics import training_of
 from bags.evaluation import selection
 from bags.evaluation.comparison import Detections, ap_of, compare, matched, means
 from bags.evaluation.results_file import read_results
-from bags.evaluation.selection import Estimate, Validation, best_mixtures, choose, merge, single
+from bags.evaluation.selection import Choice, Estimate, Validation, best_mixtures, choose, merge, single
 from bags.evaluation.truth import read_truth
 
 
@@ -246,6 +246,22 @@ def test_the_interval_by_hand():
     assert wide == pytest.approx((3, -9.5, 9.5))  # the bootstrap is the wider one
     unknown = estimate([1, 2, math.nan], value=3).gain(estimate(np.zeros(3)), "AP")
     assert unknown[0] == 3 and math.isnan(unknown[1]) and math.isnan(unknown[2])
+
+
+def test_what_is_taken_instead():
+    """Control 30, baseline 32, another row unknown; the interval of a gain is ±1.9."""
+    rows = [estimate((0, 0), (value, value), value) for value in (0.30, 0.32, math.nan)]
+
+    def instead(value, simple=(0, 1)):
+        """The row that is taken instead of a choice with an AP."""
+        honest = estimate((0, 0), (value - 0.02, value + 0.02), value)
+        return Choice((1.0,), [], rows, honest, honest).instead("AP", simple)
+
+    assert instead(0.35) is None  # better than both
+    assert instead(0.33) == 1  # than the control only
+    assert instead(0.31) == 1  # than neither: the better one is taken
+    assert instead(0.31, (0,)) == 0 and instead(0.33, (0,)) is None  # no baseline among the rows
+    assert instead(0.2, (0, 2)) == 0  # what is not known is not taken
 
 
 def test_students_quantiles():

@@ -9,8 +9,10 @@ import torch
 from conftest import metrics, read_lines, run_script, start_script, write_dataset
 
 import bags
+from bags.analysis.choice import read_choice
 from bags.analysis.report import Findings
 from bags.analysis.run_results import read_run
+from bags.analysis.tables import render_choice
 from bags.engine.checkpoint import load_checkpoint
 from bags.jobs.pool import ADAMW_RATE, POOLS, pool_rows
 from bags.jobs.report import gather_labels
@@ -121,6 +123,29 @@ def test_killed_among_the_mixtures(chosen, tmp_path):
     lines = (folder / "mixtures.jsonl").read_text().splitlines(keepends=True)
     assert lines[:4] == whole[:4] and set(whole[4:]) <= set(lines) and (folder / "last.pth").exists()
     assert json.loads((folder / "choose.json").read_text()) == found
+
+
+def test_the_baseline_as_a_row(chosen, tmp_path):
+    """It scores as the row `softmax`, the choice is compared with it too, and it may be what is recommended."""
+    dataset, runs = copied(chosen, tmp_path)
+    content = again(dataset, runs, ["baseline"])
+    found, scored = content["rows"]["baseline"]["numbers"], metrics(runs, "softmax")
+    assert found["AP"] == pytest.approx(scored["AP"], abs=1e-12)
+    assert set(content["over_baseline"]) == {"baseline"} and content["instead"] in ("softmax_retrained", "baseline")
+    difference = content["honest"]["numbers"]["AP"] - found["AP"]
+    assert content["over_baseline"]["baseline"]["AP"][0] == pytest.approx(difference, abs=1e-12)
+    printed = render_choice(content)
+    assert " against softmax_retrained and " in printed and " against baseline." in printed
+    assert f"cannot tell it from {content['instead']}" in printed or f"worse than {content['instead']}" in printed
+    recommended = bags.load_detector(runs / "tiny/choose/last.pth")[0].state_dict()
+    row = {"baseline": "softmax"}.get(content["instead"], content["instead"])
+    expected = load_checkpoint(runs / f"tiny/{row}/last.pth")["model"]
+    assert all(torch.equal(value, expected[name]) for name, value in recommended.items())
+    for name, words in (("baseline", "cannot tell it from baseline"), (None, "")):  # either kind of recommendation
+        content |= {"instead": name, "over_baseline": {"baseline": {"AP": [0.01, -0.01, 0.03]}}}
+        (runs / "tiny/choose/choose.json").write_text(json.dumps(content))
+        assert words in render_choice(read_choice(runs / "tiny/choose/choose.json"))
+        assert ("recommended" in render_choice(content)) == bool(name)
 
 
 def test_another_pool_is_another_choice(chosen, tmp_path):
