@@ -61,7 +61,7 @@ def training_store(
             seeds = [2 * position + mirrored for position in positions]
             with _mirroring(detector.transform) if by_transform else contextlib.nullcontext():
                 moved = [image for image, _ in shown], [target for _, target in shown]
-                pools = training_pool(detector, *moved, config.store.negatives, seeds)
+                pools = training_pool(detector, *moved, config.store.negatives, seeds, config.store.hard_negatives)
             stored += [_pool_record(*pair, mirrored) for pair in zip(pools, positions, strict=True)]
         return sorted(stored, key=lambda record: record.view)
 
@@ -104,7 +104,8 @@ def _views(config: Config) -> list[bool]:
 
 
 def _pool_settings(config: Config) -> dict[str, object]:
-    return {"negatives": config.store.negatives, "mirrored": len(_views(config)) > 1}
+    hard = {"hard_negatives": True} if config.store.hard_negatives else {}  # stores without the key have random ones
+    return {"negatives": config.store.negatives, "mirrored": len(_views(config)) > 1, **hard}
 
 
 def _pool_layout(config: Config, detector: FasterRCNN) -> Layout:
@@ -192,6 +193,7 @@ def store_settings(config: Config) -> tuple:
         tail,
         data.flip > 0 and config.store.mirrored,
         config.store.negatives,
+        config.store.hard_negatives,
         config.store.features,
         repr(_detector_settings(config.detector)),
     )

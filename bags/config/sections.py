@@ -253,6 +253,7 @@ class StoreConfig(Settings):
     # uint8 and uint4: a half and a quarter as large, rounded to 256 and to 16 steps of each row's range
     features: Literal["float16", "uint8", "uint4"] = "float16"
     negatives: Annotated[int, Range(ge=0)] = 1024  # background proposals of each image that training may draw from
+    hard_negatives: bool = False  # those with the highest objectness, instead of random ones
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,16 @@ class StoredProposals(NamedTuple):
 
 @torch.inference_mode()
 def training_pool(
-    detector: FasterRCNN, images: list[Tensor], targets: list[dict], negatives: int, seeds: Sequence[int]
+    detector: FasterRCNN,
+    images: list[Tensor],
+    targets: list[dict],
+    negatives: int,
+    seeds: Sequence[int],
+    hard: bool = False,
 ) -> list[Pool]:
     """Collect of each image all objects, all foreground proposals and up to `negatives` others, drawn by its seed.
 
+    hard: the others of the highest objectness, instead of random ones; of equal ones those that come first.
     images and targets are as in training; the detector is in evaluation mode. Stage 1 decides what is foreground.
     Later stages see the same rows, moved by the stages before, as in training.
     """
@@ -60,12 +66,12 @@ def training_pool(
     features = detector.roi_heads.with_context(features)
     stages = detector.roi_heads.box_stages
     samples = stages[0].match(proposals, targets)
+    scores = [torch.cat([s, s.new_ones(len(t["boxes"]))]) for s, t in zip(scores, targets, strict=True)]
     rows = [
-        _chosen(labels, is_object, negatives, seed)
-        for labels, is_object, seed in zip(samples.labels, samples.is_object, seeds, strict=True)
+        _chosen(labels, is_object, negatives, score if hard else seed)
+        for labels, is_object, score, seed in zip(samples.labels, samples.is_object, scores, seeds, strict=True)
     ]
-    samples = samples.take(rows)
-    scores = [torch.cat([s, s.new_ones(len(t["boxes"]))])[r] for s, t, r in zip(scores, targets, rows, strict=True)]
+    samples, scores = samples.take(rows), [score[chosen] for score, chosen in zip(scores, rows, strict=True)]
     fc: list[Sequence[Tensor]] = []
     labels, overlaps = [], []
     for stage, following in zip(stages, [*stages[1:], None], strict=True):
@@ -91,10 +97,16 @@ def overlap(boxes: Tensor, objects: Tensor) -> Tensor:
     return box_iou(boxes, objects).max(1).values if len(objects) else boxes.new_zeros(len(boxes))
 
 
-def _chosen(labels: Tensor, is_object: Tensor, negatives: int, seed: int) -> Tensor:
-    """Rows of one image, rising: its foreground, its objects, and `negatives` of the others."""
+def _chosen(labels: Tensor, is_object: Tensor, negatives: int, by: int | Tensor) -> Tensor:
+    """Rows of one image, rising: its foreground, its objects, and `negatives` of the others.
+
+    by: the seed that others are drawn with, or the scores [R] of which they have the highest.
+    """
     others = torch.where((labels == 0) & ~is_object)[0]
-    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:negatives]
+    if isinstance(by, Tensor):
+        order = by[others].argsort(descending=True, stable=True)[:negatives]
+    else:
+        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(by))[:negatives]
     return torch.cat([torch.where((labels > 0) | is_object)[0], others[order.to(others.device)]]).sort().values
 
 

@@ -229,7 +229,9 @@ def _changed(header: dict, old: dict) -> list[str]:
     except (KeyError, ValueError, TypeError):
         before, now = {}, {}
     keys = (
-        [f"{key} ({before.get(key)}, now {now[key]})" for key in now if before.get(key) != now[key]] if before else []
+        [f"{k} ({before.get(k)}, now {now.get(k)})" for k in {**before, **now} if before.get(k) != now.get(k)]
+        if before
+        else []
     )
     for name, words in (("fc", [f"store.features ({old.get('fc')!s:.20}, now {header['fc']})"]), ("settings", keys)):
         if name in changed and words:

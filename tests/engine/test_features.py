@@ -1,5 +1,6 @@
 """Classifiers trained from stored features: the same as from images, whatever happens in between."""
 
+import itertools
 import json
 import shutil
 
@@ -201,6 +202,29 @@ def test_what_is_drawn_is_what_a_live_step_draws(tmp_path, glyphs):
     for seed in range(40):  # as the live loader's flip of the same seed
         flips.append(not torch.equal(dataset[3, seed][1]["boxes"], dataset.target(3)["boxes"]))
     assert views == [not flip for flip in flips] and 5 < sum(flips) < 35
+
+
+def test_hard_negatives_are_those_of_the_highest_objectness(tmp_path, glyphs):
+    """All foreground stays; the message of a stale store names the setting, turned on or off."""
+    config, detector, dataset = prepared(tmp_path, glyphs, "store.negatives=100000", "data.flip=0.5")
+    whole = cached.training_store(config, detector, dataset, CPU)
+    hard = [f"store.folder={tmp_path / 'hard'}", "store.negatives=5", "store.hard_negatives=true"]
+    store = cached.training_store(override_config(config, hard), detector, dataset, CPU)
+    for position, mirrored in itertools.product(range(len(dataset)), (False, True)):
+        rows, kept = whole.rows((position, mirrored)), store.rows((position, mirrored))
+        others = [(of["label"][:, 0] == 0) & ~of["is_object"] for of in (rows, kept)]
+        scores = np.sort(rows["score"][others[0]])[::-1]
+        assert np.array_equal(np.sort(kept["score"][others[1]])[::-1], scores[:5]) and len(scores) > 5
+        assert np.array_equal(rows[~others[0]], kept[~others[1]])
+    for folder, value, words in (
+        ("last.features", "true", r"\(None, now True\)"),
+        ("hard", "false", r"\(True, now None\)"),
+    ):
+        place = tmp_path / folder if folder == "hard" else whole.folder.parent
+        given = [f"store.folder={place}", f"store.negatives={5 if folder == 'hard' else 100000}"]
+        given.append(f"store.hard_negatives={value}")
+        with pytest.raises(UserError, match=rf"of other store.hard_negatives {words}"):
+            cached.training_store(override_config(config, given), detector, dataset, CPU)
 
 
 def test_released_conventions_mirror_what_is_resized(tmp_path, glyphs, monkeypatch):
