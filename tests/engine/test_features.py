@@ -216,15 +216,11 @@ def test_hard_negatives_are_those_of_the_highest_objectness(tmp_path, glyphs):
         scores = np.sort(rows["score"][others[0]])[::-1]
         assert np.array_equal(np.sort(kept["score"][others[1]])[::-1], scores[:5]) and len(scores) > 5
         assert np.array_equal(rows[~others[0]], kept[~others[1]])
-    for folder, value, words in (
-        ("last.features", "true", r"\(None, now True\)"),
-        ("hard", "false", r"\(True, now None\)"),
-    ):
-        place = tmp_path / folder if folder == "hard" else whole.folder.parent
-        given = [f"store.folder={place}", f"store.negatives={5 if folder == 'hard' else 100000}"]
-        given.append(f"store.hard_negatives={value}")
-        with pytest.raises(UserError, match=rf"of other store.hard_negatives {words}"):
-            cached.training_store(override_config(config, given), detector, dataset, CPU)
+    on = override_config(config, ["store.hard_negatives=true"])
+    off = override_config(config, [*hard[:2], "store.hard_negatives=false"])
+    for stale, words in ((on, r"\(None, now True\)"), (off, r"\(True, now None\)")):
+        with pytest.raises(UserError, match=f"of other store.hard_negatives {words}"):
+            cached.training_store(stale, detector, dataset, CPU)
 
 
 def test_released_conventions_mirror_what_is_resized(tmp_path, glyphs, monkeypatch):
