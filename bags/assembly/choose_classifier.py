@@ -81,6 +81,8 @@ class ClassifierChoice:
     optimistic          numbers of the chosen classifier on the images that it was chosen with
     honest              cross-fitted: each image is detected in with what is chosen without it
     better_than_control whether the honest gain and its whole interval are above 0
+    instead             the row to keep where the choice may be no better: the control or one of the detector's own, of
+                        these the best; None where the choice is better than each of them, with its whole interval
     classifiers         of each row, trained
     classifier          the chosen one: that of a row, or an `Average` of several
     """
@@ -92,6 +94,7 @@ class ClassifierChoice:
     optimistic: Numbers
     honest: Numbers
     better_than_control: bool
+    instead: str | None
     classifiers: dict[str, ProposalClassifier]
     classifier: ProposalClassifier
 
@@ -118,8 +121,8 @@ class ClassifierChoice:
         gain, low, high = (_percent(value, "+.1f") for value in self.honest.gain[self.metric])
         text += f"\nChosen: {shares}.\nOn images that it was not chosen with, {self.metric} is {gain} against "
         text += f"{self.control} (95 %: {low} to {high})."
-        if not self.better_than_control:
-            text += f"\nThe validation images cannot tell it from {self.control}, which is simpler."
+        if self.instead is not None:
+            text += f"\nThe validation images cannot tell it from {self.instead}, which is simpler."
         return text
 
 
@@ -362,6 +365,8 @@ def _result(
         """Values, and gains over the control."""
         return Numbers(estimate.values, estimate.gains(choice.rows[0]))
 
+    names = list(classifiers)
+    instead = choice.instead(metric, [0, *(row for row, name in enumerate(names) if name in (OWN, BALANCED))])
     return ClassifierChoice(
         metric,
         {name: numbers(estimate) for name, estimate in zip(classifiers, choice.rows, strict=True)},
@@ -370,6 +375,7 @@ def _result(
         numbers(choice.optimistic),
         numbers(choice.honest),
         choice.is_better(metric),
+        None if instead is None else names[instead],
         classifiers,
         classifier,
     )

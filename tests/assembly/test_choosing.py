@@ -302,10 +302,13 @@ def test_the_text_of_a_choice(chosen):
     assert values == sorted(values, reverse=True) and float(lines[1].split()[1]) == round(100 * values[0], 1)
     gain, low, high = chosen.honest.gain["AP"]
     assert gain == chosen.honest.values["AP"] - chosen.rows["softmax"].values["AP"]
-    assert f"AP is {100 * gain:+.1f} against softmax (95 %: {100 * low:+.1f} to {100 * high:+.1f})" in lines[-1]
+    assert f"AP is {100 * gain:+.1f} against softmax (95 %: {100 * low:+.1f} to {100 * high:+.1f})" in str(chosen)
     assert chosen.better_than_control and low > 0
+    simple = chosen.instead is None or f"cannot tell it from {chosen.instead}, which is simpler." in lines[-1]
+    assert simple and chosen.instead in (None, "detector")  # it is better than the control
     same = choose(make(), rows={"long": ROWS["long"]})
-    assert not same.better_than_control and str(same).endswith("which is simpler.")
+    assert not same.better_than_control and same.instead in ("long", "detector")
+    assert str(same).endswith(f"cannot tell it from {same.instead}, which is simpler.")
 
 
 def with_target(**changes):
