@@ -125,6 +125,8 @@ def plot_gains(path: Path | BinaryIO, gains: Mapping[str, Mapping[str, list[floa
     shift = np.linspace(-0.27, 0.27, len(rows))
     for row, offset, mark in zip(rows, shift, itertools.cycle("osD^vP"), strict=False):
         places = [k for k, of_rows in enumerate(gains.values()) if row in of_rows]
+        if not places:
+            continue
         values = [100 * np.asarray(of_rows[row]) for of_rows in gains.values() if row in of_rows]
         colour = METHODS["choose"] if row.startswith("chosen") else method_colour(row)
         middle = [value.mean() for value in values]

@@ -156,7 +156,7 @@ def _check_figure(option: str, figure: Path) -> None:
         raise UserError(f"--{option} {figure}: expected a file to write, as in {option}.png")
 
 
-GAINS = ("softmax_retrained,x4", "bags", "bags_cosine", "reweight_cls", "seesaw", "chosen, on others")
+GAINS = ("baseline", "softmax_retrained,x4", "bags", "bags_cosine", "reweight_cls", "seesaw", "chosen, on others")
 
 
 def compare_gains(paths: list[Path], figure: Path) -> None:

@@ -155,13 +155,14 @@ def test_gains_of_choices(tmp_path):
     content = about | {"title": "a: choose", "rows": {row: [{"AP": v} for v in values] for row, values in rows.items()}}
     (tmp_path / "a.json").write_text(json.dumps(content))
     one = {row: [{"AP": values[0]}] for row, values in rows.items() if row != "bags"}
+    one["baseline"] = [{"AP": 0.21}]
     (tmp_path / "b.json").write_text(json.dumps(content | {"title": "b: choose", "rows": one}))
     done = run_script("tables", "--gains", tmp_path / "g.png", tmp_path / "a.json", tmp_path / "b.json")
     assert done.returncode == 0 and (tmp_path / "g.png").read_bytes()[:4] == b"\x89PNG", done.stderr
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
     assert lines[0] == ["dataset", "control", *GAINS]
-    assert lines[2] == ["a", "30.0 ±14.1", "-", "+3.0 ±2.8", "-", "-", "-", "+10.0 ±0.0"]
-    assert lines[3] == ["b", "20.0", "-", "-", "-", "-", "-", "+10.0"]
+    assert lines[2] == ["a", "30.0 ±14.1", "-", "-", "+3.0 ±2.8", "-", "-", "-", "+10.0 ±0.0"]
+    assert lines[3] == ["b", "20.0", "+1.0", "-", "-", "-", "-", "-", "+10.0"]
     (tmp_path / "c.json").write_text(json.dumps(content | {"rows": {"bags": [{"AP": 0.1}]}}))
     fixed = {row: [{"AP_fixed": 0.1}] for row in rows}  # of choose.py --metric AP_fixed
     (tmp_path / "d.json").write_text(json.dumps(content | {"rows": fixed}))
