@@ -155,7 +155,9 @@ def verdict(content: dict) -> list[str]:
         f"On images that it was not chosen with, {title} is {against}.",
     ]
     instead = content.get("instead", None if content["better_than_control"] else content["control"])
-    if instead is not None:
+    if instead is not None and list(mixture) == [instead]:
+        lines.append(f"No other row and no mean is better: {printable(instead)} is recommended.")
+    elif instead is not None:
         *_, high = gains[instead][content["metric"]]
         worse = high is not None and high < 0
         lines.append(

@@ -81,8 +81,8 @@ class ClassifierChoice:
     optimistic          numbers of the chosen classifier on the images that it was chosen with
     honest              cross-fitted: each image is detected in with what is chosen without it
     better_than_control whether the honest gain and its whole interval are above 0
-    instead             the row to keep where the choice may be no better: the control or one of the detector's own, of
-                        these the best; None where the choice is better than each of them, with its whole interval
+    over                honest gain by the metric, with its interval, over the control and over what the detector has
+    instead             the better one of these two, where the choice may be no better than it; else None
     classifiers         of each row, trained
     classifier          the chosen one: that of a row, or an `Average` of several
     """
@@ -94,6 +94,7 @@ class ClassifierChoice:
     optimistic: Numbers
     honest: Numbers
     better_than_control: bool
+    over: dict[str, tuple[float, float, float]]
     instead: str | None
     classifiers: dict[str, ProposalClassifier]
     classifier: ProposalClassifier
@@ -118,11 +119,15 @@ class ClassifierChoice:
             "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in table
         )
         shares = " + ".join(f"{share:.0%} {name}" for name, share in self.shares.items())
-        gain, low, high = (_percent(value, "+.1f") for value in self.honest.gain[self.metric])
-        text += f"\nChosen: {shares}.\nOn images that it was not chosen with, {self.metric} is {gain} against "
-        text += f"{self.control} (95 %: {low} to {high})."
+        over = {row: [_percent(value, "+.1f") for value in gain] for row, gain in self.over.items()}
+        gains = (f"{gain} against {row} (95 %: {low} to {high})" for row, (gain, low, high) in over.items())
+        text += f"\nChosen: {shares}.\nOn images that it was not chosen with, {self.metric} is {' and '.join(gains)}."
         if self.instead is not None:
-            text += f"\nThe validation images cannot tell it from {self.instead}, which is simpler."
+            text += (
+                f"\nNo other row and no mean is better than {self.instead}."
+                if list(self.shares) == [self.instead]
+                else f"\nThe validation images cannot tell it from {self.instead}: keep that one."
+            )
         return text
 
 
@@ -366,7 +371,8 @@ def _result(
         return Numbers(estimate.values, estimate.gains(choice.rows[0]))
 
     names = list(classifiers)
-    instead = choice.instead(metric, [0, *(row for row, name in enumerate(names) if name in (OWN, BALANCED))])
+    simple = dict.fromkeys([0, names.index(BALANCED if BALANCED in names else OWN)])
+    instead = choice.instead(metric, list(simple))
     return ClassifierChoice(
         metric,
         {name: numbers(estimate) for name, estimate in zip(classifiers, choice.rows, strict=True)},
@@ -375,6 +381,7 @@ def _result(
         numbers(choice.optimistic),
         numbers(choice.honest),
         choice.is_better(metric),
+        {names[row]: choice.honest.gain(choice.rows[row], metric) for row in simple},
         None if instead is None else names[instead],
         classifiers,
         classifier,

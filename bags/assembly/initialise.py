@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bags.assembly.loaders import annotations_digest
 from bags.classifiers.base import ProposalClassifier
 from bags.config.load import check_config, config_from_dict
 from bags.config.sections import Config, DetectorConfig
@@ -60,10 +61,13 @@ def initialise(
     keeps = "train.part=none" if config.train.part == "none" else keeps
     layers = (m for c in detector.classifiers() for name, m in c.named_children() if name == "linear")
     trained_layers = detector.prefixes(layers)
-    if keeps and any(name.startswith(trained_layers) for name in new):
+    plain = trained_layers and not config.classifier.columns(stats)  # the layer is read as that of a softmax
+    other_scores = plain and not saved.is_softmax and saved.name != config.classifier.name
+    if keeps and (other_scores or any(name.startswith(trained_layers) for name in new)):
+        reset = same and not other_scores
         raise UserError(
             f"{path}: with {keeps} the classifier {config.classifier.name} needs trained weights, but those of "
-            f"{saved.name} {'are reset by detector.reset_classifier' if same else 'are of another kind'}"
+            f"{saved.name} {'are reset by detector.reset_classifier' if reset else 'are of another kind'}"
         )
     unused = [name for name in checkpoint["model"] if name not in detector.state_dict()]
     offsets = detector.prefixes(m.offsets for m in detector.modules() if isinstance(m, DeformableConv))
@@ -127,7 +131,7 @@ def check_members(config: Config, checkpoints: list[dict], index: AnnotationInde
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         check_categories(saved, index, path)
-        if saved != stats:
+        if saved != stats or checkpoint.get("annotations") not in (None, annotations_digest(config, index)):
             raise UserError(f"{path}: was trained on other annotations than {index.path}: train it again on these")
 
 

@@ -37,6 +37,11 @@ def open_index(config: Config, split: str) -> AnnotationIndex:
     return dataclasses.replace(index, for_masks=config.detector.has_masks) if split == "train" else index
 
 
+def annotations_digest(config: Config, index: AnnotationIndex) -> str:
+    """Digest of what a row's training sees of its annotations."""
+    return index.content_digest(segmentations=config.detector.has_masks)
+
+
 def build_val_dataset(config: Config) -> DetectionDataset:
     """All validation images, as they are."""
     data = config.data

@@ -104,8 +104,8 @@ def _views(config: Config) -> list[bool]:
 
 
 def _pool_settings(config: Config) -> dict[str, object]:
-    hard = {"hard_negatives": True} if config.store.hard_negatives else {}  # stores without the key have random ones
-    return {"negatives": config.store.negatives, "mirrored": len(_views(config)) > 1, **hard}
+    store = config.store
+    return {"negatives": store.negatives, "mirrored": len(_views(config)) > 1, "hard_negatives": store.hard_negatives}
 
 
 def _pool_layout(config: Config, detector: FasterRCNN) -> Layout:
@@ -240,12 +240,13 @@ def _about(
     config: Config, detector: nn.Module, dataset: DetectionDataset, settings: Mapping[str, object]
 ) -> dict[str, str]:
     """What a store's content depends on, by name."""
+    compared = {k: value for k, value in settings.items() if k != "hard_negatives" or value}  # older stores have none
     frozen = {name: value for name, value in detector.state_dict().items() if "classifier." not in name}
     return {
         "weights": weights_digest({"model": frozen}),
         "annotations": dataset.index.content_digest(),
         "images": _images_digest(dataset),
-        "settings": _digest({**settings, "detector": _detector_settings(config.detector)}),
+        "settings": _digest({**compared, "detector": _detector_settings(config.detector)}),
         "shown": json.dumps({**{f"store.{key}": value for key, value in settings.items()}, **_shown(config.detector)}),
     }
 

@@ -105,6 +105,7 @@ class ClassifierSettings(Settings, ABC):
     name: str = ""  # in a configuration; empty for a base class, which cannot be chosen
 
     trained = True  # False: no gradients; a configuration then needs train.part=none
+    is_softmax = False  # its scores are the softmax of its layer's outputs
     on_softmax = False  # works on, or beside, the layer of a softmax that is trained already
     fitted = False  # `ProposalClassifier.fit` must see training proposals
     fits_pooled = False  # and their pooled features, which are not stored

@@ -16,6 +16,7 @@ class SigmoidFocalSettings(ClassifierSettings):
     """Sigmoid focal loss at proposal level."""
 
     name: Literal["sigmoid_focal"] = "sigmoid_focal"
+    is_softmax = True
     gamma: Annotated[float, Range(ge=0)] = 2.0
     alpha: Annotated[float, Range(ge=0, le=1)] = 0.25
 

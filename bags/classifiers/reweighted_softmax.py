@@ -26,6 +26,7 @@ class ReweightedSoftmaxSettings(ClassifierSettings):
     """Softmax cross entropy weighted by training counts; `class_weights` explains the choices."""
 
     name: Literal["reweighted_softmax"] = "reweighted_softmax"
+    is_softmax = True
     weighting: Weighting = "inverse"
     beta: Annotated[float, Range(ge=0, lt=1)] = 0.999  # of the effective number
 

@@ -27,6 +27,7 @@ class SoftmaxSettings(ClassifierSettings):
     """Plain softmax cross entropy (Eq. 1-2)."""
 
     name: Literal["softmax"] = "softmax"
+    is_softmax = True
 
     def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "Softmax":
         """Make the untrained classifier."""

@@ -1,6 +1,6 @@
 """Find the best classifier for a dataset: a row, or the mean of several rows' scores, and what it gains.
 
-    bags choose configs/glyphs-100                             # about 9 rows on one frozen detector
+    bags choose configs/glyphs-100                             # 10 rows on one frozen detector
     bags choose configs/glyphs-100 --pool full                 # about 50
     bags choose configs/glyphs-100 --rows seesaw "bags x4" "bags_cosine classifier.scale=10"
     bags choose configs/custom data.root=mine --metric AP_tail
@@ -10,8 +10,9 @@
 In a checkout, `python scripts/choose.py` is the same command. The detector is trained if it is missing; then each row
 takes seconds to minutes from the same stored features. A row is METHOD, and behind it xN (for N times as long),
 adamw, or settings. The m best rows are averaged, and m is chosen; the whole choice is repeated without each part of
-the validation images and scored on that part. This estimate, its interval and the gain over the control
-softmax_retrained are printed. Where the interval of the gain includes 0, the control is recommended.
+the validation images and scored on that part. This estimate is printed with its gains over the control
+softmax_retrained and over the baseline's classifier. Where the interval of the gain over the better one of these two
+includes 0, that one is recommended.
 
 What is written: the folder `choose` beside the rows: last.pth, for predict, evaluate, report and --export;
 choose.json, with every row, its seconds and its numbers; and all that other run folders hold. Repeat the command to go

@@ -229,7 +229,7 @@ def _changed(header: dict, old: dict) -> list[str]:
     except (KeyError, ValueError, TypeError):
         before, now = {}, {}
     keys = (
-        [f"{k} ({before.get(k)}, now {now.get(k)})" for k in {**before, **now} if before.get(k) != now.get(k)]
+        [f"{k} ({before.get(k, False)}, now {now[k]})" for k in now if before.get(k, False) != now[k]]  # False: older
         if before
         else []
     )
@@ -260,8 +260,8 @@ def _announce(folder: Path, layout: Layout, images: int, loader_of: Callable, re
     if needed * 1.02 > free:
         raise UserError(
             f"{folder}: about {needed / 1e9:.1f} GB of proposal features do not fit ({free / 1e9:.1f} GB are free): "
-            "set store.folder to another disk, store.features=uint4, store.mirrored=false or fewer store.negatives, or "
-            "train.features=live"
+            "set store.folder to another disk, store.features=uint8 (or uint4), store.mirrored=false or fewer "
+            "store.negatives, or train.features=live"
         )
 
 

@@ -86,12 +86,12 @@ class Choice(NamedTuple):
         return gain > 0 and low > 0
 
     def instead(self, name: str, simple: Sequence[int]) -> int | None:
-        """The row to take instead of the mixture: of the simple rows that it may be no better than, the best one.
+        """The best of some simple rows, if the mixture may be no better than it; None if the mixture is better.
 
-        None where it is better than each of them. `simple` are the control, and the baseline if it is a row.
+        simple: the control, and the baseline if it is a row. Of equal ones the first is taken.
         """
-        doubtful = [row for row in simple if not self.is_better(name, row)]
-        return max(doubtful, key=lambda row: np.nan_to_num(self.rows[row].values[name], nan=-1.0), default=None)
+        best = max(simple, key=lambda row: np.nan_to_num(self.rows[row].values[name], nan=-1.0))
+        return None if self.is_better(name, best) else best
 
 
 class MatchedMixtures:

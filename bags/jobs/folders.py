@@ -13,7 +13,7 @@ from bags.analysis.results import environment
 from bags.analysis.run_files import AGAIN_METRICS, read_metrics, read_scored_on
 from bags.analysis.run_results import differences
 from bags.assembly.initialise import with_members
-from bags.assembly.loaders import open_index
+from bags.assembly.loaders import annotations_digest, open_index
 from bags.config.load import config_from_dict, load_config, result_settings, save_config
 from bags.config.sections import Config
 from bags.core import distributed
@@ -65,11 +65,6 @@ def is_complete(folder: Path, config: Config) -> bool:
     if Path(config.data.root, config.data.val).exists():
         check_scored_on(folder, open_index(config, "val"))
     return True
-
-
-def annotations_digest(config: Config, index: AnnotationIndex) -> str:
-    """Digest of what a row's training sees of its annotations."""
-    return index.content_digest(segmentations=config.detector.has_masks or config.data.copy_paste > 0)
 
 
 def check_trained_on(folder: Path, checkpoint: dict, config: Config, index: AnnotationIndex) -> None:

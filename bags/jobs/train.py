@@ -14,7 +14,7 @@ import torch
 from bags.analysis.run_files import without_nan, write_metrics, write_scored_on, write_scores
 from bags.assembly import stored
 from bags.assembly.initialise import check_members, initialise, load_members, locate_objects, with_members
-from bags.assembly.loaders import build_train_loader, build_val_dataset, open_index
+from bags.assembly.loaders import annotations_digest, build_train_loader, build_val_dataset, open_index
 from bags.assembly.models import build_detector
 from bags.config.load import config_to_dict, load_rows
 from bags.config.sections import Config
@@ -33,7 +33,7 @@ from bags.engine import train as training
 from bags.engine.checkpoint import keep_best, load_checkpoint, sources_digest
 from bags.engine.train import Run
 from bags.jobs import preflight
-from bags.jobs.folders import annotations_digest, describe, is_complete, is_finished
+from bags.jobs.folders import describe, is_complete, is_finished
 from bags.jobs.score import predict_and_evaluate
 from bags.jobs.watching import draw_validation, picture_file, to_board
 

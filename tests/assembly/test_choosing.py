@@ -304,11 +304,13 @@ def test_the_text_of_a_choice(chosen):
     assert gain == chosen.honest.values["AP"] - chosen.rows["softmax"].values["AP"]
     assert f"AP is {100 * gain:+.1f} against softmax (95 %: {100 * low:+.1f} to {100 * high:+.1f})" in str(chosen)
     assert chosen.better_than_control and low > 0
-    simple = chosen.instead is None or f"cannot tell it from {chosen.instead}, which is simpler." in lines[-1]
-    assert simple and chosen.instead in (None, "detector")  # it is better than the control
+    assert set(chosen.over) == {"softmax", "detector"} and chosen.over["softmax"] == chosen.honest.gain["AP"]
+    own = chosen.honest.values["AP"] - chosen.rows["detector"].values["AP"]
+    assert chosen.over["detector"][0] == own and f" and {100 * own:+.1f} against detector (95 %: " in str(chosen)
     same = choose(make(), rows={"long": ROWS["long"]})
     assert not same.better_than_control and same.instead in ("long", "detector")
-    assert str(same).endswith(f"cannot tell it from {same.instead}, which is simpler.")
+    no_better = f"No other row and no mean is better than {same.instead}."
+    assert str(same).endswith((no_better, f"The validation images cannot tell it from {same.instead}: keep that one."))
 
 
 def with_target(**changes):

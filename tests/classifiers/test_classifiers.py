@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from reference import REFERENCE, needs_reference
 
 import bags
+from bags.classifiers import classifier_settings
 from bags.classifiers.base import BoxFeatures
+from bags.data.statistics import CategoryStats
 
 FOUR = (10, 100, 1000)
 EIGHT = (5, 10, 50, 100, 500, 1000, 5000)
@@ -227,6 +229,16 @@ def test_softmax_is_cross_entropy():
         F.cross_entropy(logits, labels).item()
     )
     assert torch.allclose(classifier.probs(logits).sum(1), torch.ones(9))
+
+
+def test_which_classifiers_are_read_as_a_softmax():
+    """Those with the layer of a softmax that change neither its outputs nor what is made of them."""
+    training = CategoryStats((1, 2, 3), ("a", "b", "c"), (5, 50, 500), (5, 50, 500))
+    for name, kind in classifier_settings().items():
+        if not kind.combines and not kind(name=name).columns(training):
+            made = type(kind(name=name).build(4, 4, training))
+            plain = made.forward is bags.Softmax.forward and made.probs is bags.Softmax.probs
+            assert kind.is_softmax == plain, name
 
 
 def test_autocast_keeps_the_loss_in_float32():

@@ -1,5 +1,6 @@
 """Weights in and out: torchvision's detectors, and every layout of the paper's released models."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -606,6 +607,26 @@ def test_deformable_stages_start_from_a_detector_without_them(tmp_path, glyphs):
         assert len(new) == 8 and all(".offsets." in n for n in new)  # 2 tensors, 2 blocks, 2 stages
         for level, found in model.backbone(images[0][None]).items():
             assert torch.allclose(found, source.backbone(images[0][None])[level], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "saved, works", [("softmax", True), ("sigmoid_focal", True), ("acsl", False), ("iif", False), ("sigmoid", False)]
+)
+@pytest.mark.parametrize("ours", ["softmax", "norcal", "tau_norm", "simcal"])
+def test_only_a_softmax_is_calibrated_as_one(tmp_path, glyphs, saved, works, ours):
+    """Layers of equal shape are not enough: of another classifier, a softmax's reading of its layer means nothing."""
+    detector = "{backbone: resnet18, fpn_channels: 16, roi: {fc: 16}}"
+    write(tmp_path, "c.yaml", f"detector: {detector}\ndevice: cpu\nclassifier: {{name: {saved}}}")
+    index = bags.AnnotationIndex.open(glyphs / "train.json")
+    stats = CategoryStats.from_index(index)
+    config = bags.load_config(tmp_path / "c.yaml")
+    content = {"config": config_to_dict(config), "stats": stats.to_dict()}
+    save_checkpoint(tmp_path / "c.pth", content | {"model": build_detector(config, stats).state_dict()})
+    part = "cls" if ours == "simcal" else "none"
+    keys = [f"detector.init_from={tmp_path / 'c.pth'}", f"classifier={{name: {ours}}}", f"train.part={part}"]
+    config = bags.load_config(tmp_path / "c.yaml", keys)
+    with contextlib.nullcontext() if works else pytest.raises(bags.UserError, match=f"{saved} are of another kind"):
+        initialise(build_detector(config, stats), config, index, stats)
 
 
 def test_torchvisions_own_weights_need_no_annotations(monkeypatch, tmp_path):

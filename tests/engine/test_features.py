@@ -218,7 +218,7 @@ def test_hard_negatives_are_those_of_the_highest_objectness(tmp_path, glyphs):
         assert np.array_equal(rows[~others[0]], kept[~others[1]])
     on = override_config(config, ["store.hard_negatives=true"])
     off = override_config(config, [*hard[:2], "store.hard_negatives=false"])
-    for stale, words in ((on, r"\(None, now True\)"), (off, r"\(True, now None\)")):
+    for stale, words in ((on, r"\(False, now True\)"), (off, r"\(True, now False\)")):
         with pytest.raises(UserError, match=f"of other store.hard_negatives {words}"):
             cached.training_store(stale, detector, dataset, CPU)
 

@@ -249,8 +249,12 @@ def test_the_interval_by_hand():
 
 
 def test_what_is_taken_instead():
-    """Control 30, baseline 32, another row unknown; the interval of a gain is ±1.9."""
+    """Control 30, baseline 32, another row unknown; the interval of a gain is ±1.9.
+
+    Of a worse row 20 nothing is known for certain, since its draws vary: it is not taken instead of a better one.
+    """
     rows = [estimate((0, 0), (value, value), value) for value in (0.30, 0.32, math.nan)]
+    rows.append(estimate((0, 0), (0, 0.6), 0.2))
 
     def instead(value, simple=(0, 1)):
         """The row that is taken instead of a choice with an AP."""
@@ -258,6 +262,7 @@ def test_what_is_taken_instead():
         return Choice((1.0,), [], rows, honest, honest).instead("AP", simple)
 
     assert instead(0.35) is None  # better than both
+    assert instead(0.35, (0, 3)) is None and instead(0.31, (3, 0)) == 0
     assert instead(0.33) == 1  # than the control only
     assert instead(0.31) == 1  # than neither: the better one is taken
     assert instead(0.31, (0,)) == 0 and instead(0.33, (0,)) is None  # no baseline among the rows
