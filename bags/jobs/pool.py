@@ -5,10 +5,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from bags.config.load import KEY, load_config
+from bags.config.load import KEY, config_from_dict, load_config
 from bags.config.rows import find_dataset, row_beside
 from bags.config.sections import Config
 from bags.core.errors import UserError
+from bags.engine.checkpoint import load_checkpoint
 from bags.engine.optim import ADAMW_RATE
 
 CONTROL = "softmax_retrained"
@@ -108,6 +109,24 @@ def baseline_of(path: Path, overrides: Sequence[str], rows: Sequence[Config]) ->
     if dataset is None or rows[0].init_row is None:
         return []
     return [load_config(row_beside(dataset.name / CONTROL, rows[0].init_row), overrides)]
+
+
+def check_start(path: Path, overrides: Sequence[str], rows: Sequence[Config]) -> None:
+    """Refuse, before anything is trained, rows that keep the layer of a softmax where the start has none.
+
+    path, overrides: as `pool_rows` takes them. Raises UserError that names the rows to leave out.
+    """
+    baseline, file = baseline_of(path, overrides, rows), rows[0].init_file
+    if baseline:
+        start, source = baseline[0].classifier, str(rows[0].init_row)
+    elif file is not None and file.exists():
+        start, source = config_from_dict(load_checkpoint(file)["config"], f"{file}: config").classifier, str(file)
+    else:
+        return
+    kept = [row.name for row in rows if row.train.part == "none" or row.classifier.on_softmax]
+    if kept and not start.is_softmax:
+        words = f"its classifier is {start.name}, but these rows keep the layer of a softmax: {', '.join(kept)}"
+        raise UserError(f"{source}: {words}; name other rows with --rows, such as bags, seesaw")
 
 
 def _row(dataset: Path, entry: str, overrides: Sequence[str]) -> Config:

@@ -288,6 +288,20 @@ def test_every_row_of_the_pools_is_one(pool):
     assert len(set(names)) == len(names) == len(POOLS[pool]) and names[0] == "softmax_retrained"
 
 
+def test_rows_that_need_a_softmax_to_start_from(chosen, tmp_path):
+    """Of another classifier's checkpoint they are refused before anything is trained."""
+    dataset, runs, _ = chosen
+    start = f"detector.init_from={runs / 'tiny/bags/last.pth'}"
+    words = (
+        "its classifier is group_softmax, but these rows keep the layer of a softmax: baseline, simcal, norcal; name"
+    )
+    with pytest.raises(bags.UserError, match=words):
+        bags.choose(dataset, [f"output={tmp_path}", start], folds=3, draws=100)
+    assert not list(tmp_path.iterdir())
+    content = bags.choose(dataset, [f"output={tmp_path}", start], ["bags"], folds=3, draws=100)
+    assert list(content["rows"]) == ["softmax_retrained", "bags"] and content["over_baseline"] == {}
+
+
 # --------------------------------------------------------------------------- mistakes
 
 MISTAKES = [
