@@ -292,9 +292,7 @@ def test_rows_that_need_a_softmax_to_start_from(chosen, tmp_path):
     """Of another classifier's checkpoint they are refused before anything is trained."""
     dataset, runs, _ = chosen
     start = f"detector.init_from={runs / 'tiny/bags/last.pth'}"
-    words = (
-        "its classifier is group_softmax, but these rows keep the layer of a softmax: baseline, simcal, norcal;"
-    )
+    words = "its classifier is group_softmax, but these rows keep the layer of a softmax: baseline, simcal, norcal;"
     with pytest.raises(bags.UserError, match=words):
         bags.choose(dataset, [f"output={tmp_path}", start], folds=3, draws=100)
     assert not list(tmp_path.iterdir())
