@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="+", help="a dataset, and section.key=value overrides for all rows")
     parser.add_argument("--pool", help=f"{' or '.join(POOLS)} (default quick)")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="rows instead of a pool's; the control is added")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="instead of a pool; control and baseline are added")
     parser.add_argument("--metric", default="AP", help="AP (default), AP50, AP_tail, AP1, APr, AP_fixed, ...")
     parser.add_argument(
         "--folds", type=int, default=5, help="parts of the images that are left out in turn (default 5)"

@@ -37,7 +37,7 @@ from bags.evaluation.selection import Choice, Estimate, Mixture, Validation
 from bags.evaluation.truth import Truth, read_truth
 from bags.jobs import preflight
 from bags.jobs.evaluate import evaluate_checkpoint
-from bags.jobs.pool import BASELINE, POOLS, baseline_of, check_start, pool_rows
+from bags.jobs.pool import BASELINE, POOLS, baseline_of, pool_rows
 from bags.jobs.train import run_jobs
 
 NAME = "choose"  # of the run folder
@@ -69,7 +69,6 @@ def choose(
     if isinstance(pool, str) and pool not in POOLS:
         raise UserError(f"--pool {pool}: expected one of {', '.join(POOLS)}")
     rows = pool_rows(path, overrides, POOLS[pool] if isinstance(pool, str) else pool)
-    check_start(path, overrides, rows)
     data = rows[0].data
     if data.glyphs:
         glyphs.make_glyphs(data.root, glyphs.PRESETS[data.glyphs])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bags.config.load import KEY, config_from_dict, load_config
 from bags.config.rows import find_dataset, row_beside
-from bags.config.sections import Config
+from bags.config.sections import ClassifierConfig, Config
 from bags.core.errors import UserError
 from bags.engine.checkpoint import load_checkpoint
 from bags.engine.optim import ADAMW_RATE
@@ -77,17 +77,19 @@ SECTIONS = ("classifier", "sampler", "train")  # that rows may differ in: all ha
 
 
 def pool_rows(path: Path, overrides: Sequence[str], entries: Sequence[str]) -> list[Config]:
-    """The configurations of a pool, the control first.
+    """The configurations of a pool: the control, the baseline if its classifier is a softmax, and the entries.
 
     path: of a dataset. Raises UserError for an entry that is no row, or not one that trains or calibrates only the
-    classifier.
+    classifier, and for rows that keep the layer of a softmax where the start has none.
     """
     dataset = find_dataset(path)
     if dataset is None:
         raise UserError(f"{path}: expected a dataset to choose for, as configs/glyphs-100")
     if any(override.startswith("name=") for override in overrides):
         raise UserError("name=: each row of the pool has a name of its own: leave it out")
-    entries = list(dict.fromkeys([CONTROL, *(" ".join(entry.split()) for entry in entries)]))
+    start, source = _start(path, overrides, _row(dataset.name, CONTROL, overrides))
+    always = [CONTROL, BASELINE] if start is None or start.is_softmax else [CONTROL]
+    entries = list(dict.fromkeys([*always, *(" ".join(entry.split()) for entry in entries)]))
     rows = [_row(dataset.name, entry, overrides) for entry in entries]
     for entry, config in zip(entries, rows, strict=True):
         if not config.shares_features or config.classifier.sources:
@@ -100,6 +102,10 @@ def pool_rows(path: Path, overrides: Sequence[str], entries: Sequence[str]) -> l
             )
         if config.test.precision != "fp32":
             raise UserError(f"{entry}: test.precision={config.test.precision}: choose scores in fp32: leave it out")
+    kept = [row.name for row in rows if row.train.part == "none" or row.classifier.on_softmax]
+    if start is not None and kept and not start.is_softmax:
+        words = f"its classifier is {start.name}, but these rows keep the layer of a softmax: {', '.join(kept)}"
+        raise UserError(f"{source}: {words}; name other rows with --rows, such as bags, seesaw")
     return rows
 
 
@@ -111,22 +117,14 @@ def baseline_of(path: Path, overrides: Sequence[str], rows: Sequence[Config]) ->
     return [load_config(row_beside(dataset.name / CONTROL, rows[0].init_row), overrides)]
 
 
-def check_start(path: Path, overrides: Sequence[str], rows: Sequence[Config]) -> None:
-    """Refuse, before anything is trained, rows that keep the layer of a softmax where the start has none.
-
-    path, overrides: as `pool_rows` takes them. Raises UserError that names the rows to leave out.
-    """
-    baseline, file = baseline_of(path, overrides, rows), rows[0].init_file
-    if baseline:
-        start, source = baseline[0].classifier, str(rows[0].init_row)
-    elif file is not None and file.exists():
-        start, source = config_from_dict(load_checkpoint(file)["config"], f"{file}: config").classifier, str(file)
-    else:
-        return
-    kept = [row.name for row in rows if row.train.part == "none" or row.classifier.on_softmax]
-    if kept and not start.is_softmax:
-        words = f"its classifier is {start.name}, but these rows keep the layer of a softmax: {', '.join(kept)}"
-        raise UserError(f"{source}: {words}; name other rows with --rows, such as bags, seesaw")
+def _start(path: Path, overrides: Sequence[str], control: Config) -> tuple[ClassifierConfig | None, str]:
+    """The classifier that all rows start from, and where it is; None for a checkpoint that does not exist."""
+    if baseline := baseline_of(path, overrides, [control]):
+        return baseline[0].classifier, str(control.init_row)
+    file = control.init_file
+    if file is None or not file.exists():
+        return None, str(file)
+    return config_from_dict(load_checkpoint(file)["config"], f"{file}: config").classifier, str(file)
 
 
 def _row(dataset: Path, entry: str, overrides: Sequence[str]) -> Config:

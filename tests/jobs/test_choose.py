@@ -18,7 +18,14 @@ from bags.jobs.pool import ADAMW_RATE, POOLS, pool_rows
 from bags.jobs.report import gather_labels
 
 ROWS = ("bags", "bags classifier.others_ratio=1", "softmax_retrained x2 adamw", "norcal classifier.gamma=0.3")
-NAMES = ["softmax_retrained", "bags", "bags,others_ratio=1", "softmax_retrained,x2,adamw", "norcal,gamma=0.3"]
+NAMES = [
+    "softmax_retrained",
+    "baseline",
+    "bags",
+    "bags,others_ratio=1",
+    "softmax_retrained,x2,adamw",
+    "norcal,gamma=0.3",
+]
 SETTINGS = ("--folds", "3", "--draws", "100")
 
 
@@ -76,7 +83,7 @@ def test_everything_is_made_from_nothing(chosen):
     assert (runs / "tiny/softmax/last.pth").exists() and (runs / "tiny/choose/last.pth").exists()
     assert all(abs(sum(content[key].values()) - 1) < 1e-12 for key in ("mixture", "chosen"))
     table = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")][2:]
-    assert sorted(table[:5]) == sorted(NAMES) and table[5:] == ["chosen, on the same images", "chosen, on others"]
+    assert sorted(table[:6]) == sorted(NAMES) and table[6:] == ["chosen, on the same images", "chosen, on others"]
     gain, low, high = content["honest"]["gain"]["AP"]
     assert (
         f"mAP is {100 * gain:+.1f} (95 %: {100 * low:+.1f} to {100 * high:+.1f}) against softmax_retrained" in printed
@@ -85,22 +92,22 @@ def test_everything_is_made_from_nothing(chosen):
 
 
 def test_the_value_of_a_mixture(chosen, tmp_path):
-    """Of two rows on all images, it is the mAP of the row `average` with these members, made by another command."""
+    """Of three rows on all images, it is the mAP of the row `average` with these members, made by another command."""
     dataset, runs, _ = chosen
     shutil.copytree(runs / "tiny", tmp_path / "runs/tiny", ignore=shutil.ignore_patterns("choose"))
-    given = ["classifier.of=[row:softmax_retrained,row:bags]", "classifier.weights=[]"]
+    given = ["classifier.of=[row:softmax_retrained,row:baseline,row:bags]", "classifier.weights=[]"]
     bags.train(dataset / "average", [f"output={tmp_path / 'runs'}", *given])
     again(dataset, tmp_path / "runs", ["bags"])
     lines = read_lines(tmp_path / "runs/tiny/choose/mixtures.jsonl")[1:]
-    of_both = next(line["values"][-1] for line in lines if line["shares"] == [0.5, 0.5])
-    assert of_both == pytest.approx(metrics(tmp_path / "runs", "average")["AP"], abs=1e-9)
+    of_all = next(line["values"][-1] for line in lines if line["shares"] == [1 / 3] * 3)
+    assert of_all == pytest.approx(metrics(tmp_path / "runs", "average")["AP"], abs=1e-9)
 
 
 def test_the_same_again_runs_nothing(chosen):
     dataset, runs, printed = chosen
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file() and path.name != ".lock"}
     done = run_script("choose", dataset, f"output={runs}", "--rows", *ROWS, *SETTINGS)
-    assert done.returncode == 0 and done.stdout.count("complete, not run again") == 7
+    assert done.returncode == 0 and done.stdout.count("complete, not run again") == 8
     assert done.stdout[done.stdout.index("| row") :] == printed[printed.index("| row") :]
     done = run_script("choose", dataset, f"output={runs}", "--rows", *ROWS, *SETTINGS, "--json")
     assert json.loads(done.stdout) == choice(runs)
@@ -128,14 +135,11 @@ def test_killed_among_the_mixtures(chosen, tmp_path):
 def test_the_baseline_as_a_row(chosen, tmp_path):
     """It scores as the row `softmax`, the choice is compared with it too, and it may be what is recommended."""
     dataset, runs = copied(chosen, tmp_path)
-    content = again(dataset, runs, ["baseline"])
+    content = again(dataset, runs, [])
     found, scored = content["rows"]["baseline"]["numbers"], metrics(runs, "softmax")
     assert found["AP"] == pytest.approx(scored["AP"], abs=1e-12)
-    assert set(content["over_baseline"]) == {"baseline"} and content["instead"] in (
-        None,
-        "softmax_retrained",
-        "baseline",
-    )
+    assert set(content["over_baseline"]) == {"baseline"}
+    assert content["instead"] in (None, "softmax_retrained", "baseline")
     difference = content["honest"]["numbers"]["AP"] - found["AP"]
     assert content["over_baseline"]["baseline"]["AP"][0] == pytest.approx(difference, abs=1e-12)
     printed = render_choice(content)
@@ -158,17 +162,16 @@ def test_the_baseline_as_a_row(chosen, tmp_path):
 
 
 def test_another_pool_is_another_choice(chosen, tmp_path):
-    """Only the control and an equal row: the control is recommended, and its checkpoint is a plain softmax."""
+    """A row that equals the control gains nothing: control or baseline is recommended, as a plain softmax."""
     dataset, runs = copied(chosen, tmp_path)
     (runs / "tiny/choose/report.html").write_text("of the older choice")
     content = again(dataset, runs, ["softmax_retrained train.log_every=3"])
-    assert list(content["rows"]) == ["softmax_retrained", "softmax_retrained,log_every=3"]
-    assert content["chosen"] == content["mixture"] == {"softmax_retrained": 1.0} and not content["better_than_control"]
-    assert (
-        content["honest"]["gain"]["AP"] == [0, 0, 0] == content["rows"]["softmax_retrained,log_every=3"]["gain"]["AP"]
-    )
+    assert list(content["rows"]) == ["softmax_retrained", "baseline", "softmax_retrained,log_every=3"]
+    assert content["rows"]["softmax_retrained,log_every=3"]["gain"]["AP"] == [0, 0, 0]
+    assert list(content["chosen"]) in (["softmax_retrained"], ["baseline"]) and not content["better_than_control"]
     assert not (runs / "tiny/choose/report.html").exists()
-    states = [load_checkpoint(runs / f"tiny/{row}/last.pth")["model"] for row in ("choose", "softmax_retrained")]
+    kept = "softmax" if "baseline" in content["chosen"] else "softmax_retrained"
+    states = [load_checkpoint(runs / f"tiny/{row}/last.pth")["model"] for row in ("choose", kept)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert isinstance(bags.load_detector(runs / "tiny/choose/last.pth")[0].roi_heads.classifier, bags.Softmax)
     done = run_script("import_weights", "--export", runs / "tiny/choose/last.pth", "--output", tmp_path / "x.pth")
@@ -200,7 +203,7 @@ def test_a_metric(chosen, tmp_path, metric):
     expected = bags.evaluate(
         truth, runs / "tiny/bags/predictions.json", instance_counts=counts["instance_counts"], fixed=True
     )
-    assert values[1] == pytest.approx(expected[metric], abs=1e-12)
+    assert content["rows"]["bags"]["numbers"][metric] == pytest.approx(expected[metric], abs=1e-12)
 
 
 def test_a_test_set_is_scored_once(chosen, tmp_path, glyphs):
@@ -269,9 +272,10 @@ def test_rows_of_a_pool(chosen):
     rows = pool_rows(
         chosen[0], [], ["bags x3", "softmax_retrained adamw x2", "bags_cosine classifier.scale=7", "bags  x3"]
     )
-    control, longer, adamw, cosine = rows
+    control, _, longer, adamw, cosine = rows
     assert [row.name for row in rows] == [
         "softmax_retrained",
+        "baseline",
         "bags,x3",
         "softmax_retrained,adamw,x2",
         "bags_cosine,scale=7",
