@@ -145,13 +145,14 @@ def make_coco_lt(
 
 def _check_categories(source: Path, listed: set[int], wanted: set[int]) -> None:
     """Raise UserError where the categories of the source are not those of the targets or image lists."""
-    rule = "the file must list every category of the targets or image lists, and none without a target or image list"
+    coco = "(COCO-LT: the 80 of COCO, whose ids are 1 to 90 with gaps)"
     if missing := sorted(wanted - listed):
         words = f"category {missing[0]}{_more(missing)} is missing from `categories`"
-        raise UserError(f"{source}: {words}; {rule} (COCO-LT: the 80 of COCO, whose ids are 1 to 90 with gaps)")
+        raise UserError(f"{source}: {words}; the file must list every category of the targets or image lists {coco}")
     if odd := sorted(listed - wanted):
         words = f"category {odd[0]}{_more(odd)} is not among the targets or image lists"
-        raise UserError(f"{source}: {words}; {rule} (COCO-LT: the 80 of COCO, whose ids are 1 to 90 with gaps)")
+        remedy = "add it there, where 0 or an empty list keeps none of it, or remove it from `categories`"
+        raise UserError(f"{source}: {words}: {remedy} {coco}")
 
 
 def _check_targets(source: Path, by_category: dict[int, list[dict]], targets: dict[int, int]) -> None:
