@@ -337,12 +337,13 @@ def _score_test(
     """The numbers of the control and of the choice on images that nothing was chosen with, and the difference."""
     truth = read_truth(test)
     digest = hashlib.sha256(test.read_bytes()).hexdigest()
-    if before and before.get("sha256") == digest:
+    where = str((Path(images) if images else Path(control.data.root, control.data.val_images)).absolute())
+    if before and (before.get("sha256"), before.get("images")) == (digest, where):
         print(f"{test}: was scored already", file=sys.stderr)
         return before
     folder, numbers = chosen.run_folder / "test", {}
     given = [f"device={control.device}", f"data.val={test.absolute()}"]
-    given += [f"data.val_images={Path(images).absolute()}"] if images else []
+    given += [f"data.val_images={where}"]
     for name, config in (("control", control), ("chosen", chosen)):
         metrics, _ = evaluate_checkpoint(config.run_folder / "last.pth", given, folder / name)
         numbers[name] = without_nan(metrics or {})
@@ -354,4 +355,4 @@ def _score_test(
         for name, value in result.first.items()
         if value == value
     }
-    return {"annotations": str(test), "sha256": digest, **numbers, "gain": gains}
+    return {"annotations": str(test), "sha256": digest, "images": where, **numbers, "gain": gains}

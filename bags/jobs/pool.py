@@ -73,6 +73,7 @@ FULL = (
     "knn",
 )
 POOLS = {"quick": QUICK, "full": FULL}
+OWN = ("name", "classifier", "train.part", "detector.reset_classifier")  # keys that are no settings of a whole pool
 SECTIONS = ("classifier", "sampler", "train")  # that rows may differ in: all have the same images, detector and scoring
 
 
@@ -85,8 +86,11 @@ def pool_rows(path: Path, overrides: Sequence[str], entries: Sequence[str]) -> l
     dataset = find_dataset(path)
     if dataset is None:
         raise UserError(f"{path}: expected a dataset to choose for, as configs/glyphs-100")
-    if any(override.startswith("name=") for override in overrides):
-        raise UserError("name=: each row of the pool has a name of its own: leave it out")
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in OWN or key.startswith("classifier."):
+            words = "each row of the pool has its own: leave it out, or give it to a row"
+            raise UserError(f"{override}: {words}, as in --rows 'bags classifier.others_ratio=1'")
     start, source = _start(path, overrides, _row(dataset.name, CONTROL, overrides))
     always = [CONTROL, BASELINE] if start is None or start.is_softmax else [CONTROL]
     entries = list(dict.fromkeys([*always, *(" ".join(entry.split()) for entry in entries)]))

@@ -223,11 +223,13 @@ def test_a_test_set_is_scored_once(chosen, tmp_path, glyphs):
     assert run_script("evaluate", runs / "tiny/softmax_retrained/last.pth", *given).returncode == 0
     assert content["control"]["AP"] == json.loads((tmp_path / "scored/metrics.json").read_text())["AP"]
     assert content["gain"]["AP"][0] == pytest.approx(content["chosen"]["AP"] - content["control"]["AP"])
-    shutil.rmtree(images)
     shutil.rmtree(runs / "tiny/choose/test")
-    done = run_script(*command)  # the images of validation are found, and not looked at
+    done = run_script(*command, "--test-images", images)
     assert done.returncode == 0 and "was scored already" in done.stderr and choice(runs)["test"] == content
     assert not (runs / "tiny/choose/test").exists()
+    done = run_script(*command)  # the images of validation, which are another folder, and the same pictures
+    assert done.returncode == 0 and "was scored already" not in done.stderr
+    assert choice(runs)["test"] == content | {"images": str(glyphs)}
 
 
 # --------------------------------------------------------------------------- data
@@ -326,7 +328,9 @@ MISTAKES = [
     (["--draws", "10"], "--draws 10: expected 100 or more"),
     (["test.precision=bf16"], "test.precision=bf16: choose scores in fp32: leave it out"),
     (["--pool", "full", "--rows", "bags"], "--pool and --rows: expected one of them"),
-    (["name=x"], "name=: each row of the pool has a name of its own: leave it out"),
+    (["name=x"], "name=x: each row of the pool has its own: leave it out"),
+    (["classifier.name=seesaw"], "classifier.name=seesaw: each row of the pool has its own"),
+    (["detector.reset_classifier=true"], "detector.reset_classifier=true: each row of the pool has its own"),
     (["--test", "missing.json"], "missing.json"),
     (["--test-images", "."], "--test-images .: expected --test"),
 ]
