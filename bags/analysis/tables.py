@@ -167,7 +167,9 @@ def verdict(content: dict) -> list[str]:
         )
     if "test" in content:
         test = content["test"]
-        lines.append(f"On {printable(test['annotations'])}: mAP {gained(test['gain']['AP'])} against {control}.")
+        shown = content["metric"] if content["metric"] in test["gain"] else "AP"
+        difference = f"{column_title(shown)} {gained(test['gain'][shown])} against {control}"
+        lines.append(f"On {printable(test['annotations'])}: {difference}.")
     return lines
 
 

@@ -39,7 +39,7 @@ def open_index(config: Config, split: str) -> AnnotationIndex:
 
 def annotations_digest(config: Config, index: AnnotationIndex) -> str:
     """Digest of what a row's training sees of its annotations."""
-    return index.content_digest(segmentations=config.detector.has_masks)
+    return index.content_digest(segmentations=config.detector.has_masks or config.data.copy_paste > 0)
 
 
 def build_val_dataset(config: Config) -> DetectionDataset:

@@ -81,8 +81,9 @@ def choose(
     with locks.alone(folder, "set output="):
         content = _finished(folder, rows, key)
         if content is None:
-            _clear(folder)
+            _check_ours(folder)
             content = _select(path, overrides, rows, truth, (metric, folds, draws), folder, key)
+            _clear(folder)
             write_text(folder / "choose.json", json.dumps(content, indent=1))
     chosen = _chosen_row(path, overrides, rows, content["chosen"])
     run_jobs([[chosen]], lambda _: None)
@@ -185,14 +186,20 @@ def _finished(folder: Path, rows: Sequence[Config], key: str) -> dict | None:
     return None
 
 
-def _clear(folder: Path) -> None:
-    """Remove an older choice, but not what was found out about mixtures. Raises UserError for another run's folder."""
+def _check_ours(folder: Path) -> None:
+    """Raise UserError for the folder of another run."""
     files = {file.name for file in folder.iterdir() if not file.name.startswith(".")} if folder.exists() else set()
     if files and not files & {"choose.json", "mixtures.jsonl"}:
         raise UserError(f"{folder}: holds files that choose has not written: rename the folder, or set output=")
-    for name in files - {"mixtures.jsonl"}:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _clear(folder: Path) -> None:
+    """Remove an older choice, but not what was found out about mixtures."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != "mixtures.jsonl" and not path.name.startswith("."):
+            path.unlink()
 
 
 def _select(

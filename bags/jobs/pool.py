@@ -80,8 +80,9 @@ SECTIONS = ("classifier", "sampler", "train")  # that rows may differ in: all ha
 def pool_rows(path: Path, overrides: Sequence[str], entries: Sequence[str]) -> list[Config]:
     """The configurations of a pool: the control, the baseline if its classifier is a softmax, and the entries.
 
-    path: of a dataset. Raises UserError for an entry that is no row, or not one that trains or calibrates only the
-    classifier, and for rows that keep the layer of a softmax where the start has none.
+    path: of a dataset. Of entries with the same settings the first is kept. Raises UserError for an entry that is no
+    row, or not one that trains or calibrates only the classifier, and for rows that keep the layer of a softmax where
+    the start has none.
     """
     dataset = find_dataset(path)
     if dataset is None:
@@ -94,8 +95,12 @@ def pool_rows(path: Path, overrides: Sequence[str], entries: Sequence[str]) -> l
     start, source = _start(path, overrides, _row(dataset.name, CONTROL, overrides))
     always = [CONTROL, BASELINE] if start is None or start.is_softmax else [CONTROL]
     entries = list(dict.fromkeys([*always, *(" ".join(entry.split()) for entry in entries)]))
-    rows = [_row(dataset.name, entry, overrides) for entry in entries]
-    for entry, config in zip(entries, rows, strict=True):
+    rows: list[Config] = []
+    for entry in entries:
+        config = _row(dataset.name, entry, overrides)
+        if any(dataclasses.replace(row, name=config.name) == config for row in rows):
+            continue
+        rows.append(config)
         if not config.shares_features or config.classifier.sources:
             raise UserError(
                 f"{entry}: expected a row that trains or calibrates only the classifier of {rows[0].init_row}"
@@ -137,11 +142,14 @@ def _row(dataset: Path, entry: str, overrides: Sequence[str]) -> Config:
     if not method or set(method) & set("/\\\0"):
         raise UserError(f"{entry!r}: expected a row: METHOD [xN] [adamw] [section.key=value]")
     config = load_config(dataset / method, overrides)
-    given, name = [], [method]
+    given: list[str] = []
+    name = [method]
     for word in words:
         times = re.fullmatch("x([1-9][0-9]*)", word)
         if (times or word == "adamw") and config.train.part == "none":
             raise UserError(f"{entry}: {word}: {method} trains nothing: leave it out")
+        if times and any(setting.startswith("train.epochs=") for setting in given):
+            raise UserError(f"{entry}: {word}: the number of epochs is given twice: leave one out")
         if times:
             milestones = [milestone * int(times[1]) for milestone in config.train.milestones]
             given += [f"train.epochs={config.train.epochs * int(times[1])}", f"train.milestones={milestones}"]

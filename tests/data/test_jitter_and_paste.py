@@ -9,7 +9,7 @@ from conftest import write_configs
 from PIL import Image
 
 import bags
-from bags.assembly.loaders import build_train_loader, check_copy_paste, open_index
+from bags.assembly.loaders import annotations_digest, build_train_loader, check_copy_paste, open_index
 from bags.core.errors import UserError
 from bags.data.copy_paste import CopyPaste, paste
 from bags.data.dataset import DetectionDataset
@@ -218,6 +218,7 @@ def test_chances_of_pasting(tmp_path, glyphs):
 def test_copy_paste_needs_a_mask_of_every_object(tmp_path, glyphs):
     config, index, stats = configured(tmp_path, glyphs, "data.copy_paste=1")
     check_copy_paste(config, index)
+    assert annotations_digest(config, index) == index.content_digest(segmentations=True)  # what training sees
     content = json.loads((glyphs / "train.json").read_text())
     for name, words, without in (("some", "mask_rcnn", [3, 4]), ("none", "copy_paste=0$", range(len(index.labels)))):
         for k in without:

@@ -178,6 +178,18 @@ def test_another_pool_is_another_choice(chosen, tmp_path):
     assert "error: choose: torchvision has no faster_rcnn with small" in done.stderr  # the classifier is no reason
 
 
+def test_a_choice_that_fails_keeps_the_older_one(chosen, tmp_path, monkeypatch):
+    dataset, runs = copied(chosen, tmp_path)
+
+    def fail(*_):
+        raise bags.UserError("no memory")
+
+    monkeypatch.setattr("bags.jobs.choose._select", fail)
+    with pytest.raises(bags.UserError, match="no memory"):
+        again(dataset, runs, metric="AP50")
+    assert choice(runs) == choice(chosen[1]) and (runs / "tiny/choose/last.pth").exists()
+
+
 def test_other_commands_use_what_was_chosen(chosen, tmp_path, glyphs):
     dataset, runs = copied(chosen, tmp_path, "choose", "softmax")
     run = runs / "tiny/choose"
@@ -287,6 +299,14 @@ def test_rows_of_a_pool(chosen):
     assert cosine.classifier.scale == 7 and cosine.train == control.train
 
 
+def test_a_row_in_other_words_is_one_row(chosen):
+    """Rows of equal settings would count twice in a mean."""
+    rows = pool_rows(
+        chosen[0], [], ["bags adamw x2", "bags x2 adamw", "bags", "bags x1", "bags classifier.others_ratio=8"]
+    )
+    assert [row.name for row in rows] == ["softmax_retrained", "baseline", "bags,adamw,x2", "bags"]
+
+
 @pytest.mark.parametrize("pool", POOLS)
 def test_every_row_of_the_pools_is_one(pool):
     """On the packaged dataset: all have names of their own, and one control."""
@@ -316,6 +336,7 @@ MISTAKES = [
     (["--rows", " "], "after --rows: expected a value, got an empty text"),
     (["--rows", "../bags"], "'../bags': expected a row: METHOD"),
     (["--rows", "bags x0"], "bags x0: x0: expected xN, adamw or section.key=value of classifier, sampler, train"),
+    (["--rows", "bags x2 x3"], "bags x2 x3: x3: the number of epochs is given twice: leave one out"),
     (["--rows", "bags data.val=x.json"], "bags data.val=x.json: data.val=x.json: expected xN, adamw or section.key"),
     (["--rows", "bags output=x"], "bags output=x: output=x: expected xN"),
     (["--rows", "bags classifier.nonsense=1"], "classifier.nonsense"),
