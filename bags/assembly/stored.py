@@ -245,7 +245,7 @@ def _about(
     return {
         "weights": weights_digest({"model": frozen}),
         "annotations": dataset.index.content_digest(),
-        "images": _images_digest(dataset),
+        "images": images_digest(dataset),
         "settings": _digest({**compared, "detector": _detector_settings(config.detector)}),
         "shown": json.dumps({**{f"store.{key}": value for key, value in settings.items()}, **_shown(config.detector)}),
     }
@@ -301,8 +301,8 @@ def _digest(values: object) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
-def _images_digest(dataset: DetectionDataset) -> str:
-    """Of the sizes of the files (a missing one counts as empty) and of how they are read."""
+def images_digest(dataset: DetectionDataset) -> str:
+    """SHA-256 of the sizes of a dataset's files (a missing one counts as empty) and of how they are read."""
     paths = (dataset.index.image_path(dataset.folder, k) for k in range(len(dataset)))
     return _digest([dataset.exif, *(path.stat().st_size if path.exists() else 0 for path in paths)])
 

@@ -18,8 +18,9 @@ from bags.analysis.choice import read_choice
 from bags.analysis.results import environment, save_results, this_command
 from bags.analysis.run_files import read_seconds, without_nan
 from bags.analysis.tables import render_choice, render_table, rows_of_choices
-from bags.assembly.loaders import open_index
+from bags.assembly.loaders import build_val_dataset, open_index
 from bags.assembly.mixtures import Mixtures
+from bags.assembly.stored import images_digest
 from bags.config.load import config_to_dict, load_config
 from bags.config.rows import find_dataset
 from bags.config.sections import Config, UniformConfig
@@ -75,8 +76,10 @@ def choose(
     truth = read_truth(Path(data.root, data.val))
     _check(rows, truth, metric, folds)
     _check_test(rows[0], test, test_images)
+    folder, start = rows[0].run_folder.with_name(NAME), rows[0].init_file
+    if start is not None and folder.resolve() in start.resolve().parents:
+        raise UserError(f"detector.init_from={start}: is in the folder that choose writes: set output= to another one")
     run_jobs([[*baseline_of(path, overrides, rows), *rows]], lambda _: None)
-    folder = rows[0].run_folder.with_name(NAME)
     key = _key(rows, metric, folds, draws)
     with locks.alone(folder, "set output="):
         content = _finished(folder, rows, key)
@@ -172,7 +175,8 @@ def _key(rows: Sequence[Config], *settings: object) -> str:
     """A digest of all that a choice depends on."""
     weights = [weights_digest(load_checkpoint(row.run_folder / "last.pth")) for row in rows]
     about = [(row.name, config_to_dict(row)["classifier"]) for row in rows]
-    text = repr((PROCEDURE, weights, about, open_index(rows[0], "val").sha256, repr(rows[0].test), settings))
+    seen = images_digest(build_val_dataset(rows[0]))
+    text = repr((PROCEDURE, weights, about, open_index(rows[0], "val").sha256, seen, repr(rows[0].test), settings))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -343,9 +347,11 @@ def _score_test(
 ) -> dict:
     """The numbers of the control and of the choice on images that nothing was chosen with, and the difference."""
     truth = read_truth(test)
+    where = (Path(images) if images else Path(control.data.root, control.data.val_images)).absolute()
+    data = dataclasses.replace(control.data, val=str(test.absolute()), val_images=str(where))
+    seen = images_digest(build_val_dataset(dataclasses.replace(control, data=data)))
     digest = hashlib.sha256(test.read_bytes()).hexdigest()
-    where = str((Path(images) if images else Path(control.data.root, control.data.val_images)).absolute())
-    if before and (before.get("sha256"), before.get("images")) == (digest, where):
+    if before and (before.get("sha256"), before.get("images")) == (digest, seen):
         print(f"{test}: was scored already", file=sys.stderr)
         return before
     folder, numbers = chosen.run_folder / "test", {}
@@ -362,4 +368,4 @@ def _score_test(
         for name, value in result.first.items()
         if value == value
     }
-    return {"annotations": str(test), "sha256": digest, "images": where, **numbers, "gain": gains}
+    return {"annotations": str(test), "sha256": digest, "images": seen, **numbers, "gain": gains}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import metrics, read_lines, run_script, start_script, write_dataset
+from PIL import Image
 
 import bags
 from bags.analysis.choice import read_choice
@@ -178,6 +179,33 @@ def test_another_pool_is_another_choice(chosen, tmp_path):
     assert "error: choose: torchvision has no faster_rcnn with small" in done.stderr  # the classifier is no reason
 
 
+def test_other_pictures_are_not_those_of_an_older_choice(chosen, tmp_path):
+    """Nothing that was found out about mixtures is used again."""
+    dataset, runs = copied(chosen, tmp_path)
+    data = shutil.copytree(bags.load_config(dataset / "bags").data.root, tmp_path / "data")
+    for file in (data / "val").iterdir():
+        Image.new("RGB", Image.open(file).size).save(file)
+    given = [f"output={runs}", f"data.root={data}"]
+    with pytest.raises(bags.UserError, match="holds proposal features of other images: remove the folder"):
+        bags.choose(dataset, given, ROWS, folds=3, draws=100)
+    shutil.rmtree(runs / "tiny/softmax/last.features/val")
+    content = bags.choose(dataset, given, ROWS, folds=3, draws=100)
+    shutil.rmtree(runs / "tiny/choose")
+    fresh = bags.choose(dataset, given, ROWS, folds=3, draws=100)
+    names = ("rows", "optimistic", "honest", "mixture", "without_fold")
+    assert [content[name] for name in names] == [fresh[name] for name in names]
+    assert content["optimistic"] != choice(chosen[1])["optimistic"]
+
+
+def test_a_start_that_the_choice_would_replace(chosen, tmp_path):
+    dataset, runs = copied(chosen, tmp_path, "choose")
+    start = runs / "tiny/choose/last.pth"
+    with pytest.raises(bags.UserError, match=r"choose/last\.pth: is in the folder that choose writes: set output="):
+        again_from = [f"output={runs}", f"detector.init_from={start}"]
+        bags.choose(dataset, again_from, ["bags"], folds=3, draws=100)
+    assert start.exists()
+
+
 def test_a_choice_that_fails_keeps_the_older_one(chosen, tmp_path, monkeypatch):
     dataset, runs = copied(chosen, tmp_path)
 
@@ -236,12 +264,14 @@ def test_a_test_set_is_scored_once(chosen, tmp_path, glyphs):
     assert content["control"]["AP"] == json.loads((tmp_path / "scored/metrics.json").read_text())["AP"]
     assert content["gain"]["AP"][0] == pytest.approx(content["chosen"]["AP"] - content["control"]["AP"])
     shutil.rmtree(runs / "tiny/choose/test")
-    done = run_script(*command, "--test-images", images)
+    done = run_script(*command)  # the images of validation, which are the same
     assert done.returncode == 0 and "was scored already" in done.stderr and choice(runs)["test"] == content
     assert not (runs / "tiny/choose/test").exists()
-    done = run_script(*command)  # the images of validation, which are another folder, and the same pictures
+    for file in images.glob("val/*"):
+        Image.new("RGB", Image.open(file).size).save(file)
+    done = run_script(*command, "--test-images", images)
     assert done.returncode == 0 and "was scored already" not in done.stderr
-    assert choice(runs)["test"] == content | {"images": str(glyphs)}
+    assert choice(runs)["test"]["images"] != content["images"] and choice(runs)["test"]["control"]["AP"] == 0
 
 
 # --------------------------------------------------------------------------- data
