@@ -167,6 +167,7 @@ def choose_classifier(
     Raises ValueError, which names the argument, for what cannot be used.
     """
     _check_numbers(epochs=epochs, batch_size=batch_size, draws=draws, negatives=negatives, seed=seed, lr=lr)
+    _check_boundaries(boundaries)
     was_balanced = isinstance(getattr(detector, "roi_heads", None), BalancedRoIHeads)
     with _random_state(detector), _frozen(detector, instance_counts) as roi_heads:
         layer: nn.Linear = roi_heads.box_predictor.cls_score
@@ -188,7 +189,14 @@ def _check_numbers(lr: float, **numbers: int) -> None:
     for name, value in numbers.items():
         least = 0 if name in ("negatives", "seed") else 1
         need(isinstance(value, int) and value >= least, name, f"a whole number of {least} or more", value)
+    need(numbers["seed"] < 2**31, "seed", "a whole number below 2 ** 31", numbers["seed"])
     need(isinstance(lr, int | float) and 0 < lr < math.inf, "lr", "a number above 0", lr)
+
+
+def _check_boundaries(boundaries: Any) -> None:
+    edges = list(boundaries) if isinstance(boundaries, Sequence) else []
+    rising = all(isinstance(n, int) and n > 0 for n in edges) and edges == sorted(set(edges)) and len(edges) > 0
+    need(rising, "boundaries", "whole numbers, rising and above 0", boundaries)
 
 
 @contextlib.contextmanager
@@ -254,6 +262,7 @@ def _classifiers(
 
 
 def _checked_row(name: str, given: Any) -> Row:
+    need(isinstance(name, str), "name", "text", type(name).__name__)
     need(name not in (OWN, BALANCED), "name", "another one, as the detector's own rows have this one")
     fields = given if isinstance(given, tuple) else (given,)
     need(1 <= len(fields) <= len(Row._fields), "row", "(classifier, times, optimizer)", given)
@@ -305,11 +314,8 @@ def _sets(
     seen: ValidationImages, counts: Tensor, images: Tensor | None, boundaries: Sequence[int]
 ) -> dict[str, np.ndarray]:
     """Which categories [C] enter which mean."""
-    edges = list(boundaries)
-    rising = all(isinstance(n, int) and n > 0 for n in edges) and edges == sorted(set(edges)) and len(edges) > 0
-    need(rising, "boundaries", "whole numbers, rising and above 0", tuple(edges))
     of_images = None if images is None else images.tolist()
-    training = training_of({"categories": seen.truth.category_counts()}, counts.tolist(), of_images, edges)
+    training = training_of({"categories": seen.truth.category_counts()}, counts.tolist(), of_images, list(boundaries))
     return {"AP": np.ones(len(counts), bool), **training.sets()}
 
 

@@ -117,6 +117,7 @@ def checked_batches(
             usable = isinstance(image, Tensor) and image.ndim == 3 and image.is_floating_point()
             shown = (tuple(image.shape), image.dtype) if isinstance(image, Tensor) else type(image).__name__
             need(usable, f"{where}: images[{k}]", "a tensor [3, H, W] of floating-point numbers", shown)
+            need(bool(image.isfinite().all()), f"{where}: images[{k}]", "finite numbers")
         checked = [_checked_target(f"{where}: targets[{k}]", one, categories) for k, one in enumerate(targets)]
         moved = [{key: value.to(device) for key, value in target.items()} for target in checked]
         yield [image.to(device) for image in images], moved
