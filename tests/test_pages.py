@@ -13,7 +13,7 @@ from conftest import ROOT
 from bags.analysis.paper import METHODS, PAPER
 from bags.analysis.results import TABLE, load_results
 from bags.analysis.tables import spread
-from bags.classifiers import classifier_settings
+from bags.classifiers import CLASSIFIERS, classifier_settings
 from bags.config import sections
 from bags.config.load import config_to_dict
 from bags.config.rows import CONFIGS, summary
@@ -156,3 +156,9 @@ def saved_row(dataset: str, name: str, title: str) -> list[dict[str, float]]:
             if key in (name, title) or re.sub(r"^\(\d+\) ", "", key) == title:
                 return runs
     return []
+
+
+def test_the_numbers_of_classifiers_and_methods():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    methods = len(list((ROOT / "configs/methods").glob("*.yaml")))
+    assert f"and {len(CLASSIFIERS) - 1} other classifiers, which {methods} methods combine" in text
