@@ -51,18 +51,20 @@ def differences(a, b):
 
 @pytest.mark.slow
 def test_two_ranks_and_two_parts_take_the_steps_of_the_whole(tmp_path, glyphs, monkeypatch):
-    """24 steps with the same proposals: a batch of 4, in 2 parts, and by 2 ranks with 2 images each."""
+    """24 steps with the same proposals: a batch of 4, in 2 parts, and by 2 ranks with 2 images each and train.ema."""
     config = tiny(tmp_path, glyphs, "train.epochs=4", "train.lr=0.02")
     agree_on_samples(monkeypatch.setattr)
     whole = train_some(config)
     parts = train_some(override_config(config, ["train.accumulate=2", "name=parts"]))
     assert differences(whole["start"], whole["end"]) > 0.01
     assert differences(whole["end"], parts["end"]) < 1e-5
-    keys = [f"output={tmp_path / 'two'}", "train.epochs=4", "train.lr=0.02"]
+    averaged = train_some(override_config(config, ["train.ema=0.7", "name=averaged"]))
+    assert differences(whole["end"], averaged["end"]) > 1e-3
+    keys = [f"output={tmp_path / 'two'}", "train.epochs=4", "train.lr=0.02", "train.ema=0.7"]
     for done in run_ranks(2, STEPS, tmp_path / "configs/softmax.yaml", tmp_path / "two.pth", *keys):
         assert done.returncode == 0, done.stderr
     ranks = torch.load(tmp_path / "two.pth", weights_only=True)
-    assert differences(whole["end"], ranks["end"]) < 1e-5
+    assert differences(averaged["end"], ranks["end"]) < 1e-5
     assert ranks["equal"], "both ranks hold the same weights"
 
 
