@@ -156,9 +156,3 @@ def saved_row(dataset: str, name: str, title: str) -> list[dict[str, float]]:
             if key in (name, title) or re.sub(r"^\(\d+\) ", "", key) == title:
                 return runs
     return []
-
-
-def test_the_numbers_of_classifiers_and_methods():
-    text = " ".join((ROOT / "README.md").read_text().split())
-    methods = len(list((ROOT / "configs/methods").glob("*.yaml")))
-    assert f"and {len(CLASSIFIERS) - 1} other classifiers, which {methods} methods combine" in text
