@@ -13,7 +13,7 @@ from conftest import ROOT
 from bags.analysis.paper import METHODS, PAPER
 from bags.analysis.results import TABLE, load_results
 from bags.analysis.tables import spread
-from bags.classifiers import CLASSIFIERS, classifier_settings
+from bags.classifiers import classifier_settings
 from bags.config import sections
 from bags.config.load import config_to_dict
 from bags.config.rows import CONFIGS, summary
