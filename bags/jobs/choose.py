@@ -150,7 +150,7 @@ def _check_test(control: Config, test: str | Path | None, images: str | Path | N
     data = dataclasses.replace(control.data, val=str(Path(test).absolute()), val_images=str(folder.absolute()))
     config = dataclasses.replace(control, data=data)
     for split in ("train", "val"):
-        if open_index(config, "val").sha256 == open_index(control, split).sha256:
+        if open_index(config, "val").content_digest() == open_index(control, split).content_digest():
             raise UserError(
                 f"--test {test}: is data.{split} itself, which the choice depends on: expected another file"
             )

@@ -403,6 +403,9 @@ def test_mistakes_in_files(chosen, tmp_path, glyphs):
         again(dataset / "bags", runs)
     with pytest.raises(bags.UserError, match="--test .*val.json: is data.val itself"):
         again(dataset, runs, test=glyphs / "val.json")
+    (tmp_path / "indented.json").write_text(json.dumps(json.loads((glyphs / "val.json").read_text()), indent=3))
+    with pytest.raises(bags.UserError, match="--test .*indented.json: is data.val itself"):
+        again(dataset, runs, test=tmp_path / "indented.json", test_images=glyphs)
     with pytest.raises(bags.UserError, match="no such folder; --test-images says where the images of"):
         again(dataset, runs, test=glyphs / "val.json", test_images=tmp_path / "none")
 
