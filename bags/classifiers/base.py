@@ -142,10 +142,10 @@ def checked_counts(name: str, counts: Sequence[int] | Tensor, number: int | None
     """Return counts of labels 1..C as int64 [C]. Raises ValueError for anything else, or unless C is `number`."""
     try:
         values = torch.as_tensor(counts)
-    except (RuntimeError, TypeError, ValueError):
-        values = torch.empty(0)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected one count per category, got {counts!r}") from error
     shape = tuple(values.shape)
-    need(values.ndim == 1 and len(values) > 0, name, "one count per category", shape if any(shape) else counts)
+    need(values.ndim == 1 and len(values) > 0, name, "one count per category", shape)
     need(number in (None, len(values)), name, f"{number}, one for each label 1 to {number}", shape)
     whole = torch.equal(values, values.long().to(values.dtype))
     need(whole and bool((values >= 0).all()), name, "whole numbers of 0 or more", values.tolist())

@@ -144,11 +144,10 @@ def _check_test(control: Config, test: str | Path | None, images: str | Path | N
         if images is not None:
             raise UserError(f"--test-images {images}: expected --test, the annotations of these images")
         return
-    folder = Path(images) if images is not None else Path(control.data.root, control.data.val_images)
+    config = _on_test(control, test, images)
+    folder = Path(config.data.val_images)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; --test-images says where the images of {test} are")
-    data = dataclasses.replace(control.data, val=str(Path(test).absolute()), val_images=str(folder.absolute()))
-    config = dataclasses.replace(control, data=data)
     for split in ("train", "val"):
         if open_index(config, "val").content_digest() == open_index(control, split).content_digest():
             raise UserError(
@@ -156,6 +155,13 @@ def _check_test(control: Config, test: str | Path | None, images: str | Path | N
             )
     preflight.check_validation(config, CategoryStats.from_index(open_index(control, "train")))
     preflight.check_present(open_index(config, "val"), folder)
+
+
+def _on_test(control: Config, test: str | Path, images: str | Path | None) -> Config:
+    """The configuration of the control with the test set in place of validation, wherever its data are now."""
+    folder = Path(images) if images is not None else Path(control.data.root, control.data.val_images)
+    data = dataclasses.replace(control.data, val=str(Path(test).absolute()), val_images=str(folder.absolute()))
+    return dataclasses.replace(control, data=data)
 
 
 def _sets(truth: Truth, config: Config) -> dict[str, np.ndarray]:
@@ -200,10 +206,8 @@ def _check_ours(folder: Path) -> None:
 def _clear(folder: Path) -> None:
     """Remove an older choice, but not what was found out about mixtures."""
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != "mixtures.jsonl" and not path.name.startswith("."):
-            path.unlink()
+        if path.name != "mixtures.jsonl" and not path.name.startswith("."):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _select(
@@ -347,18 +351,16 @@ def _score_test(
 ) -> dict:
     """The numbers of the control and of the choice on images that nothing was chosen with, and the difference."""
     truth = read_truth(test)
-    where = (Path(images) if images else Path(control.data.root, control.data.val_images)).absolute()
-    data = dataclasses.replace(control.data, val=str(test.absolute()), val_images=str(where))
-    seen = images_digest(build_val_dataset(dataclasses.replace(control, data=data)))
+    config = _on_test(control, test, images)
+    seen = images_digest(build_val_dataset(config))
     digest = hashlib.sha256(test.read_bytes()).hexdigest()
     if before and (before.get("sha256"), before.get("images")) == (digest, seen):
         print(f"{test}: was scored already", file=sys.stderr)
         return before
     folder, numbers = chosen.run_folder / "test", {}
-    given = [f"device={control.device}", f"data.val={test.absolute()}"]
-    given += [f"data.val_images={where}"]
-    for name, config in (("control", control), ("chosen", chosen)):
-        metrics, _ = evaluate_checkpoint(config.run_folder / "last.pth", given, folder / name)
+    given = [f"device={control.device}", f"data.val={config.data.val}", f"data.val_images={config.data.val_images}"]
+    for name, row in (("control", control), ("chosen", chosen)):
+        metrics, _ = evaluate_checkpoint(row.run_folder / "last.pth", given, folder / name)
         numbers[name] = without_nan(metrics or {})
     first, second = (folder / name / "predictions.json" for name in numbers)
     counts, bins, limit = _counts(truth, control), control.test.bins, control.test.max_detections

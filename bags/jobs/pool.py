@@ -15,11 +15,10 @@ from bags.engine.optim import ADAMW_RATE
 CONTROL = "softmax_retrained"
 BASELINE = "baseline"  # the classifier that all rows start from, as it is
 # METHOD, then in any order: xN (N times the epochs of the dataset's stage), adamw, and keys of SECTIONS with values.
+# `pool_rows` adds the control and the baseline.
 QUICK = (
-    CONTROL,
     f"{CONTROL} x4",
     f"{CONTROL} x4 adamw",
-    BASELINE,
     "bags",
     "bags_cosine",
     "reweight_cls",
