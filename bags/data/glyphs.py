@@ -261,7 +261,7 @@ def _run(jobs: list, workers: int, title: str) -> None:
     with multiprocessing.get_context(method).Pool(workers) as pool:
         for job, _ in zip(jobs, pool.imap(_make_chunk, jobs), strict=True):
             progress.update(len(job[5]))
-        pool.close()  # each worker ends by itself: one that is ended while it waits for work can leave the others waiting
+        pool.close()  # workers end by themselves: one that is ended while it waits for work can block the others
         pool.join()
     progress.close()
 
