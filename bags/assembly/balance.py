@@ -231,7 +231,12 @@ def new_classifier(
     stats = CategoryStats(ids, tuple(map(str, ids)), counts, images)
     if keep_weights and made.columns(stats) != kinds["softmax"]().columns(stats):
         raise ValueError(f"keep_weights: the layer of {name} is not a softmax's")
-    return made.build(in_features, 0, stats)
+    classifier = made.build(in_features, 0, stats)
+    if classifier.needs_fit:
+        raise ValueError(
+            f"classifier {name}: these settings need a pass over training proposals, which is not made here"
+        )
+    return classifier
 
 
 def copy_layer(layer: nn.Linear, classifier: ProposalClassifier) -> None:

@@ -280,8 +280,7 @@ def _untrained(
         classifier = given(layer.in_features)
         kind = type(classifier).__name__
         need(isinstance(classifier, ProposalClassifier), "classifier", "a function that makes a classifier", kind)
-        fitted = type(classifier).fit is not ProposalClassifier.fit
-        need(not fitted, "classifier", "one that needs no fitting", kind)
+        need(not classifier.needs_fit, "classifier", "one that needs no fitting", kind)
         check_fits(classifier, layer)
         return classifier, any(parameter.requires_grad for parameter in classifier.parameters())
     words = "a name, a mapping of settings with a name, or a function that makes a classifier"

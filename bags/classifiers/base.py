@@ -4,9 +4,10 @@ Shape shorthand: R proposals of the batch, C categories, D logits (private to ea
 Labels are 0..C and 0 is the background.
 """
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bags.core.errors import UserError
 from bags.core.settings import Settings, need
 
 
@@ -64,8 +66,14 @@ class ProposalClassifier(nn.Module, ABC):
     def fit(self, batches: Iterable[tuple[BoxFeatures, Tensor]]) -> None:
         """Learn without gradients, in one pass over (features, labels [R]) of training proposals.
 
-        The pass is made only for classifiers that override this.
+        The pass is made only for classifiers that override this, unless their `needs_fit` is False. For one that is
+        trained, too, it comes before the first step.
         """
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether `fit` is to be called."""
+        return type(self).fit is not ProposalClassifier.fit
 
     def locate(self, centres: Tensor, labels: Tensor) -> None:
         """Learn where the objects of each category are, before anything else.
@@ -138,6 +146,15 @@ class ClassifierSettings(Settings, ABC):
         return ()
 
 
+@contextlib.contextmanager
+def told_as_setting() -> Iterator[None]:
+    """Make a ValueError about an argument a UserError about the key `classifier.<argument>`."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"classifier.{error}") from None
+
+
 def checked_counts(name: str, counts: Sequence[int] | Tensor, number: int | None = None) -> Tensor:
     """Return counts of labels 1..C as int64 [C]. Raises ValueError for anything else, or unless C is `number`."""
     try:
@@ -150,6 +167,17 @@ def checked_counts(name: str, counts: Sequence[int] | Tensor, number: int | None
     whole = torch.equal(values, values.long().to(values.dtype))
     need(whole and bool((values >= 0).all()), name, "whole numbers of 0 or more", values.tolist())
     return values.long()
+
+
+def checked_shares(counts: Sequence[int] | Tensor, total: int = 0) -> Tensor:
+    """Return counts of labels 1..C, 0 taken as 1, divided by `total`, or by their sum if it is 0: float64 [C].
+
+    Raises ValueError for other counts, and for a total below one of them.
+    """
+    numbers = checked_counts("counts", counts).double().clamp(min=1)
+    largest = int(numbers.max())
+    need(total == 0 or total >= largest, "total", f"0 (for the sum) or {largest} or more, the largest count", total)
+    return numbers / (total or numbers.sum())
 
 
 def checked_weights(name: str, weights: Sequence[float] | Tensor, number: int) -> Tensor:

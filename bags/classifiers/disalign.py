@@ -34,10 +34,11 @@ class DisAlignSettings(ClassifierSettings):
 
     name: Literal["disalign"] = "disalign"
     rho: Annotated[float, Range(ge=0)] = 0.8  # power of the class weights; 0: all are 1
+    divide_by: Literal["proposals", "weights"] = "proposals"  # the loss; the released code: the sum of the weights
 
     def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "DisAlign":
         """Make the classifier, whose frozen layer is still to be loaded."""
-        return DisAlign(in_features, training.instance_counts, self.rho)
+        return DisAlign(in_features, training.instance_counts, self.rho, self.divide_by)
 
 
 class DisAlign(Softmax):
@@ -46,9 +47,10 @@ class DisAlign(Softmax):
         z'_j = s(x) (a_j z_j + b_j) + (1 - s(x)) z_j,   s(x) = sigmoid(v x + d)      (adaptive calibration)
         L = -w_y log softmax(z')_y,   w_c = C (1/r_c)^rho / sum_k (1/r_k)^rho        (generalised re-weighting)
 
-    r_c is a category's share of the training objects. The background keeps its logit and has weight 1. The sum of the
-    losses is divided by the number of proposals, as in the paper; the released code divides it by the sum of weights.
-    counts: [C] training instances, 0 is taken as 1. rho >= 0: the authors' models have 0.8.
+    r_c is a category's share of the training objects. The background keeps its logit and has weight 1.
+    counts: [C] training instances, 0 is taken as 1. rho >= 0: the authors' models have 0.8. divide_by: what the sum of
+    the losses is divided by, the number of "proposals", as in the paper, or the sum of their "weights", as in the
+    released code.
     Trained are scale a [C], offset b [C] and the confidence (v, d); at first a = 1 and b = 0, which changes nothing.
     The authors' mask heads and the cosine layer of the baseline are not part of it.
 
@@ -57,14 +59,22 @@ class DisAlign(Softmax):
 
     class_weights: Tensor
 
-    def __init__(self, in_features: int, counts: Sequence[int], rho: float = DisAlignSettings.rho):
+    def __init__(
+        self,
+        in_features: int,
+        counts: Sequence[int],
+        rho: float = DisAlignSettings.rho,
+        divide_by: Literal["proposals", "weights"] = "proposals",
+    ):
         super().__init__(in_features, len(counts))
+        settings = DisAlignSettings(rho=rho, divide_by=divide_by)
+        self.by_weights = settings.divide_by == "weights"
         self.scale = nn.Parameter(torch.ones(len(counts)))
         self.offset = nn.Parameter(torch.zeros(len(counts)))
         self.confidence = new_linear(in_features, 1)
         numbers = checked_counts("counts", counts).double().clamp(min=1)
-        weights = (numbers.sum() / numbers) ** DisAlignSettings(rho=rho).rho
-        weights = torch.cat([weights.new_ones(1), weights / weights.mean()])
+        weights = len(numbers) * torch.softmax(-settings.rho * numbers.log(), 0)  # n^-rho over its mean
+        weights = torch.cat([weights.new_ones(1), weights])
         self.register_buffer("class_weights", weights, persistent=False)
         self.linear.requires_grad_(False)
 
@@ -87,7 +97,10 @@ class DisAlign(Softmax):
         return None
 
     def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Sum the weighted cross entropies and divide by R. logits [R, C+1]; labels [R] in 0..C, 0 = background."""
+        """Average the weighted cross entropies; 0 for R = 0. logits [R, C+1]; labels [R] in 0..C, 0 = background."""
         logits = at_least_float32(logits)
-        total = F.cross_entropy(logits, labels, self.class_weights.to(logits.dtype), reduction="sum")
+        weights = self.class_weights.to(logits.dtype)
+        total = F.cross_entropy(logits, labels, weights, reduction="sum")
+        if self.by_weights and len(labels):
+            return {"loss_classifier": total / weights[labels].sum()}
         return {"loss_classifier": total / max(len(labels), 1)}

@@ -24,7 +24,7 @@ class EffectiveClassMarginSettings(ClassifierSettings):
 
     name: Literal["ecm"] = "ecm"
     counts: Literal["instances", "images"] = "instances"  # the released code counts images
-    background: Annotated[float, Range(gt=0)] = 6.3313  # background proposals for each object, as published
+    background: Annotated[float, Range(gt=0, le=1e6)] = 6.3313  # background proposals for each object, as published
     scale: Annotated[float, Range(ge=0)] = 20.0  # of the cosine layer; 0: a linear layer
     prior: Prior = 0.001
 
@@ -49,8 +49,9 @@ class EffectiveClassMargin(Softmax):
     score higher to count as found. m_c is near 1 for rare categories and less for frequent ones. The background is a
     category of its own, with `background` samples for each object. Scores are sigmoid(f), without the margin, times
     1 - P(background).
-    counts: [C] training instances, 0 is taken as 1. background: above 0. scale: >= 0, of the published normalised layer
-    (scale times a cosine); 0 is a plain linear layer. prior: between 0 and 1, every score before training.
+    counts: [C] training instances, 0 is taken as 1. background: above 0, up to 1e6. scale: >= 0, of the published
+    normalised layer (scale times a cosine); 0 is a plain linear layer. prior: between 0 and 1, every score before
+    training.
     Shape shorthand: R proposals, C categories; logits [R, C+1].
     """
 

@@ -1,7 +1,8 @@
 """Fractal calibration of trained scores (FRACAL; Alexandridis et al., CVPR 2025). Nothing is trained.
 
-Published (Mask R-CNN R50 with repeat factors, a cosine classifier, normalised masks and CARAFE, LVIS v1, 24 epochs;
-mask AP / APr APc APf, as in the authors' repository): 28.5 / 23.0 28.1 31.5.
+Published (Mask R-CNN R50 with repeat factors, a cosine classifier, normalised masks and CARAFE, LVIS v1, 24 epochs,
+counts of images and their number as total; mask AP / APr APc APf, as in the authors' repository): 28.5 / 23.0 28.1
+31.5.
 """
 
 import math
@@ -12,7 +13,13 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from bags.classifiers.base import ClassifierSettings, TrainingCounts, at_least_float32, checked_counts
+from bags.classifiers.base import (
+    ClassifierSettings,
+    TrainingCounts,
+    at_least_float32,
+    checked_shares,
+    told_as_setting,
+)
 from bags.classifiers.sigmoid import Sigmoid, SigmoidLayerSettings
 from bags.classifiers.softmax import Softmax
 from bags.core.settings import Range
@@ -21,6 +28,7 @@ LEAST_BOXES = 4  # of a category, for its dimension to be measured
 FINEST = 64  # grids have up to 64 x 64 cells
 Counts = Literal["instances", "images"]
 Power = Annotated[float, Range(ge=0)]
+Total = Annotated[int, Range(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -32,10 +40,12 @@ class FractalSettings(ClassifierSettings):
     name: Literal["fracal"] = "fracal"
     power: Power = 2.0  # of the dimension that divides a score
     counts: Counts = "instances"
+    total: Total = 0  # what the counts are divided by; 0: their sum
 
     def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "Fractal":
-        """Make the classifier, which scores with the layer of a trained softmax."""
-        return Fractal(in_features, _numbers(self.counts, training), self.power)
+        """Make the classifier, which scores with the layer of a trained softmax. Raises UserError for `total`."""
+        with told_as_setting():
+            return Fractal(in_features, _numbers(self.counts, training), self.power, self.total)
 
 
 @dataclass(frozen=True)
@@ -47,10 +57,12 @@ class FractalSigmoidSettings(SigmoidLayerSettings):
     name: Literal["fracal_sigmoid"] = "fracal_sigmoid"
     power: Power = 2.0
     counts: Counts = "instances"
+    total: Total = 0
 
     def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "FractalSigmoid":
-        """Make the classifier, which scores with the layer of trained sigmoids."""
-        return FractalSigmoid(in_features, _numbers(self.counts, training), self.power)
+        """Make the classifier, which scores with the layer of trained sigmoids. Raises UserError for `total`."""
+        with told_as_setting():
+            return FractalSigmoid(in_features, _numbers(self.counts, training), self.power, self.total)
 
 
 def _numbers(counts: Counts, training: TrainingCounts) -> tuple[int, ...]:
@@ -60,22 +72,23 @@ def _numbers(counts: Counts, training: TrainingCounts) -> tuple[int, ...]:
 class Fractal(Softmax):
     """Softmax of shifted logits, divided by a power of the fractal dimension of each category's box centres.
 
-        p_c = softmax(z_c - log10(n_c / sum(n)) + log10(1 / C)),   scores p_c / D_c^power, normalised to sum 1
+        p_c = softmax(z_c - log10(n_c / N) + log10(1 / C)),   scores p_c / D_c^power, normalised to sum 1
 
     The shift takes the training frequencies out and puts equal ones in their place. A category that occurs everywhere
     in the images has a dimension D near 2, one on a line 1; the background has 1 and no shift. counts: [C] training
-    instances n (or images), 0 is taken as 1. (With images the released code divides by the number of images, which
-    shifts all categories alike against the background.) power: 0 or more; 0 leaves the dimensions out.
+    instances n (or images), 0 is taken as 1. total: N; 0 stands for the sum of n, otherwise no count may exceed it. The
+    authors' models count images and have the number of images as N (100170 for LVIS v1), which shifts all categories
+    alike against the background. power: 0 or more; 0 leaves the dimensions out.
     `locate` computes the dimensions; before it they are 1. A checkpoint holds them.
     """
 
     shift: Tensor
     dimensions: Tensor
 
-    def __init__(self, in_features: int, counts: Sequence[int], power: float = FractalSettings.power):
+    def __init__(self, in_features: int, counts: Sequence[int], power: float = FractalSettings.power, total: int = 0):
         super().__init__(in_features, len(counts))
-        self.power = FractalSettings(power=power).power
-        shift = frequency_shift(counts)
+        self.power = FractalSettings(power=power, total=total).power
+        shift = frequency_shift(counts, total)
         self.register_buffer("shift", torch.cat([shift.new_zeros(1), shift]), persistent=False)
         self.register_buffer("dimensions", torch.ones(len(counts) + 1))
 
@@ -94,16 +107,18 @@ class Fractal(Softmax):
 class FractalSigmoid(Sigmoid):
     """The form for sigmoids: sigmoid(z) sigmoid(z + shift_c - log10(D_c^power / sum(D^power)) + log10(1 / C)).
 
-    The shift is that of `Fractal`. counts, power: as there.
+    The shift is that of `Fractal`. counts, power, total: as there.
     """
 
     shift: Tensor
     dimensions: Tensor
 
-    def __init__(self, in_features: int, counts: Sequence[int], power: float = FractalSigmoidSettings.power):
+    def __init__(
+        self, in_features: int, counts: Sequence[int], power: float = FractalSigmoidSettings.power, total: int = 0
+    ):
         super().__init__(in_features, len(counts))
-        self.power = FractalSigmoidSettings(power=power).power
-        self.register_buffer("shift", frequency_shift(counts), persistent=False)
+        self.power = FractalSigmoidSettings(power=power, total=total).power
+        self.register_buffer("shift", frequency_shift(counts, total), persistent=False)
         self.register_buffer("dimensions", torch.ones(len(counts)))
 
     @torch.no_grad()
@@ -120,13 +135,13 @@ class FractalSigmoid(Sigmoid):
         return torch.cat([1 - scores.amax(1, keepdim=True), scores], dim=1)
 
 
-def frequency_shift(counts: Sequence[int]) -> Tensor:
-    """Return -log10(n_c / sum(n)) + log10(1 / C) as float64 [C]: 0 for a category of mean frequency.
+def frequency_shift(counts: Sequence[int], total: int = 0) -> Tensor:
+    """Return -log10(n_c / N) + log10(1 / C) as float64 [C]; with N = sum(n) it is 0 for a category of mean frequency.
 
-    counts: [C], 0 is taken as 1.
+    counts: [C], 0 is taken as 1. total: N, or 0 for the sum. Raises ValueError for a total below one of the counts.
     """
-    numbers = checked_counts("counts", counts).double().clamp(min=1)
-    return -(numbers / numbers.mean()).log10()
+    shares = checked_shares(counts, total)
+    return -(shares * len(shares)).log10()
 
 
 def box_dimensions(centres: Tensor, labels: Tensor, num_categories: int) -> Tensor:

@@ -26,9 +26,9 @@ from bags.classifiers.base import (
     at_least_float32,
     checked_weights,
     new_linear,
+    told_as_setting,
 )
 from bags.classifiers.groups import CategoryGroups, assign_groups, equal_boundaries, given_groups, within_group_weights
-from bags.core.errors import UserError
 from bags.core.settings import Range, need
 
 NEVER = -1e4  # the logit of a column that must have probability 0; finite even in float16
@@ -94,14 +94,12 @@ class GroupSoftmaxSettings(ClassifierSettings):
     def category_groups(self, training: TrainingCounts) -> CategoryGroups:
         """Divide the categories. Raises UserError, naming the key, for groups that they do not allow."""
         counts = training.instance_counts
-        try:
+        with told_as_setting():
             if self.groups is not None:
                 return given_groups(self.groups, training.category_ids)
             if not self.equal_groups:
                 return assign_groups(counts, self.boundaries)
             return assign_groups(counts, equal_boundaries(counts, self.equal_groups))
-        except ValueError as error:
-            raise UserError(f"classifier.{error}") from None
 
 
 class GroupSoftmax(ProposalClassifier):

@@ -7,15 +7,21 @@ normalised masks and the augmented features of FASA; mask AP / APr APc APf, as i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from bags.classifiers.base import ClassifierSettings, TrainingCounts, at_least_float32, checked_counts
+from bags.classifiers.base import (
+    ClassifierSettings,
+    TrainingCounts,
+    at_least_float32,
+    checked_counts,
+    checked_shares,
+    told_as_setting,
+)
 from bags.classifiers.softmax import Softmax
-from bags.core.errors import UserError
-from bags.core.settings import need
+from bags.core.settings import Range, need
 
 Variant = Literal["raw", "smooth", "relative", "normit", "gombit", "base2", "base10"]
 
@@ -27,14 +33,13 @@ class InverseFrequencySettings(ClassifierSettings):
     name: Literal["iif"] = "iif"
     variant: Variant = "raw"
     counts: Literal["instances", "images"] = "instances"
+    total: Annotated[int, Range(ge=0)] = 0  # what the counts are divided by; 0: their sum
 
     def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "InverseFrequency":
-        """Make the untrained classifier. Raises UserError for a variant that the counts do not allow."""
+        """Make the untrained classifier. Raises UserError for what the counts do not allow."""
         counts = training.image_counts if self.counts == "images" else training.instance_counts
-        try:
-            return InverseFrequency(in_features, counts, self.variant)
-        except ValueError as error:
-            raise UserError(f"classifier.{error}") from None
+        with told_as_setting():
+            return InverseFrequency(in_features, counts, self.variant, self.total)
 
 
 class InverseFrequency(Softmax):
@@ -46,19 +51,27 @@ class InverseFrequency(Softmax):
         normit    w_c = -F(p_c)                      F: the inverse of the normal distribution function
         gombit    w_c = -ln(-ln(1 - p_c))
 
-    n_c [C] are training instances, 0 is taken as 1, and N is their sum (the released code takes images, of which N is
-    the number in the dataset). The background has w = 1, and so has a single category. Raises ValueError where w is not
-    above 0: with relative and normit for a category with half of all objects or more, with gombit from 63 % on.
+    n_c [C] are training instances (or images), 0 is taken as 1. total: N; 0 stands for the sum of n. The released code
+    has factors of instances, with which the published model was trained, and of images with their number as N (100170
+    for LVIS v1). The background has w = 1, and so has a single category. Raises ValueError for a total below one of the
+    counts, and where w is not above 0: with relative and normit for a category with half of all objects or more, with
+    gombit from 63 % on.
     """
 
     factors: Tensor
 
-    def __init__(self, in_features: int, counts: Sequence[int], variant: Variant = InverseFrequencySettings.variant):
+    def __init__(
+        self,
+        in_features: int,
+        counts: Sequence[int],
+        variant: Variant = InverseFrequencySettings.variant,
+        total: int = 0,
+    ):
         super().__init__(in_features, len(counts))
-        settings = InverseFrequencySettings(variant=variant)
-        numbers = checked_counts("counts", counts).double().clamp(min=1)
-        factors = _factors(numbers, settings.variant) if len(numbers) > 1 else torch.ones_like(numbers)
-        words = f"one that suits a category with {100 * float(numbers.max() / numbers.sum()):.0f} % of all objects"
+        settings = InverseFrequencySettings(variant=variant, total=total)
+        numbers, shares = checked_counts("counts", counts).double().clamp(min=1), checked_shares(counts, total)
+        factors = _factors(numbers, shares, settings.variant) if len(numbers) > 1 else torch.ones_like(numbers)
+        words = f"one that suits a category with {100 * float(shares.max()):.0f} % of all objects"
         need(bool((factors > 0).all()), "variant", words, settings.variant)
         self.register_buffer("factors", torch.cat([factors.new_ones(1), factors]), persistent=False)
 
@@ -73,15 +86,13 @@ class InverseFrequency(Softmax):
         return super().probs(logits * self.factors.to(logits.dtype))
 
 
-def _factors(numbers: Tensor, variant: Variant) -> Tensor:
-    """Compute w [C] of two or more categories with numbers [C] of objects, each above 0."""
-    total = numbers.sum()
-    shares = numbers / total
+def _factors(numbers: Tensor, shares: Tensor, variant: Variant) -> Tensor:
+    """Compute w [C] of two or more categories with numbers [C] of objects, each above 0, and their shares [C]."""
     match variant:
         case "raw":
             return -shares.log()
         case "smooth":
-            return ((total + 1) / (numbers + 1)).log() + 1
+            return ((numbers / shares + 1) / (numbers + 1)).log() + 1
         case "relative":
             return -torch.logit(shares)
         case "normit":

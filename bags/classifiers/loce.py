@@ -5,6 +5,7 @@ authors' repository): 27.4 / 26.6. Their mask predictor is normalised, and the s
 masks.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -30,6 +31,7 @@ class LOCESettings(ClassifierSettings):
     queue: Annotated[int, Range(ge=0)] = 80  # stored features of each category; 0: no memory
     sampled_categories: Annotated[int, Range(ge=1)] = 8  # drawn for each batch
     sampled_features: Annotated[int, Range(ge=1)] = 4  # of each drawn category
+    warm_up: bool = False  # whether a pass before training fills the memory and the mean scores
 
     @property
     def layers(self) -> int:
@@ -46,6 +48,7 @@ class LOCESettings(ClassifierSettings):
             self.queue,
             self.sampled_categories,
             self.sampled_features,
+            self.warm_up,
         )
 
 
@@ -59,9 +62,13 @@ class LOCE(Softmax):
     `sampled_categories` categories are drawn with a probability proportional to 1 / s_j, and `sampled_features`
     features of each. A category without stored features adds none. Stored are the last `queue` features of foreground
     proposals of each category. The loss is divided by the number of proposals and drawn features.
-    The released code stores features of 16 boxes around each object; here those of the batch's proposals are stored. It
-    repeats the update of s_j for each object of j in a batch; here a batch updates s_j once.
-    momentum: from 0, below 1. background: above 0, to 1. queue >= 0: 0 is the equilibrium loss only. The others: >= 1.
+    momentum: from 0, below 1. background: above 0, to 1. queue >= 0: 0 is the equilibrium loss only. sampled_*: >= 1.
+    warm_up: before the first step one epoch of training proposals, scored with the weights that the classifier starts
+    from, fills the memory and updates the mean scores; otherwise the memory is empty then, and each s_j is 0.01.
+
+    The released code has a warm-up, of five objects of each category. It stores features of 16 boxes around each
+    object, and repeats the update of s_j for each object of j in a batch. A classifier sees proposals and no objects,
+    so here those of the batch are stored, and a batch updates s_j once.
 
     Shape shorthand: R proposals, C categories; logits [R, C+1], column 0 the background. In training mode with a memory
     they are [R, C+1+in_features]: the features come behind, because `loss` stores them.
@@ -84,6 +91,7 @@ class LOCE(Softmax):
         queue: int = LOCESettings.queue,
         sampled_categories: int = LOCESettings.sampled_categories,
         sampled_features: int = LOCESettings.sampled_features,
+        warm_up: bool = LOCESettings.warm_up,
     ):
         super().__init__(in_features, num_categories)
         settings = LOCESettings(
@@ -92,7 +100,9 @@ class LOCE(Softmax):
             queue=queue,
             sampled_categories=sampled_categories,
             sampled_features=sampled_features,
+            warm_up=warm_up,
         )
+        self.warm_up = settings.warm_up
         self.momentum, self.queue = settings.momentum, settings.queue
         self.sampled_categories, self.sampled_features = settings.sampled_categories, settings.sampled_features
         start = torch.full((num_categories + 1,), START, dtype=torch.float64)
@@ -123,7 +133,7 @@ class LOCE(Softmax):
         logits, features = at_least_float32(logits).split([outputs, logits.shape[1] - outputs], dim=1)
         weights = torch.ones_like(labels, dtype=logits.dtype)
         if self.training and self.queue and features.shape[1]:
-            self._store(features.detach(), labels)
+            self._store(gather_rows(features.detach()), gather_rows(labels))
             drawn, drawn_labels, drawn_weights = self._draw(logits.dtype)
             logits = torch.cat([logits, at_least_float32(self.linear(drawn.to(self.linear.weight.dtype)))])
             labels, weights = torch.cat([labels, drawn_labels]), torch.cat([weights, drawn_weights])
@@ -132,10 +142,23 @@ class LOCE(Softmax):
         losses = F.cross_entropy(logits + self.mean_scores.log().to(logits.dtype), labels, reduction="none")
         return {"loss_classifier": (weights * losses).sum() / weights.sum().clamp(min=1)}
 
+    @property
+    def needs_fit(self) -> bool:
+        """Whether there is a warm-up."""
+        return self.warm_up
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[tuple[BoxFeatures, Tensor]]) -> None:
+        """Warm up: store features of training proposals, and update the mean scores with their scores."""
+        for features, labels in batches:
+            logits = at_least_float32(self.linear(features.fc))
+            if self.queue:
+                self._store(at_least_float32(features.fc), labels)
+            self._update(logits, labels, torch.ones_like(labels, dtype=logits.dtype))
+
     @torch.no_grad()
     def _store(self, features: Tensor, labels: Tensor) -> None:
-        """Put the foreground's features [R, in_features] at their categories' pointers, at most `queue` of each."""
-        features, labels = gather_rows(features), gather_rows(labels)
+        """Put the foreground's features [R, in_features], of all ranks, at their pointers: `queue` of each at most."""
         targets = F.one_hot(labels, self.num_categories + 1)
         order = (targets.cumsum(0) - 1).gather(1, labels[:, None])[:, 0]  # place among the batch's of its category
         category = (labels - 1).clamp(min=0)

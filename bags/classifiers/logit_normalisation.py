@@ -1,4 +1,7 @@
-"""Logit normalisation of a trained softmax (LogN; Zhao, Teng and Wang, IJCV 2024). Nothing is trained."""
+"""Logit normalisation of a trained softmax (LogN; Zhao, Teng and Wang, IJCV 2024). Nothing is trained.
+
+No published LVIS v1 numbers: the authors' repository has none.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,11 +35,13 @@ class LogitNormalisation(Softmax):
         z'_c = (z_c - mean_c + beta) / sigma_c  for categories,   z'_0 = z_0  for the background
 
     mean and sigma are those of the baseline's logits over training proposals, as the sampler of training draws them;
-    beta is the least mean of all categories, which restores the balance with the background. The released code tracks
-    them as running statistics in training; here `fit` computes them in one pass. Before it, logits stay unchanged.
+    beta is the least mean of all categories with training objects, which restores the balance with the background. The
+    released code tracks them as running statistics in training; here `fit` computes them in one pass. Before it, logits
+    stay unchanged.
 
-    The logits of categories without training objects stay unchanged: the baseline has only pushed them down, to nearly
-    one value, so that dividing by their deviation would lift them above all others.
+    The logits of categories without training objects stay unchanged, and their means do not count for beta, other than
+    in the released code: the baseline has only pushed them down, to nearly one value, so that dividing by their
+    deviation would lift them above all others.
     """
 
     means: Tensor

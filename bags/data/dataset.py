@@ -82,13 +82,18 @@ class DetectionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict]:
-        """`key` is a position, or (position, seed); augmentation depends only on the seed."""
-        position, seed = key if isinstance(key, tuple) else (key, 0)
+    def __getitem__(self, key: int | tuple[int, ...]) -> tuple[Tensor, dict]:
+        """`key` is a position, or (position, seed); augmentation depends only on the seed.
+
+        (position, seed, label), as `ClassBalancedSampler` draws, is the image with the objects of that label only.
+        """
+        position, seed, *drawn = key if isinstance(key, tuple) else (key, 0)
         unread: list[str] = []
         while True:
             try:
                 image, target = self._item(position, seed)
+                if drawn:
+                    target = _some(target, target["labels"] == drawn[0])
                 return image, target | ({"unread": unread} if unread else {})
             except UnreadableImage as error:
                 unread.append(str(error))
@@ -217,7 +222,12 @@ def _left(target: dict) -> dict:
     left = (sides >= LEAST_LEFT).all(1)
     if "masks" in target:
         left &= target["masks"].bool().flatten(1).any(1)
-    return target | {key: target[key][left] for key in OF_OBJECTS if key in target}
+    return _some(target, left)
+
+
+def _some(target: dict, kept: Tensor) -> dict:
+    """A target with some of its N objects; kept: bool [N]."""
+    return target | {key: target[key][kept] for key in OF_OBJECTS if key in target}
 
 
 def collate(items: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:

@@ -205,14 +205,14 @@ def to_device(images: list[torch.Tensor], targets: list[dict], device: torch.dev
 
 
 def fit_classifiers(detector: Any, loader: DataLoader, device: torch.device, seed: int, title: str) -> None:
-    """One pass over the training proposals for each classifier that learns without gradients.
+    """One pass over the training proposals for each classifier that learns without gradients, or before them.
 
     `detector.training_proposals(images, targets)` gives (classifier, features, labels) triples; so does `FromFeatures`,
     of stored features. Every rank sees the proposals of all.
     """
     classifiers = [module for module in detector.modules() if isinstance(module, ProposalClassifier)]
     members = {inner for outer in classifiers for inner in outer.modules() if inner is not outer}  # fitted already
-    wanted = [c for c in classifiers if c not in members and type(c).fit is not ProposalClassifier.fit]
+    wanted = [c for c in classifiers if c not in members and c.needs_fit]
     train_mode(detector)
 
     def batches(classifier: ProposalClassifier) -> Iterator[tuple[BoxFeatures, torch.Tensor]]:
@@ -280,7 +280,7 @@ def train(
     after_epoch: Callable[[Run, int], None] | None = None,
     after_first_epoch: Callable[[Sequence[Run]], None] | None = None,
 ) -> None:
-    """Trains to the last epoch, from each folder's checkpoint if there is one; part `none` is fitted instead.
+    """Trains to the last epoch, from each folder's checkpoint if there is one; part `none` is only fitted.
 
     after_epoch(run, epochs done) is called on all ranks after every `evaluate_every`-th epoch but the last, with
     everything saved; a run that is resumed there calls it again. after_first_epoch(runs) is called before it, on the
@@ -388,7 +388,7 @@ def _start(run: Run, loader: DataLoader, device: torch.device) -> None:
                 f"train.lr={config.lr:g} is that of {REFERENCE_BATCH}",
                 file=sys.stderr,
             )
-    if not _resume(run) and not trainable:
+    if not _resume(run):
         fit_classifiers(run.loss_module or run.model, loader, device, run.seed, run.title)
     if config.compile and run.loss_module is None:
         torch._dynamo.config.optimize_ddp = False  # it cuts the graph at buckets, anew for every shape of images

@@ -11,7 +11,7 @@ from bags.assembly.loaders import build_train_loader, open_index
 from bags.assembly.models import set_training_sizes
 from bags.config.load import load_config
 from bags.config.rows import rows_of
-from bags.config.sections import Config
+from bags.config.sections import ClassBalancedConfig, Config
 from bags.core import distributed
 from bags.core.errors import UserError
 from bags.data import glyphs
@@ -41,7 +41,10 @@ def preview(source: Path, overrides: Sequence[str], batches: int, output: Path) 
     index = open_index(config, "train")
     stats = CategoryStats.from_index(index)
     check_row(config, index, stats)
-    if config.is_cached:
+    if isinstance(config.sampler, ClassBalancedConfig):
+        text = "draws an image for each category in turn; only proposals of that category, and background, train"
+        print(f"note: {config.name} {text}", file=sys.stderr)
+    elif config.is_cached:
         what = "is trained from stored features" + " of images that are not mirrored" * (not config.store.mirrored)
         print(f"note: {config.name} {what}; this is what train.features=live would see", file=sys.stderr)
     elif config.train.part == "none":

@@ -36,9 +36,9 @@ def proposals(number=16, seed=1):
 # --------------------------------------------------------------------------- DisAlign
 
 
-def slow_disalign(classifier, fc, labels, rho=0.8):
+def slow_disalign(classifier, fc, labels, rho=0.8, by_weights=False):
     """Loss, one proposal and one category at a time."""
-    total, shares = 0, [n / sum(COUNTS) for n in COUNTS]
+    total, weights, shares = 0, 0, [n / sum(COUNTS) for n in COUNTS]
     raw = [(1 / r) ** rho for r in shares]
     for row, label in zip(fc, labels, strict=True):
         layer = zip(classifier.linear.weight, classifier.linear.bias, strict=True)
@@ -50,14 +50,15 @@ def slow_disalign(classifier, fc, labels, rho=0.8):
             aligned.append(confidence * moved + (1 - confidence) * plain[c + 1])
         log_sum = torch.log(sum(torch.exp(z) for z in aligned))
         weight = 8 * raw[label - 1] / sum(raw) if label else 1
-        total = total - weight * (aligned[label] - log_sum)
-    return total / len(labels)
+        total, weights = total - weight * (aligned[label] - log_sum), weights + weight
+    return total / (weights if by_weights else len(labels))
 
 
-def test_disalign_equals_the_slow_version():
-    classifier, fc = randomised(bags.DisAlign(WIDTH, COUNTS)), proposals()
+@pytest.mark.parametrize("divide_by", ["proposals", "weights"])
+def test_disalign_equals_the_slow_version(divide_by):
+    classifier, fc = randomised(bags.DisAlign(WIDTH, COUNTS, divide_by=divide_by)), proposals()
     fast = classifier.loss(classifier(features(fc)), torch.tensor(LABELS))["loss_classifier"]
-    slow = slow_disalign(classifier, fc, LABELS)
+    slow = slow_disalign(classifier, fc, LABELS, by_weights=divide_by == "weights")
     torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
     trained = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
     assert trained.keys() == {"scale", "offset", "confidence.weight", "confidence.bias"}
@@ -89,6 +90,10 @@ def test_disalign_starts_as_the_softmax_and_keeps_its_layer():
     classifier.requires_grad_(False).requires_grad_(True)
     assert not classifier.linear.weight.requires_grad and classifier.scale.requires_grad
     assert bags.DisAlign(WIDTH, (0, 5)).class_weights.isfinite().all()
+    extreme = bags.DisAlign(WIDTH, (1, 10**7), rho=60)
+    assert extreme.class_weights.tolist() == pytest.approx([1, 2, 0])
+    none = bags.DisAlign(WIDTH, COUNTS, divide_by="weights").loss(torch.zeros(0, 9), torch.zeros(0, dtype=torch.long))
+    assert none["loss_classifier"] == 0
 
 
 # --------------------------------------------------------------------------- BACL
@@ -239,6 +244,30 @@ def test_loce_by_hand():
     evaluated.loss(torch.zeros(1, 3), torch.tensor([2]))
     assert torch.equal(evaluated.mean_scores, classifier.mean_scores)
     assert classifier.probs(torch.zeros(1, 3)).tolist() == [pytest.approx([1 / 3] * 3)]  # without margins
+
+
+def test_loce_warm_up_equals_the_slow_version():
+    """Two batches of the baseline: their features are stored, and each moves the mean scores."""
+    classifier = randomised(bags.LOCE(WIDTH, 8, queue=3, warm_up=True))
+    assert classifier.needs_fit and not bags.LOCE(WIDTH, 8).needs_fit
+    batches = [(proposals(len(LABELS), seed=step), LABELS[step:] + LABELS[:step]) for step in range(2)]
+    classifier.fit((features(fc), torch.tensor(labels)) for fc, labels in batches)
+    scores, seen = [0.01] * 9, {c: [] for c in range(1, 9)}
+    for fc, labels in batches:
+        scores = updated_scores(classifier.linear(fc).detach(), labels, [1] * len(labels), scores)
+        for c, rows in seen.items():
+            rows += [row for row, label in zip(fc, labels, strict=True) if label == c][:3]
+    assert classifier.mean_scores.tolist() == pytest.approx(scores)
+    assert classifier.stored.tolist() == [min(3, len(rows)) for rows in seen.values()]
+    for c, rows in seen.items():
+        held = classifier.memory[3 * (c - 1) : 3 * c][: len(rows)]
+        assert sorted(held.tolist()) == sorted(row.tolist() for row in rows[-3:])
+    parts = [bags.LOCE(WIDTH, 8, queue=0, warm_up=True) for _ in range(2)]
+    for part in parts:
+        part.linear.load_state_dict(classifier.float().linear.state_dict())
+    parts[0].fit([(features(batches[0][0].float()), torch.tensor(batches[0][1]))])
+    parts[1].loss(parts[1](features(batches[0][0].float())), torch.tensor(batches[0][1]))
+    assert parts[0].mean_scores.tolist() == pytest.approx(parts[1].mean_scores.tolist())
 
 
 def test_loce_resumes_exactly():

@@ -156,9 +156,40 @@ def test_iif_factors_of_published_counts():
     small = [1056 * count // 1_270_141 + 400 for count in counts]  # no category with half of them
     for variant, factor in published.items():
         numbers = torch.tensor(counts, dtype=torch.float64)
-        assert _factors(numbers, variant)[0].item() == pytest.approx(factor, rel=1e-9)  # type: ignore[arg-type]
+        found = _factors(numbers, numbers / numbers.sum(), variant)[0]  # type: ignore[arg-type]
+        assert found.item() == pytest.approx(factor, rel=1e-9)
         built = bags.InverseFrequency(2, small, variant).factors  # type: ignore[arg-type]
-        assert built[0] == 1 and built[1] == _factors(torch.tensor(small).double(), variant)[0]  # type: ignore[arg-type]
+        again = torch.tensor(small).double()
+        assert built[0] == 1 and built[1] == _factors(again, again / again.sum(), variant)[0]  # type: ignore[arg-type]
+
+
+def test_iif_factors_of_published_image_counts():
+    """The same table's columns of images: 64 of LVIS v1's 100,170 hold an aerosol can."""
+    published = {
+        "raw": 7.355740938246138,
+        "smooth": 8.340246734689194,
+        "relative": 7.3551018202072465,
+        "normit": 3.2209133650223976,
+        "gombit": 7.355421396246417,
+        "base2": 10.612090973671634,
+        "base10": 3.194557699790146,
+    }
+    for variant, factor in published.items():
+        built = bags.InverseFrequency(2, [64, 9], variant, total=100_170)  # type: ignore[arg-type]
+        assert built.factors[1].item() == pytest.approx(factor, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["iif", "fracal", "fracal_sigmoid"])
+def test_total_below_a_count_is_refused(name):
+    """As a setting and as an argument; the largest count itself is enough for calibration."""
+    stats = CategoryStats((1, 2), ("a", "b"), (30, 50), (20, 40))
+    make = classifier_settings()[name]
+    with pytest.raises(bags.UserError, match=r"^classifier.total: expected 0 .* or 40 or more.* got 39$"):
+        make(counts="images", total=39).build(2, 2, stats)
+    make(counts="images", total=41).build(2, 2, stats)
+    if name == "fracal":
+        shift = bags.Fractal(2, [20, 40], total=80).shift.tolist()
+        assert shift == pytest.approx([0, -math.log10(20 / 80) + math.log10(1 / 2), 0])
 
 
 @pytest.mark.parametrize(("variant", "share"), [("relative", 50), ("normit", 50), ("gombit", 64)])

@@ -458,6 +458,27 @@ def test_a_live_run_ends_where_a_stored_one_does(swept, tmp_path):
         torch.testing.assert_close(ends["cached"][name], value, rtol=1e-2, atol=1e-4)
 
 
+def test_loce_warms_up_with_one_epoch_of_proposals(swept, tmp_path):
+    """Where every proposal is drawn, memory then holds twice as many after an epoch; a resumed run does not repeat it."""
+    configs, folder = swept
+    copy_softmax(folder, tmp_path)
+    stored = {}
+    for warm_up in ("false", "true"):
+        keys = [
+            "classifier.name=loce",
+            "classifier.queue=5000",
+            f"classifier.warm_up={warm_up}",
+            f"name=warm_{warm_up}",
+        ]
+        keys += [*EVERYTHING, "store.negatives=10", "train.epochs=1", "train.milestones=[]"]
+        command = ("train", configs / "softmax_retrained.yaml", f"output={tmp_path}", *keys)
+        run = tmp_path / "tiny" / f"warm_{warm_up}"
+        places = {"after": run / "previous.pth", "unfinished": run / "metrics.json"}
+        killed_and_repeated(*command, "train.checkpoint_every=1", **places)
+        stored[warm_up] = weights(run)["roi_heads.classifier.stored"]
+    assert stored["false"].any() and torch.equal(stored["true"], 2 * stored["false"])
+
+
 def test_a_job_that_needs_two_stores_in_one_place_is_not_begun(swept, tmp_path):
     configs, folder = swept
     over = ["--over", "store.negatives", "5", "6", f"detector.init_from={folder}/tiny/softmax/last.pth"]

@@ -64,6 +64,20 @@ def test_the_picture(tmp_path, glyphs, capsys):
             preview(row, [], batches, tmp_path / output)
 
 
+def test_class_balanced_images_show_the_objects_of_their_category(tmp_path, glyphs, capsys):
+    row = write_configs(tmp_path / "configs", glyphs) / "softmax_retrained.yaml"
+    preview(row, ["sampler.name=class_balanced"], 3, tmp_path / "a.png")
+    printed = capsys.readouterr()
+    assert "12 training images" in printed.out and "an image for each category in turn" in printed.err
+    config = bags.load_config(row, ["sampler.name=class_balanced"])
+    index = open_index(config, "train")
+    shown = [target["labels"] for _, target in resized_batches(config, index, CategoryStats.from_index(index), 3)]
+    assert all(len(labels) and len(labels.unique()) == 1 for labels in shown)
+    first = torch.cat([labels[:1] for labels in shown])
+    occurring = len(set(index.labels[index.trained].tolist()))
+    assert len(first.unique()) == min(len(first), occurring)  # all once before any comes again
+
+
 def test_on_the_command_line(tmp_path, glyphs):
     row = write_configs(tmp_path / "configs", glyphs) / "softmax.yaml"
     done = run_script("prepare_data", "preview", row, "--output", tmp_path / "a.png", "data.copy_paste=1")
