@@ -459,7 +459,7 @@ def test_a_live_run_ends_where_a_stored_one_does(swept, tmp_path):
 
 
 def test_loce_warms_up_with_one_epoch_of_proposals(swept, tmp_path):
-    """Where every proposal is drawn, memory then holds twice as many after an epoch; a resumed run does not repeat it."""
+    """Where every proposal is drawn, memory then holds twice as many after an epoch. A resumed run fills no more."""
     configs, folder = swept
     copy_softmax(folder, tmp_path)
     stored = {}
