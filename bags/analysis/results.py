@@ -6,7 +6,7 @@ In a page, a table stands between two comments, and `render_page` renders it aga
     <!-- end -->
 
 Without columns, all columns are shown. Columns after a slash show the paper's numbers, and a bar precedes the rows:
-`AP AP1 / AP | BAGS; Seesaw`.
+`AP AP1 / AP | BAGS; Seesaw`. Several files, kept by `choose.py --save`, make the table of gains over the control.
 """
 
 import json
@@ -22,13 +22,13 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from bags.analysis.tables import COLUMNS, render_table
+from bags.analysis.tables import COLUMNS, GAINS, OTHERS, render_gains, render_table
 from bags.core.errors import UserError
 from bags.core.files import read_text, write_text
 
 DIGITS = 5  # of a number in 0..1
 KEPT = ("python", "packages", "device", "cores", "threads", "ranks")  # of environment.json
-HEAD = r"<!-- (?P<file>[\w./-]+\.json)(: (?P<chosen>[^\n]*?))? -->\n"
+HEAD = r"<!-- (?P<files>[\w./-]+\.json( [\w./-]+\.json)*)(: (?P<chosen>[^\n]*?))? -->\n"
 TABLE = re.compile(rf"(?P<head>{HEAD})(?:(?!<!-- ).)*(?P<end><!-- end -->)", re.S)
 
 
@@ -127,11 +127,41 @@ def load_results(path: Path) -> dict:
 
 
 def render_page(text: str, root: Path) -> str:
-    """Render each table of a page again, from the file below `root` that it names."""
+    """Render each table of a page again, from the files below `root` that it names."""
+
+    def rendered(old: re.Match[str]) -> str:
+        """One table between its comments."""
+        paths = [root / name for name in old["files"].split()]
+        table = _table(paths[0], old["chosen"] or "") if len(paths) == 1 else render_gains(read_gains(paths))
+        return f"{old['head']}{table}\n{old['end']}"
+
     for head in re.finditer(HEAD, text):
         if not TABLE.match(text, head.start()):
             raise UserError(f"{head[0].strip()} has no <!-- end --> below its table")
-    return TABLE.sub(lambda old: f"{old['head']}{_table(root / old['file'], old['chosen'] or '')}\n{old['end']}", text)
+    return TABLE.sub(rendered, text)
+
+
+def read_gains(paths: Sequence[Path]) -> dict[str, dict[str, list[float]]]:
+    """What rows gain over the control in AP, of files that `choose.py --save` has kept, a dataset each.
+
+    Dataset -> "control" with its AP of each seed, and rows with their differences. Raises UserError for other files.
+    """
+    gains: dict[str, dict[str, list[float]]] = {}
+    for path in paths:
+        content = load_results(path)
+        rows, name = content.get("rows", {}), str(content.get("title", path.stem)).partition(":")[0]
+        if "softmax_retrained" not in rows or OTHERS not in rows:
+            raise UserError(f"{path}: expected a file that choose.py --save has kept")
+        if name in gains:
+            raise UserError(f"{path}: {name} is given twice")
+        shown = [row for row in ("softmax_retrained", *GAINS) if row in rows]
+        control, *others = ([run.get("AP") for run in rows[row]] for row in shown)
+        if not control or any(len(runs) != len(control) or None in runs for runs in (control, *others)):
+            raise UserError(f"{path}: expected AP of as many runs in each row (choose.py --metric AP_fixed saves none)")
+        of_rows = dict(zip(shown[1:], others, strict=True))
+        gains[name] = {row: [a - b for a, b in zip(runs, control, strict=True)] for row, runs in of_rows.items()}
+        gains[name]["control"] = control
+    return gains
 
 
 def _table(path: Path, chosen: str) -> str:

@@ -29,6 +29,7 @@ COLUMNS = (
     "mask_AP_head",
 )
 SAME, OTHERS = "chosen, on the same images", "chosen, on others"  # the optimistic and the honest row of a choice
+GAINS = ("baseline", "softmax_retrained,x4", "bags", "bags_cosine", "reweight_cls", "seesaw", "loce", OTHERS)
 TITLES = {"AP": "mAP", "AP_tail": "tail", "AP_head": "head", "mask_AP": "mask mAP"}
 
 
@@ -97,7 +98,7 @@ def render_norms(datasets: Mapping[str, tuple[Sequence[int], np.ndarray | None]]
     return _markdown(table)
 
 
-def render_gains(gains: Mapping[str, Mapping[str, list[float]]], rows: Sequence[str]) -> str:
+def render_gains(gains: Mapping[str, Mapping[str, list[float]]], rows: Sequence[str] = GAINS) -> str:
     """Markdown table: the control's mAP of each dataset, and what rows gain over it, in percent.
 
     gains: dataset -> "control" and rows -> a number of each seed, in 0..1.

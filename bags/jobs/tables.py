@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bags.analysis.paper import METHODS, PAPER, PaperTable
-from bags.analysis.results import save_results, this_command
+from bags.analysis.results import read_gains, save_results, this_command
 from bags.analysis.run_files import read_metrics, read_seconds
 from bags.analysis.tables import (
+    GAINS,
     render_gains,
     render_norms,
     render_paper_table,
@@ -156,31 +157,13 @@ def _check_figure(option: str, figure: Path) -> None:
         raise UserError(f"--{option} {figure}: expected a file to write, as in {option}.png")
 
 
-GAINS = ("baseline", "softmax_retrained,x4", "bags", "bags_cosine", "reweight_cls", "seesaw", "chosen, on others")
-
-
 def compare_gains(paths: list[Path], figure: Path) -> None:
     """Print and draw what methods gain over the control in mAP, for datasets whose choices were saved."""
     from bags.analysis.plots import plot_gains
-    from bags.analysis.results import load_results
 
     _check_figure("gains", figure)
-    gains: dict[str, dict[str, list[float]]] = {}
-    for path in paths:
-        content = load_results(path)
-        rows, name = content.get("rows", {}), str(content.get("title", path.stem)).partition(":")[0]
-        if "softmax_retrained" not in rows or "chosen, on others" not in rows:
-            raise UserError(f"{path}: expected a file that choose.py --save has kept")
-        if name in gains:
-            raise UserError(f"{path}: {name} is given twice")
-        shown = [row for row in ("softmax_retrained", *GAINS) if row in rows]
-        control, *others = ([run.get("AP") for run in rows[row]] for row in shown)
-        if not control or any(len(runs) != len(control) or None in runs for runs in (control, *others)):
-            raise UserError(f"{path}: expected AP of as many runs in each row (choose.py --metric AP_fixed saves none)")
-        of_rows = dict(zip(shown[1:], others, strict=True))
-        gains[name] = {row: [a - b for a, b in zip(runs, control, strict=True)] for row, runs in of_rows.items()}
-        gains[name]["control"] = control
-    print(f"\n{render_gains(gains, GAINS)}")
+    gains = read_gains(paths)
+    print(f"\n{render_gains(gains)}")
     plot_gains(figure, gains, GAINS)
     print(f"figure: {figure}")
 

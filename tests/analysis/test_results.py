@@ -12,8 +12,8 @@ from PIL import Image
 
 from bags.analysis.plots import plot_weight_norms
 from bags.analysis.results import TABLE, load_results, render_page
+from bags.analysis.tables import GAINS
 from bags.core.errors import UserError
-from bags.jobs.tables import GAINS
 
 PAGES = ["README.md", *sorted(f"docs/results/{page.name}" for page in (ROOT / "docs/results").glob("*.md"))]
 
@@ -161,8 +161,13 @@ def test_gains_of_choices(tmp_path):
     assert done.returncode == 0 and (tmp_path / "g.png").read_bytes()[:4] == b"\x89PNG", done.stderr
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
     assert lines[0] == ["dataset", "control", *GAINS]
-    assert lines[2] == ["a", "30.0 ±14.1", "-", "-", "+3.0 ±2.8", "-", "-", "-", "+10.0 ±0.0"]
-    assert lines[3] == ["b", "20.0", "+1.0", "-", "-", "-", "-", "-", "+10.0"]
+    assert lines[2] == ["a", "30.0 ±14.1", "-", "-", "+3.0 ±2.8", *"----", "+10.0 ±0.0"]
+    assert lines[3] == ["b", "20.0", "+1.0", *"------", "+10.0"]
+    page = tmp_path / "page.md"
+    page.write_text("<!-- a.json b.json -->\nold\n<!-- end -->\n")
+    done_page = run_script("tables", "--render", page)
+    assert done_page.returncode == 0, done_page.stderr
+    assert page.read_text().splitlines()[1:-1] == [line for line in done.stdout.splitlines() if line[:1] == "|"]
     (tmp_path / "c.json").write_text(json.dumps(content | {"rows": {"bags": [{"AP": 0.1}]}}))
     fixed = {row: [{"AP_fixed": 0.1}] for row in rows}  # of choose.py --metric AP_fixed
     (tmp_path / "d.json").write_text(json.dumps(content | {"rows": fixed}))
