@@ -23,7 +23,7 @@ def test_pages_show_what_is_kept(page):
     """Every table of a page is what its file says; the files say how they came about."""
     text, folder = (ROOT / page).read_text(), (ROOT / page).parent
     assert render_page(text, folder) == text
-    for file in {table["file"] for table in TABLE.finditer(text)}:
+    for file in {name for table in TABLE.finditer(text) for name in table["files"].split()}:
         content = load_results(folder / file)
         assert content["command"].startswith("python scripts/") and content["environment"]["packages"]["torch"]
 
