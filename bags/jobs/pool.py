@@ -31,6 +31,7 @@ FULL = (
     f"{CONTROL} x12",
     f"{CONTROL} adamw",
     f"{CONTROL} x12 adamw",
+    "softmax_continued",
     "bags x4",
     "bags x12",
     "bags adamw",
