@@ -1,6 +1,6 @@
 """Find the best classifier for a dataset: a row, or the mean of several rows' scores, and what it gains.
 
-    bags choose configs/glyphs-100                             # 10 rows on one frozen detector
+    bags choose configs/glyphs-100                             # 11 rows on one frozen detector
     bags choose configs/glyphs-100 --pool full                 # about 50
     bags choose configs/glyphs-100 --rows seesaw "bags x4" "bags_cosine classifier.scale=10"
     bags choose configs/custom data.root=mine --metric AP_tail

@@ -23,6 +23,7 @@ QUICK = (
     "bags_cosine",
     "reweight_cls",
     "seesaw",
+    "loce",
     "simcal",
     "norcal",
 )
@@ -63,7 +64,6 @@ FULL = (
     "ecm",
     "gumbel",
     "bacl",
-    "loce",
     "iif",
     "ldam",
     "disalign",
