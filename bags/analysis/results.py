@@ -132,6 +132,8 @@ def render_page(text: str, root: Path) -> str:
     def rendered(old: re.Match[str]) -> str:
         """One table between its comments."""
         paths = [root / name for name in old["files"].split()]
+        if len(paths) > 1 and old["chosen"]:
+            raise UserError(f"{old['files']}: a table of several files has no columns or rows to choose")
         table = _table(paths[0], old["chosen"] or "") if len(paths) == 1 else render_gains(read_gains(paths))
         return f"{old['head']}{table}\n{old['end']}"
 

@@ -98,15 +98,15 @@ def render_norms(datasets: Mapping[str, tuple[Sequence[int], np.ndarray | None]]
     return _markdown(table)
 
 
-def render_gains(gains: Mapping[str, Mapping[str, list[float]]], rows: Sequence[str] = GAINS) -> str:
-    """Markdown table: the control's mAP of each dataset, and what rows gain over it, in percent.
+def render_gains(gains: Mapping[str, Mapping[str, list[float]]]) -> str:
+    """Markdown table: the control's mAP of each dataset, and what the rows GAINS gain over it, in percent.
 
     gains: dataset -> "control" and rows -> a number of each seed, in 0..1.
     """
-    table = [["dataset", "control", *rows]]
+    table = [["dataset", "control", *GAINS]]
     for name, of_rows in gains.items():
         percent = {row: [100 * value for value in values] for row, values in of_rows.items()}
-        cells = [spread(percent[row], ".1f", "+") if row in percent else "-" for row in rows]
+        cells = [spread(percent[row], ".1f", "+") if row in percent else "-" for row in GAINS]
         table.append([name, spread(percent["control"], ".1f"), *cells])
     return _markdown(table)
 

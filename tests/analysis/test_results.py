@@ -167,6 +167,8 @@ def test_gains_of_choices(tmp_path):
     page.write_text("<!-- a.json b.json -->\nold\n<!-- end -->\n")
     done_page = run_script("tables", "--render", page)
     assert done_page.returncode == 0, done_page.stderr
+    with pytest.raises(UserError, match="several files has no columns"):
+        render_page("<!-- a.json b.json: AP -->\n<!-- end -->\n", tmp_path)
     assert page.read_text().splitlines()[1:-1] == [line for line in done.stdout.splitlines() if line[:1] == "|"]
     (tmp_path / "c.json").write_text(json.dumps(content | {"rows": {"bags": [{"AP": 0.1}]}}))
     fixed = {row: [{"AP_fixed": 0.1}] for row in rows}  # of choose.py --metric AP_fixed
