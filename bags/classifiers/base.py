@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from bags.core.errors import UserError
 from bags.core.settings import Settings, need
+
+Counts = Literal["instances", "images"]  # what a classifier counts of each category
 
 
 class BoxFeatures(NamedTuple):
@@ -144,6 +146,11 @@ class ClassifierSettings(Settings, ABC):
         Layers with equal columns can take each other's weights.
         """
         return ()
+
+
+def counts_of(counted: Counts, training: TrainingCounts) -> tuple[int, ...]:
+    """Give the training instances of each category, or the images with one: [C]."""
+    return training.image_counts if counted == "images" else training.instance_counts
 
 
 @contextlib.contextmanager

@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bags.classifiers.base import ClassifierSettings, CosineLinear, TrainingCounts, at_least_float32, checked_counts
+from bags.classifiers.base import (
+    ClassifierSettings,
+    CosineLinear,
+    Counts,
+    TrainingCounts,
+    at_least_float32,
+    checked_counts,
+    counts_of,
+)
 from bags.classifiers.sigmoid import Prior, prior_bias
 from bags.classifiers.softmax import Softmax
 from bags.core.settings import Range
@@ -23,14 +31,14 @@ class EffectiveClassMarginSettings(ClassifierSettings):
     """Effective class-margin loss (Cho and Krähenbühl 2022)."""
 
     name: Literal["ecm"] = "ecm"
-    counts: Literal["instances", "images"] = "instances"  # the released code counts images
+    counts: Counts = "instances"  # the released code counts images
     background: Annotated[float, Range(gt=0, le=1e6)] = 6.3313  # background proposals for each object, as published
     scale: Annotated[float, Range(ge=0)] = 20.0  # of the cosine layer; 0: a linear layer
     prior: Prior = 0.001
 
     def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "EffectiveClassMargin":
         """Make the untrained classifier."""
-        counts = training.image_counts if self.counts == "images" else training.instance_counts
+        counts = counts_of(self.counts, training)
         return EffectiveClassMargin(in_features, counts, self.background, self.scale, self.prior)
 
     def columns(self, training: TrainingCounts) -> tuple:

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from bags.classifiers.base import (
     ClassifierSettings,
+    Counts,
     TrainingCounts,
     at_least_float32,
     checked_shares,
+    counts_of,
     told_as_setting,
 )
 from bags.classifiers.sigmoid import Sigmoid, SigmoidLayerSettings
@@ -26,7 +28,6 @@ from bags.core.settings import Range
 
 LEAST_BOXES = 4  # of a category, for its dimension to be measured
 FINEST = 64  # grids have up to 64 x 64 cells
-Counts = Literal["instances", "images"]
 Power = Annotated[float, Range(ge=0)]
 Total = Annotated[int, Range(ge=0)]
 
@@ -45,7 +46,7 @@ class FractalSettings(ClassifierSettings):
     def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "Fractal":
         """Make the classifier, which scores with the layer of a trained softmax. Raises UserError for `total`."""
         with told_as_setting():
-            return Fractal(in_features, _numbers(self.counts, training), self.power, self.total)
+            return Fractal(in_features, counts_of(self.counts, training), self.power, self.total)
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,7 @@ class FractalSigmoidSettings(SigmoidLayerSettings):
     def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "FractalSigmoid":
         """Make the classifier, which scores with the layer of trained sigmoids. Raises UserError for `total`."""
         with told_as_setting():
-            return FractalSigmoid(in_features, _numbers(self.counts, training), self.power, self.total)
-
-
-def _numbers(counts: Counts, training: TrainingCounts) -> tuple[int, ...]:
-    return training.image_counts if counts == "images" else training.instance_counts
+            return FractalSigmoid(in_features, counts_of(self.counts, training), self.power, self.total)
 
 
 class Fractal(Softmax):

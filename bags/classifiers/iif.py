@@ -14,10 +14,12 @@ from torch import Tensor
 
 from bags.classifiers.base import (
     ClassifierSettings,
+    Counts,
     TrainingCounts,
     at_least_float32,
     checked_counts,
     checked_shares,
+    counts_of,
     told_as_setting,
 )
 from bags.classifiers.softmax import Softmax
@@ -32,12 +34,12 @@ class InverseFrequencySettings(ClassifierSettings):
 
     name: Literal["iif"] = "iif"
     variant: Variant = "raw"
-    counts: Literal["instances", "images"] = "instances"
+    counts: Counts = "instances"
     total: Annotated[int, Range(ge=0)] = 0  # what the counts are divided by; 0: their sum
 
     def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "InverseFrequency":
         """Make the untrained classifier. Raises UserError for what the counts do not allow."""
-        counts = training.image_counts if self.counts == "images" else training.instance_counts
+        counts = counts_of(self.counts, training)
         with told_as_setting():
             return InverseFrequency(in_features, counts, self.variant, self.total)
 

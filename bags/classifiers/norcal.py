@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from bags.classifiers.base import ClassifierSettings, TrainingCounts, checked_counts
+from bags.classifiers.base import ClassifierSettings, Counts, TrainingCounts, checked_counts, counts_of
 from bags.classifiers.softmax import Softmax
 from bags.core.settings import Range
 
@@ -20,11 +20,11 @@ class NorCalSettings(ClassifierSettings):
 
     name: Literal["norcal"] = "norcal"
     gamma: Annotated[float, Range(ge=0)] = 0.6
-    counts: Literal["images", "instances"] = "images"  # a category's exp(logit) is divided by these, to the gamma
+    counts: Counts = "images"  # a category's exp(logit) is divided by these, to the gamma
 
     def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "NorCal":
         """Make the classifier, which scores with the layer of a trained softmax."""
-        counts = training.image_counts if self.counts == "images" else training.instance_counts
+        counts = counts_of(self.counts, training)
         return NorCal(in_features, counts, self.gamma)
 
 
