@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import statistics
 import typing
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from bags.analysis.paper import METHODS, PAPER
 from bags.analysis.results import TABLE, load_results
 from bags.analysis.tables import spread
 from bags.classifiers import classifier_settings
@@ -20,11 +18,7 @@ from bags.config.rows import CONFIGS, summary
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LONGEST_CELL = 70
-SUMMARIZED = {  # dataset of the summary table -> the files that have its rows, the first match is shown
-    "glyphs-100": ("glyphs-100-methods", "glyphs-100-table1"),
-    "glyphs-1230": ("glyphs-1230-methods",),
-    "muscima": ("muscima-methods", "muscima-table1"),
-}
+DATASETS = ["glyphs-100", "glyphs-1230", "muscima"]  # of the summary table, each with a file of all methods
 
 
 def slugs(page: Path) -> set[str]:
@@ -69,23 +63,31 @@ def default_of(key: str) -> object:
     return tree
 
 
-def test_the_differences_to_the_control_are_what_was_saved():
-    """The table of results/README: mean and deviation over the seeds of each row minus the control."""
-    text = (ROOT / "docs/results/README.md").read_text()
-    table = re.search(r"seed by seed, and its deviation.*\n\n((?:\|.*\n)+)", text)[1].splitlines()
-    datasets = cells(table[0])[1:]
-    assert datasets == list(SUMMARIZED)
-    names = {row.config: row.title for row in (*METHODS.rows, *PAPER["1"].rows)}
+def seeds_of(dataset: str, row: str) -> list[dict[str, float]]:
+    """The numbers of each seed of a row; none if it was not run."""
+    return load_results(ROOT / f"results/{dataset}-pool.json")["rows"].get(row.strip("`"), [])
+
+
+def gain(dataset: str, row: str, above: str) -> str:
+    """Mean and deviation of what a row has above another one in mAP, seed by seed; one baseline is that of all."""
+    ours, theirs = seeds_of(dataset, row), seeds_of(dataset, above)
+    theirs = theirs * len(ours) if len(theirs) == 1 else theirs[: len(ours)]
+    return spread([100 * (a["AP"] - b["AP"]) for a, b in zip(ours, theirs, strict=True)], ".1f", "+")
+
+
+@pytest.mark.parametrize(
+    "page, before, columns",
+    [("README", "seed by seed, and its deviation", 1), ("later_methods", "holds on a dataset", 3)],
+)
+def test_gains_are_what_was_saved(page, before, columns):
+    """Tables of gains over the control, and over the row in the second column."""
+    text = (ROOT / f"docs/results/{page}.md").read_text()
+    table = re.search(rf"{before}[^|]*\n\n((?:\|.*\n)+)", text)[1].splitlines()
+    assert cells(table[0])[columns : columns + 3] == DATASETS
     for line in table[2:]:
-        row, *shown = cells(line)
-        for dataset, cell in zip(datasets, shown, strict=True):
-            files = [load_results(ROOT / f"results/{name}.json")["rows"] for name in SUMMARIZED[dataset]]
-            saved = {name: runs for rows in reversed(files) for name, runs in rows.items()}
-            found = [saved.get(key) for name in (row.strip("`"), "softmax_retrained") for key in (names[name], name)]
-            ours, control = found[0] or found[1], found[2] or found[3]
-            differences = [100 * (a["AP"] - b["AP"]) for a, b in zip(ours or (), control, strict=bool(ours))]
-            mean = statistics.mean(differences) if ours else None
-            assert cell == (f"{mean:+.1f} ±{statistics.stdev(differences):.1f}" if ours else "-"), (row, dataset)
+        row, above, *_ = cells(line)
+        above = above if columns == 3 else "softmax_retrained"
+        assert cells(line)[columns : columns + 3] == [gain(dataset, row, above) for dataset in DATASETS], line
 
 
 @pytest.mark.parametrize("page, number", [("data", 11), ("training", 8), ("methods", 11)])
@@ -136,23 +138,9 @@ def test_the_summary_is_what_was_saved():
     lines = list(
         itertools.takewhile(lambda line: line.startswith("|"), itertools.dropwhile(lambda x: x[:1] != "|", lines))
     )
-    compared = 0
-    for row in map(cells, lines[2:]):
-        name, title, *numbers = row
-        for dataset, shown in zip(SUMMARIZED, zip(numbers[::2], numbers[1::2], strict=True), strict=True):
-            runs = saved_row(dataset, name.strip("`"), title)
-            expected = (
-                [spread([100 * run[key] for run in runs], ".1f") for key in ("AP", "AP_tail")] if runs else ["-"] * 2
-            )
-            assert list(shown) == expected, f"{name}, {dataset}"
-            compared += bool(runs)
-    assert compared > 70
-
-
-def saved_row(dataset: str, name: str, title: str) -> list[dict[str, float]]:
-    """One dict for each seed of the row that is called `name` or `title`, with or without the paper's number."""
-    for file in SUMMARIZED[dataset]:
-        for key, runs in load_results(ROOT / f"results/{file}.json")["rows"].items():
-            if key in (name, title) or re.sub(r"^\(\d+\) ", "", key) == title:
-                return runs
-    return []
+    for row, *numbers in map(cells, lines[2:]):
+        for dataset, shown in zip(DATASETS, zip(numbers[::2], numbers[1::2], strict=True), strict=True):
+            runs = seeds_of(dataset, row)
+            expected = [spread([100 * run[key] for run in runs], ".1f") for key in ("AP", "AP_tail")]
+            assert list(shown) == expected, f"{row}, {dataset}"
+    assert len(lines) > 30
