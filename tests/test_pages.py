@@ -90,6 +90,21 @@ def test_gains_are_what_was_saved(page, before, columns):
         assert cells(line)[columns : columns + 3] == [gain(dataset, row, above) for dataset in DATASETS], line
 
 
+def test_what_smaller_stores_lose_is_what_was_saved():
+    """The table of results/stored_features: each row minus the same method from all features in half precision."""
+    text = (ROOT / "docs/results/stored_features.md").read_text()
+    head, _, *lines = re.search(r"((?:\| settings \| dataset .*\n)(?:\|.*\n)+)", text)[1].splitlines()
+    methods = [name.strip("`") for name in cells(head)[3:]]
+    for settings, place, _, *shown in map(cells, lines):
+        dataset, _, longer = place.partition(", ")
+        rows = load_results(ROOT / f"results/{dataset}-store-4bit.json")["rows"]
+        for method, cell in zip(methods, shown, strict=True):
+            full = f"{method}_{longer}".strip("_")
+            pairs = zip(rows.get(f"{full}_{settings.strip('`')}", []), rows.get(full, []), strict=True)
+            assert cell == spread([100 * (a["AP"] - b["AP"]) for a, b in pairs], ".1f", "+"), (settings, place, method)
+    assert len(lines) > 9
+
+
 @pytest.mark.parametrize("page, number", [("data", 11), ("training", 8), ("methods", 11)])
 def test_defaults_in_tables_of_keys(page, number):
     """The second column of a table that begins with key and default."""
