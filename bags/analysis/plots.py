@@ -30,6 +30,7 @@ COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d5a97", "#e08e45", "#555555")
 PALETTE = ("#1b9e9e", "#b5651d", "#6a51a3", "#c2185b", "#5b7f11", "#7a6a53", "#0f7fd6", "#a8324a", "#3f8f6b", "#c49000")
 METHODS = {"softmax_retrained": "#e08e45", "bags": "#d1495b", "choose": "#2e933c"}
 METHODS |= dict.fromkeys(("softmax", "baseline"), "#1b6ca8")
+METHODS |= {"bags_cosine": PALETTE[0], "reweight_cls": PALETTE[1], "seesaw": PALETTE[2], "loce": PALETTE[9]}
 BASELINES = ("softmax", "softmax_retrained")  # come first, in this order
 LINES = (("-", 3.0), ("--", 1.8), ("-.", 1.8), (":", 2.2))  # a later curve leaves an earlier one visible
 DPI = 110
