@@ -52,14 +52,17 @@ def in_process(function: Callable, *arguments: Any) -> Any:
 
 
 def peak(function: Callable) -> dict:
-    """Seconds of a call, and how far it raised the process's peak memory, in MB."""
+    """Seconds of a call, and how far it raised the process's peak memory, in MB.
+
+    The kernel counts memory to some hundred KB, so a call that needs none could seem to need less than none.
+    """
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status_mb("VmRSS")
     start = time.perf_counter()
     result = function()
     seconds = time.perf_counter() - start
     del result
-    return {"s": seconds, "mb": status_mb("VmHWM") - before}
+    return {"s": seconds, "mb": max(0.0, status_mb("VmHWM") - before)}
 
 
 def cost(function: Callable, repeats: int) -> dict:
