@@ -71,7 +71,7 @@ def seeds_of(dataset: str, row: str) -> list[dict[str, float]]:
 def gain(dataset: str, row: str, above: str) -> str:
     """Mean and deviation of what a row has above another one in mAP, seed by seed; one baseline is that of all."""
     ours, theirs = seeds_of(dataset, row), seeds_of(dataset, above)
-    theirs = theirs * len(ours) if len(theirs) == 1 else theirs[: len(ours)]
+    theirs = theirs * len(ours) if len(theirs) == 1 else theirs
     return spread([100 * (a["AP"] - b["AP"]) for a, b in zip(ours, theirs, strict=True)], ".1f", "+")
 
 
