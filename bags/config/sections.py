@@ -29,6 +29,18 @@ Backbone = Literal[
     "mobilenet_v2",
     "mobilenet_v3_large",
 ]
+Glyphs = Literal[
+    "glyphs-100",
+    "glyphs-100-balanced",
+    "glyphs-100-even",
+    "glyphs-100-steep",
+    "glyphs-100-half",
+    "glyphs-100-double",
+    "glyphs-100-distinct",
+    "glyphs-100-alike",
+    "glyphs-100-bold",
+    "glyphs-1230",
+]
 
 
 @dataclass(frozen=True)
@@ -43,8 +55,7 @@ class DataConfig(Settings):
     val_images: str = "."
     train_semantic: str | None = None  # htc: folder of PNG label maps of `train`; none: painted from the masks
     semantic_classes: Annotated[int, Range(ge=1, le=255)] = 183  # labels in those maps; 255 marks pixels without one
-    # An embedded dataset, made in `root` if absent.
-    glyphs: Literal["glyphs-100", "glyphs-100-balanced", "glyphs-100-bold", "glyphs-1230"] | None = None
+    glyphs: Glyphs | None = None  # an embedded dataset, made in `root` if absent
     aspect_batches: bool = True  # training batches of wide or of other images only
     empty_images: bool = False  # also train on images without annotations
     # Shorter sides of training images in pixels, one of which is drawn each time; none: detector.min_size.

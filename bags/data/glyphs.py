@@ -28,6 +28,7 @@ import os
 import shutil
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -65,10 +66,18 @@ PRESETS = {
     "glyphs-100": Preset(100, 192, 1200, 8, 150, (10, 17), (30, 58), 3, 0.55, 20, 40),
     "glyphs-1230": Preset(1230, 256, 2000, 2, 640, (8, 24), (18, 56), 5, 0.70, 20, 100),
 }
-# The categories and the size of glyphs-100 without its tail: every category has 207 training instances.
-PRESETS["glyphs-100-balanced"] = dataclasses.replace(PRESETS["glyphs-100"], most_instances=207, fewest_instances=207)
-# glyphs-100 in heavier letters, whose masks can be learned: errors at the borders of thin strokes are as wide as these.
-PRESETS["glyphs-100-bold"] = dataclasses.replace(PRESETS["glyphs-100"], bold=1)
+# What differs from glyphs-100. half and double have another number of objects, distinct and alike other letters.
+CHANGES: dict[str, dict[str, Any]] = {
+    "balanced": {"most_instances": 207, "fewest_instances": 207},  # without a tail
+    "even": {"most_instances": 600, "fewest_instances": 60, "shift": 85},
+    "steep": {"most_instances": 2000, "fewest_instances": 2, "shift": 60},
+    "half": {"most_instances": 600, "fewest_instances": 4},
+    "double": {"most_instances": 2400, "fewest_instances": 16},
+    "distinct": {"family": 1},  # letters without look-alikes
+    "alike": {"family": 5, "family_similarity": 0.8},
+    "bold": {"bold": 1},  # masks that can be learned: errors at the borders of thin strokes are as wide as these
+}
+PRESETS |= {f"glyphs-100-{name}": dataclasses.replace(PRESETS["glyphs-100"], **c) for name, c in CHANGES.items()}
 
 
 # --------------------------------------------------------------------------- categories

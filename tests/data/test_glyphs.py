@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+import typing
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 import bags
+from bags.config.sections import Glyphs
 from bags.data.glyph_images import TEXTURES, coverage, load_outlines, thickened
 from bags.data.glyphs import PRESETS, choose_categories, instance_counts, make_glyphs
 
@@ -117,27 +119,42 @@ def test_other_settings_are_refused(glyphs):
         make_glyphs(glyphs, dataclasses.replace(TINY, val_instances=4))
 
 
+def similarities(ranked: list[str]) -> np.ndarray:
+    outlines = load_outlines(ranked)
+    drawings = [coverage([c * 24 + 12 for c in outlines[ch]], 24, 24).ravel().astype(float) for ch in ranked]
+    unit = np.stack([d / np.linalg.norm(d) for d in drawings])
+    return unit @ unit.T - 2 * np.eye(len(unit))
+
+
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_presets(name):
     """Counts fall, every group of boundaries is populated, look-alikes share the font but not the drawing."""
     preset = PRESETS[name]
     counts, ranked = instance_counts(preset), choose_categories(preset, 0)
+    assert name in typing.get_args(Glyphs) and len(PRESETS) == len(typing.get_args(Glyphs))
     assert len(set(ranked)) == len(ranked) == preset.categories
-    assert (np.diff(counts) <= 0).all() and counts[0] == preset.most_instances
-    if name == "glyphs-100-balanced":  # the categories and the size of glyphs-100
-        assert set(counts) == {207} and ranked == choose_categories(PRESETS["glyphs-100"], 0)
-        assert abs(counts.sum() - instance_counts(PRESETS["glyphs-100"]).sum()) < 50
-        return
-    groups = bags.assign_groups(counts.tolist())
-    assert min(groups.sizes) >= (50 if name == "glyphs-1230" else 3)
-    if name == "glyphs-100":
-        outlines = load_outlines(ranked)
-        drawings = [coverage([c * 24 + 12 for c in outlines[ch]], 24, 24).ravel().astype(float) for ch in ranked]
-        unit = np.stack([d / np.linalg.norm(d) for d in drawings])
-        similarity = unit @ unit.T - 2 * np.eye(len(unit))
+    assert (np.diff(counts) <= 0).all() and (counts[0], counts[-1]) == (preset.most_instances, preset.fewest_instances)
+    if name in ("glyphs-100", "glyphs-1230"):
+        groups = bags.assign_groups(counts.tolist())
+        assert min(groups.sizes) >= (50 if name == "glyphs-1230" else 3)
+        similarity = similarities(ranked)
         assert similarity.max() < 0.985
         half = preset.categories // 2  # most of the tail has a look-alike in the head
         assert (similarity[half:, :half].max(1) >= preset.family_similarity).mean() > 0.9
+        return
+    base = PRESETS["glyphs-100"]  # one thing differs from it
+    share = {"glyphs-100-half": 0.5, "glyphs-100-double": 2}.get(name, 1)
+    assert counts.sum() == pytest.approx(share * instance_counts(base).sum(), rel=0.01)
+    if name not in ("glyphs-100-distinct", "glyphs-100-alike"):
+        assert ranked == choose_categories(base, 0)
+
+
+def test_letters_are_as_alike_as_the_preset_says():
+    alike = [
+        similarities(choose_categories(PRESETS[f"glyphs-100{name}"], 0)).max(1).mean()
+        for name in ("-distinct", "", "-alike")
+    ]
+    assert alike[0] < 0.7 and 0.84 < alike[1] < 0.88 and 0.92 < alike[2] < 0.985
 
 
 def test_heavier_letters(tmp_path):
