@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,6 +142,7 @@ def load_members(detector: FasterRCNN, config: Config, checkpoints: list[dict]) 
     Raises UserError for one that was trained on another detector than that of `init_from`, which is loaded already.
     """
     paths = map(config.source_file, config.classifier.sources)
+    average: Any = detector.classifiers()[0]  # those of other stages are of the same kind
     prefixes, state = detector.prefixes(detector.classifiers()), detector.state_dict()
     frozen = {name: value for name, value in state.items() if not name.startswith(prefixes)}
     for number, (path, checkpoint) in enumerate(zip(paths, checkpoints, strict=True)):
@@ -158,8 +160,9 @@ def load_members(detector: FasterRCNN, config: Config, checkpoints: list[dict]) 
                 "classifiers of one detector can be averaged"
             )
         places = tuple(f"{prefix}members.{number}." for prefix in prefixes)
-        wanted = {name: value for name, value in state.items() if name.startswith(places)}
-        _load_exactly(detector, members, wanted, path)
+        forgotten = {place + name for place in places for name in average.members[number].remembered}
+        wanted = {name: value for name, value in state.items() if name.startswith(places) and name not in forgotten}
+        _load_exactly(detector, {name: value for name, value in members.items() if name not in forgotten}, wanted, path)
 
 
 def _first_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str | None:

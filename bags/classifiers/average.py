@@ -81,7 +81,11 @@ class AverageSettings(ClassifierSettings):
 
     def made_of(self, members: Sequence[ClassifierSettings]) -> "AverageSettings":
         """The same settings with their members. Raises ValueError for one that cannot be averaged."""
-        return dataclasses.replace(self, members=tuple(members))
+        return dataclasses.replace(self, members=tuple(member.for_scores() for member in members))
+
+    def for_scores(self) -> "AverageSettings":
+        """With members that are not trained any more."""
+        return self.made_of(self.members)
 
     def columns(self, training: TrainingCounts) -> tuple:
         """Those of all members."""
@@ -116,6 +120,7 @@ class Average(ProposalClassifier):
         self.num_categories = numbers[0]
         self.members = nn.ModuleList(members)
         self.widths: list[int] = []  # logits of each used member, known after the first call
+        self.remembered = [f"members.{k}.{name}" for k, member in enumerate(members) for name in member.remembered]
         self.mix(weights)
 
     def mix(self, weights: Sequence[float]) -> None:

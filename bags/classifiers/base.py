@@ -41,6 +41,7 @@ class ProposalClassifier(nn.Module, ABC):
     """A layer with its loss and its scores. Subclasses set `num_categories`."""
 
     num_categories: int  # C, without the background
+    remembered: Sequence[str] = ()  # names of tensors that only training needs
 
     @abstractmethod
     def forward(self, features: BoxFeatures) -> Tensor:
@@ -134,6 +135,10 @@ class ClassifierSettings(Settings, ABC):
 
     def made_of(self, members: "Sequence[ClassifierSettings]") -> "ClassifierSettings":
         """The same settings with those of the classifiers of `sources`, in that order."""
+        return self
+
+    def for_scores(self) -> "ClassifierSettings":
+        """The same settings for a classifier that is not trained any more: what it remembers for training is empty."""
         return self
 
     @abstractmethod

@@ -5,6 +5,7 @@ authors' repository): 27.4 / 26.6. Their mask predictor is normalised, and the s
 masks.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -37,6 +38,10 @@ class LOCESettings(ClassifierSettings):
     def layers(self) -> int:
         """The layer and the memory."""
         return 1 + self.queue
+
+    def for_scores(self) -> "LOCESettings":
+        """Without the memory."""
+        return dataclasses.replace(self, queue=0)
 
     def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "LOCE":
         """Make the untrained classifier."""
@@ -74,9 +79,10 @@ class LOCE(Softmax):
     they are [R, C+1+in_features]: the features come behind, because `loss` stores them.
     `loss` changes the buffers `mean_scores`, `memory`, `stored` and `pointers` in training mode, as it sees all ranks,
     so that a checkpoint resumes exactly. The memory takes 4 C queue in_features bytes: 394 MB for LVIS v1 with 1,024
-    numbers.
+    numbers. An average of classifiers does not keep it.
     """
 
+    remembered = ("memory",)
     mean_scores: Tensor
     memory: Tensor
     stored: Tensor

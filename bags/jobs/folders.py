@@ -50,7 +50,8 @@ def is_complete(folder: Path, config: Config) -> bool:
         differ = (
             "weights" if latest.get("init") != sources_digest([load_checkpoint(source) for source in sources]) else ""
         )
-        differ = differ or "classifiers" * (with_members(config)[0].classifier != trained.classifier)
+        now = with_members(config)[0].classifier
+        differ = differ or "classifiers" * (now.for_scores() != trained.classifier.for_scores())
         if differ:
             raise UserError(
                 f"{folder}: this run started from other {differ} than {' and '.join(map(str, sources))} "

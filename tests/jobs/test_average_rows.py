@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import metrics, run_ranks, run_script
+from conftest import TINY, metrics, run_ranks, run_script
 
 import bags
 from bags.analysis.run_results import about, read_run
@@ -146,6 +146,38 @@ def test_an_average_of_averages(averaged, tmp_path):
     seen = box_features()
     expected = 0.25 * first.probs(first(seen)) + 0.75 * second.probs(second(seen))
     torch.testing.assert_close(outer.probs(outer(seen)), expected)
+
+
+def test_what_loce_remembers_for_training_is_not_kept(averaged, tmp_path):
+    """The average of an earlier version, which has it, is complete, loads, and can itself be averaged."""
+    configs, runs = (shutil.copytree(folder, tmp_path / folder.name) for folder in averaged)
+    row = yaml.safe_load((configs / "bags.yaml").read_text()) | {"classifier": {"name": "loce", "queue": 4}}
+    (configs / "loce.yaml").write_text(yaml.safe_dump(row))
+    bags.train(configs / "loce.yaml", [f"output={runs}"])
+    row = write_row(configs, "mean", of=["row:loce", "row:bags"])
+    bags.train(row, [f"output={runs}"])
+    loce, group, mean = (runs / "tiny" / name / "last.pth" for name in ("loce", "bags", "mean"))
+    prefix = "roi_heads.classifier."
+    memory = load_checkpoint(loce)["model"][f"{prefix}memory"]
+    assert memory.shape == (TINY.categories * 4 + 1, 32) and memory.any()
+    assert load_checkpoint(mean)["model"][f"{prefix}members.0.memory"].shape == (1, 32)
+
+    def as_before(content):
+        content["model"][f"{prefix}members.0.memory"] = memory
+        content["config"]["classifier"]["members"][0]["queue"] = 4
+
+    seen = box_features()
+    for change in (lambda content: None, as_before):
+        changed(mean, change)
+        first, second, average = (bags.load_detector(file)[0].roi_heads.classifier for file in (loce, group, mean))
+        expected = (first.probs(first(seen)) + second.probs(second(seen))) / 2
+        torch.testing.assert_close(average.probs(average(seen)), expected)
+        done = run_script("train", row, f"output={runs}")
+        assert done.returncode == 0 and done.stdout.count("complete, not run again") >= 1, done.stderr
+        outer = write_row(configs, f"outer_{change.__name__.strip('<>')}", of=["row:mean", "row:softmax_retrained"])
+        bags.train(outer, [f"output={runs}"])
+        saved = load_checkpoint(runs / "tiny" / outer.stem / "last.pth")["model"]
+        assert saved[f"{prefix}members.0.members.0.memory"].shape == (1, 32)
 
 
 @pytest.mark.parametrize("what", ["weights", "settings"])
