@@ -81,15 +81,19 @@ def write_metrics(folder: Path, values: dict[str, float]) -> None:
     write_text(folder / "metrics.json", json.dumps(without_nan(values), indent=1))
 
 
-def write_scored_on(folder: Path, annotations: Path, sha256: str) -> None:
-    """Writes `scored_on.json`: the annotations that the numbers of a run belong to."""
-    write_text(folder / "scored_on.json", json.dumps({"annotations": str(annotations), "sha256": sha256}, indent=1))
+def write_scored_on(folder: Path, annotations: Path, sha256: str, images: str) -> None:
+    """Writes `scored_on.json`: the annotations and the images (a digest) that the numbers of a run belong to."""
+    content = {"annotations": str(annotations), "sha256": sha256, "images": images}
+    write_text(folder / "scored_on.json", json.dumps(content, indent=1))
 
 
-def read_scored_on(folder: Path) -> str | None:
-    """SHA-256 of the annotations that a run was scored on; None where that is not known, as of older runs."""
+def read_scored_on(folder: Path, key: str = "sha256") -> str | None:
+    """SHA-256 of the annotations that a run was scored on; None where that is not known, as of older runs.
+
+    key: `images` for that of the images.
+    """
     try:
-        return str(json.loads(read_text(folder / "scored_on.json"))["sha256"])
+        return str(json.loads(read_text(folder / "scored_on.json"))[key])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 

@@ -13,7 +13,8 @@ from bags.analysis.results import environment
 from bags.analysis.run_files import AGAIN_METRICS, read_metrics, read_scored_on
 from bags.analysis.run_results import differences
 from bags.assembly.initialise import with_members
-from bags.assembly.loaders import annotations_digest, open_index
+from bags.assembly.loaders import annotations_digest, build_val_dataset, open_index
+from bags.assembly.stored import images_digest
 from bags.config.load import config_from_dict, load_config, result_settings, save_config
 from bags.config.sections import Config
 from bags.core import distributed
@@ -65,6 +66,7 @@ def is_complete(folder: Path, config: Config) -> bool:
         return False
     if Path(config.data.root, config.data.val).exists():
         check_scored_on(folder, open_index(config, "val"))
+        check_scored_images(folder, config)
     return True
 
 
@@ -88,6 +90,21 @@ def check_scored_on(folder: Path, index: AnnotationIndex) -> None:
     """Raise UserError if a run is known to be scored on other annotations than those of the index."""
     if read_scored_on(folder) not in (None, index.sha256):
         raise UserError(f"{folder}: {index.path} has changed since this run was scored: {AGAIN_METRICS}")
+
+
+def check_scored_images(folder: Path, config: Config) -> None:
+    """Raise UserError if a run is known to be scored on other images than are there now, by their sizes in bytes.
+
+    Where none is left, nothing is known.
+    """
+    try:
+        dataset = build_val_dataset(config)
+    except UserError:
+        return  # there is no folder
+    if read_scored_on(folder, "images") in (None, images_digest(dataset)):
+        return
+    if any(dataset.index.image_path(dataset.folder, k).exists() for k in range(len(dataset))):
+        raise UserError(f"{folder}: images in {dataset.folder} have changed since this run was scored: {AGAIN_METRICS}")
 
 
 def check_scored_alike(folders: Sequence[Path]) -> None:

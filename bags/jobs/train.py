@@ -238,7 +238,8 @@ class Pass:
             )
             if distributed.is_main():
                 write_scores(config.run_folder, config.name, scores, config.test.bins, config.test.figures)
-                write_scored_on(config.run_folder, self.validation.index.path, self.validation.index.sha256)
+                index, images = self.validation.index, stored.images_digest(self.validation)
+                write_scored_on(config.run_folder, index.path, index.sha256, images)
                 write_metrics(config.run_folder, metrics)  # last, since a run with metrics is finished
                 if config.train.part == "all" and metrics["AP"] < NOTHING:
                     note_weakness(config, metrics["AP"])

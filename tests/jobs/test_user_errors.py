@@ -76,7 +76,7 @@ def test_numbers_of_changed_annotations_are_refused(moved):
         bags.train(configs / "bags.yaml", overrides)
     with pytest.raises(bags.UserError, match=words):
         gather(read_runs([rows / "bags"], [f"data.root={data}"]), draws=0)
-    write_scored_on(rows / "bags", data / "val.json", bags.AnnotationIndex.open(data / "val.json").sha256)
+    write_scored_on(rows / "bags", data / "val.json", bags.AnnotationIndex.open(data / "val.json").sha256, "")
     for compared in (read_runs, check_scored_alike):
         with pytest.raises(
             bags.UserError, match="bags: was scored on other annotations than .*softmax: for the older re"
@@ -85,6 +85,30 @@ def test_numbers_of_changed_annotations_are_refused(moved):
     (rows / "softmax/scored_on.json").unlink()
     assert is_complete(rows / "softmax", load_config(configs / "softmax.yaml", overrides))
     check_scored_alike([rows / "softmax", rows / "bags"])
+
+
+def test_numbers_of_changed_images_are_refused(moved):
+    """A run of which no image is left, or that does not say which it was scored on, is taken as it is."""
+    configs, overrides, rows, data = moved
+    config = load_config(configs / "bags.yaml", overrides)
+    image = next((data / "val").iterdir())
+    before = image.read_bytes()
+    image.write_bytes(before + b"0")
+    with pytest.raises(bags.UserError, match=r"bags: images in .* have changed since this run was scored: remove met"):
+        is_complete(rows / "bags", config)
+    image.write_bytes(before)
+    assert is_complete(rows / "bags", config)
+    image.unlink()
+    done = run_script("train", configs / "bags.yaml", *overrides)
+    assert done.returncode == 2 and "have changed since this run was scored" in done.stderr
+    scored_on = json.loads((rows / "bags/scored_on.json").read_text())
+    del scored_on["images"]
+    (rows / "softmax/scored_on.json").write_text(json.dumps(scored_on))
+    assert is_complete(rows / "softmax", load_config(configs / "softmax.yaml", overrides))
+    shutil.rmtree(data / "val")
+    assert is_complete(rows / "bags", config)
+    (data / "val").mkdir()
+    assert is_complete(rows / "bags", config)
 
 
 def test_runs_of_one_row_differ_only_in_their_seed(moved, tmp_path):
