@@ -8,7 +8,7 @@ masks.
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +118,12 @@ class LOCE(Softmax):
         self.register_buffer("memory", torch.zeros(num_categories * queue + 1, in_features))
         self.register_buffer("stored", torch.zeros(num_categories, dtype=torch.long))
         self.register_buffer("pointers", torch.zeros(num_categories, dtype=torch.long))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
+        """Load a state; where no memory is kept, its last row, which is empty."""
+        if not self.queue and f"{prefix}memory" in state_dict:
+            state_dict[f"{prefix}memory"] = state_dict[f"{prefix}memory"][-1:]
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def forward(self, features: BoxFeatures) -> Tensor:
         """Compute logits [R, C+1]; in training mode with a memory the features come behind them."""

@@ -73,7 +73,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "steep": {"most_instances": 2000, "fewest_instances": 2, "shift": 60},
     "half": {"most_instances": 600, "fewest_instances": 4},
     "double": {"most_instances": 2400, "fewest_instances": 16},
-    "distinct": {"family": 1},  # letters without look-alikes
+    "distinct": {"family": 1},  # letters as they come, which are less alike
     "alike": {"family": 5, "family_similarity": 0.8},
     "bold": {"bold": 1},  # masks that can be learned: errors at the borders of thin strokes are as wide as these
 }

@@ -97,29 +97,31 @@ def check_scored_images(folder: Path, config: Config) -> None:
 
     Where none is left, nothing is known.
     """
+    recorded = read_scored_on(folder, "images")
     try:
         dataset = build_val_dataset(config)
     except UserError:
         return  # there is no folder
-    if read_scored_on(folder, "images") in (None, images_digest(dataset)):
+    if recorded is None or recorded == images_digest(dataset):
         return
     if any(dataset.index.image_path(dataset.folder, k).exists() for k in range(len(dataset))):
         raise UserError(f"{folder}: images in {dataset.folder} have changed since this run was scored: {AGAIN_METRICS}")
 
 
 def check_scored_alike(folders: Sequence[Path]) -> None:
-    """Raise UserError for runs that were scored with different `test.bins`, or on different annotations."""
-    first, *others = folders
-    bins, digest = load_config(first / "config.yaml").test.bins, read_scored_on(first)
-    for other in others:
-        other_bins = load_config(other / "config.yaml").test.bins
-        if other_bins != bins:
-            texts = [",".join(map(str, numbers)) for numbers in (other_bins, bins)]
-            raise UserError(f"{other}: scored with test.bins={texts[0]}, {first} with {texts[1]}: use one of them")
-        other_digest = read_scored_on(other)
-        if digest and other_digest and other_digest != digest:
-            raise UserError(f"{other}: was scored on other annotations than {first}: for the older {AGAIN_METRICS}")
-        digest = digest or other_digest
+    """Raise UserError for runs that were scored with different `test.bins`, or on different annotations or images."""
+    first = folders[0]
+    bins = load_config(first / "config.yaml").test.bins
+    known: dict[str, str] = {}  # kind of what was scored on -> the first digest
+    for folder in folders:
+        own_bins = load_config(folder / "config.yaml").test.bins
+        if own_bins != bins:
+            texts = [",".join(map(str, numbers)) for numbers in (own_bins, bins)]
+            raise UserError(f"{folder}: scored with test.bins={texts[0]}, {first} with {texts[1]}: use one of them")
+        for kind, key in (("annotations", "sha256"), ("images", "images")):
+            digest = read_scored_on(folder, key)
+            if digest and digest != known.setdefault(kind, digest):
+                raise UserError(f"{folder}: was scored on other {kind} than {first}: for the older {AGAIN_METRICS}")
 
 
 def check_comparable(rows: dict[str, list[Path]]) -> None:

@@ -174,6 +174,11 @@ def test_what_loce_remembers_for_training_is_not_kept(averaged, tmp_path):
         torch.testing.assert_close(average.probs(average(seen)), expected)
         done = run_script("train", row, f"output={runs}")
         assert done.returncode == 0 and done.stdout.count("complete, not run again") >= 1, done.stderr
+        before = metrics(runs, "mean")
+        (mean.parent / "metrics.json").unlink()
+        bags.train(row, [f"output={runs}"])  # only scored again
+        assert metrics(runs, "mean") == before
+        changed(mean, change)
         outer = write_row(configs, f"outer_{change.__name__.strip('<>')}", of=["row:mean", "row:softmax_retrained"])
         bags.train(outer, [f"output={runs}"])
         saved = load_checkpoint(runs / "tiny" / outer.stem / "last.pth")["model"]

@@ -96,6 +96,14 @@ def test_numbers_of_changed_images_are_refused(moved):
     image.write_bytes(before + b"0")
     with pytest.raises(bags.UserError, match=r"bags: images in .* have changed since this run was scored: remove met"):
         is_complete(rows / "bags", config)
+    with pytest.raises(bags.UserError, match="images in .* have changed since this run was scored"):
+        gather(read_runs([rows / "bags"], [f"data.root={data}"]), draws=0)
+    digest = bags.AnnotationIndex.open(data / "val.json").sha256
+    recorded = (rows / "bags/scored_on.json").read_text()
+    write_scored_on(rows / "bags", data / "val.json", digest, "0")
+    with pytest.raises(bags.UserError, match="bags: was scored on other images than .*softmax: for the older re"):
+        check_scored_alike([rows / "softmax", rows / "bags"])
+    (rows / "bags/scored_on.json").write_text(recorded)
     image.write_bytes(before)
     assert is_complete(rows / "bags", config)
     image.unlink()
