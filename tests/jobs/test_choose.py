@@ -186,6 +186,10 @@ def test_other_pictures_are_not_those_of_an_older_choice(chosen, tmp_path):
     for file in (data / "val").iterdir():
         Image.new("RGB", Image.open(file).size).save(file)
     given = [f"output={runs}", f"data.root={data}"]
+    with pytest.raises(bags.UserError, match=r"softmax: images in .* have changed since this run was scored"):
+        bags.choose(dataset, given, ROWS, folds=3, draws=100)
+    for numbers in runs.glob("tiny/*/metrics.json"):
+        numbers.unlink()
     with pytest.raises(bags.UserError, match="holds proposal features of other images: remove the folder"):
         bags.choose(dataset, given, ROWS, folds=3, draws=100)
     shutil.rmtree(runs / "tiny/softmax/last.features/val")
