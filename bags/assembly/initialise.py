@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from bags.assembly.loaders import annotations_digest
 from bags.classifiers.base import ProposalClassifier
 from bags.config.load import check_config, config_from_dict
 from bags.config.sections import Config, DetectorConfig
-from bags.core.errors import UserError
+from bags.core.errors import UserError, one_line
 from bags.core.tensor_files import check_finite
 from bags.data.findings import REMAP
 from bags.data.index import AnnotationIndex
@@ -142,7 +141,6 @@ def load_members(detector: FasterRCNN, config: Config, checkpoints: list[dict]) 
     Raises UserError for one that was trained on another detector than that of `init_from`, which is loaded already.
     """
     paths = map(config.source_file, config.classifier.sources)
-    average: Any = detector.classifiers()[0]  # those of other stages are of the same kind
     prefixes, state = detector.prefixes(detector.classifiers()), detector.state_dict()
     frozen = {name: value for name, value in state.items() if not name.startswith(prefixes)}
     for number, (path, checkpoint) in enumerate(zip(paths, checkpoints, strict=True)):
@@ -160,9 +158,8 @@ def load_members(detector: FasterRCNN, config: Config, checkpoints: list[dict]) 
                 "classifiers of one detector can be averaged"
             )
         places = tuple(f"{prefix}members.{number}." for prefix in prefixes)
-        forgotten = {place + name for place in places for name in average.members[number].remembered}
-        wanted = {name: value for name, value in state.items() if name.startswith(places) and name not in forgotten}
-        _load_exactly(detector, {name: value for name, value in members.items() if name not in forgotten}, wanted, path)
+        wanted = {name: value for name, value in state.items() if name.startswith(places)}
+        _load_exactly(detector, members, wanted, path)
 
 
 def _first_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str | None:
@@ -175,21 +172,24 @@ def _first_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str
 
 
 def _load_exactly(detector: FasterRCNN, given: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
-    """Copy a member's tensors to their places. Raises UserError, naming the file, for others than are wanted."""
-    kinds = {name for name in given.keys() & wanted.keys() if _kind(given[name]) != _kind(wanted[name])}
+    """Load a member's tensors at their places. Raises UserError, naming the file, for others than are wanted."""
+    kinds = {
+        name
+        for name in given.keys() & wanted.keys()
+        if given[name].is_floating_point() != wanted[name].is_floating_point()
+    }
     for words, names in (
         ("is missing", wanted.keys() - given.keys()),
         ("is not expected", given.keys() - wanted.keys()),
-        ("has another shape or type", kinds),
+        ("has another type", kinds),
     ):
         if names:
             name = re.sub(r"members\.[0-9]+\.", "", min(names), count=1)  # as the file has it
             raise UserError(f"{path}: its weights are not those of its own classifier ({name} {words})")
-    detector.load_state_dict(given, strict=False)
-
-
-def _kind(tensor: Tensor) -> tuple:
-    return tensor.shape, tensor.is_floating_point()
+    try:
+        detector.load_state_dict(given, strict=False)
+    except RuntimeError as error:  # of another shape
+        raise UserError(f"{path}: its weights are not those of its own classifier ({one_line(error)})") from None
 
 
 def _check_same_images(theirs: DetectorConfig, ours: DetectorConfig, path: Path) -> None:

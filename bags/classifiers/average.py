@@ -81,11 +81,7 @@ class AverageSettings(ClassifierSettings):
 
     def made_of(self, members: Sequence[ClassifierSettings]) -> "AverageSettings":
         """The same settings with their members. Raises ValueError for one that cannot be averaged."""
-        return dataclasses.replace(self, members=tuple(member.for_scores() for member in members))
-
-    def for_scores(self) -> "AverageSettings":
-        """With members that are not trained any more."""
-        return self.made_of(self.members)
+        return dataclasses.replace(self, members=tuple(members))
 
     def columns(self, training: TrainingCounts) -> tuple:
         """Those of all members."""
@@ -95,6 +91,8 @@ class AverageSettings(ClassifierSettings):
         """Make the members, whose weights are still to be loaded. Raises ValueError where they are not known."""
         need(bool(self.members), "members", "the settings of the classifiers of all runs of `of`, got none")
         members = [member.build(in_features, pooled_features, training) for member in self.members]
+        for member in members:
+            member.forget()
         return Average(members, self.weights)
 
 
@@ -120,7 +118,6 @@ class Average(ProposalClassifier):
         self.num_categories = numbers[0]
         self.members = nn.ModuleList(members)
         self.widths: list[int] = []  # logits of each used member, known after the first call
-        self.remembered = [f"members.{k}.{name}" for k, member in enumerate(members) for name in member.remembered]
         self.mix(weights)
 
     def mix(self, weights: Sequence[float]) -> None:

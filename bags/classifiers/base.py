@@ -41,7 +41,6 @@ class ProposalClassifier(nn.Module, ABC):
     """A layer with its loss and its scores. Subclasses set `num_categories`."""
 
     num_categories: int  # C, without the background
-    remembered: Sequence[str] = ()  # names of tensors that only training needs
 
     @abstractmethod
     def forward(self, features: BoxFeatures) -> Tensor:
@@ -77,6 +76,9 @@ class ProposalClassifier(nn.Module, ABC):
     def needs_fit(self) -> bool:
         """Whether `fit` is to be called."""
         return type(self).fit is not ProposalClassifier.fit
+
+    def forget(self) -> None:
+        """Drop tensors that only training needs, as the members of an average do."""
 
     def locate(self, centres: Tensor, labels: Tensor) -> None:
         """Learn where the objects of each category are, before anything else.
@@ -135,10 +137,6 @@ class ClassifierSettings(Settings, ABC):
 
     def made_of(self, members: "Sequence[ClassifierSettings]") -> "ClassifierSettings":
         """The same settings with those of the classifiers of `sources`, in that order."""
-        return self
-
-    def for_scores(self) -> "ClassifierSettings":
-        """The same settings for a classifier that is not trained any more: what it remembers for training is empty."""
         return self
 
     @abstractmethod

@@ -5,7 +5,6 @@ authors' repository): 27.4 / 26.6. Their mask predictor is normalised, and the s
 masks.
 """
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -38,10 +37,6 @@ class LOCESettings(ClassifierSettings):
     def layers(self) -> int:
         """The layer and the memory."""
         return 1 + self.queue
-
-    def for_scores(self) -> "LOCESettings":
-        """Without the memory."""
-        return dataclasses.replace(self, queue=0)
 
     def build(self, in_features: int, pooled_features: int, training: TrainingCounts) -> "LOCE":
         """Make the untrained classifier."""
@@ -79,10 +74,9 @@ class LOCE(Softmax):
     they are [R, C+1+in_features]: the features come behind, because `loss` stores them.
     `loss` changes the buffers `mean_scores`, `memory`, `stored` and `pointers` in training mode, as it sees all ranks,
     so that a checkpoint resumes exactly. The memory takes 4 C queue in_features bytes: 394 MB for LVIS v1 with 1,024
-    numbers. An average of classifiers does not keep it.
+    numbers. An average that is loaded from checkpoints does not keep it.
     """
 
-    remembered = ("memory",)
     mean_scores: Tensor
     memory: Tensor
     stored: Tensor
@@ -119,10 +113,15 @@ class LOCE(Softmax):
         self.register_buffer("stored", torch.zeros(num_categories, dtype=torch.long))
         self.register_buffer("pointers", torch.zeros(num_categories, dtype=torch.long))
 
+    def forget(self) -> None:
+        """Drop the memory, as with queue = 0."""
+        self.queue, self.memory = 0, self.memory[-1:].clone()
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
-        """Load a state; where no memory is kept, its last row, which is empty."""
-        if not self.queue and f"{prefix}memory" in state_dict:
-            state_dict[f"{prefix}memory"] = state_dict[f"{prefix}memory"][-1:]
+        """Load a state; of a memory that is not kept, its last row, which is empty."""
+        name = f"{prefix}memory"
+        if not self.queue and name in state_dict and state_dict[name].ndim:
+            state_dict[name] = state_dict[name][-1:]
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def forward(self, features: BoxFeatures) -> Tensor:

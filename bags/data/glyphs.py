@@ -9,8 +9,8 @@ Two choices make it a small version of the paper's problem:
 
 * Instances per category fall as a shifted power law, from thousands to a few.
 * Categories come in families of look-alikes (accents, related Latin, Greek and Cyrillic letters), and each family has
-  members in the head and in the tail. With only distinct glyphs, retraining a plain softmax works as well as Balanced
-  Group Softmax.
+  members in the head and in the tail. With letters that are less alike, retraining a plain softmax works as well as
+  Balanced Group Softmax.
 
 The same seed gives the same annotations on every machine (see glyph_images.py). JPEG pixels may differ in the last bits
 between versions of Pillow.

@@ -51,8 +51,7 @@ def is_complete(folder: Path, config: Config) -> bool:
         differ = (
             "weights" if latest.get("init") != sources_digest([load_checkpoint(source) for source in sources]) else ""
         )
-        now = with_members(config)[0].classifier
-        differ = differ or "classifiers" * (now.for_scores() != trained.classifier.for_scores())
+        differ = differ or "classifiers" * (with_members(config)[0].classifier != trained.classifier)
         if differ:
             raise UserError(
                 f"{folder}: this run started from other {differ} than {' and '.join(map(str, sources))} "
@@ -65,8 +64,7 @@ def is_complete(folder: Path, config: Config) -> bool:
     if not is_finished(folder) or "ACC" not in read_metrics(folder):
         return False
     if Path(config.data.root, config.data.val).exists():
-        check_scored_on(folder, open_index(config, "val"))
-        check_scored_images(folder, config)
+        check_scored_on(folder, config)
     return True
 
 
@@ -86,26 +84,19 @@ def is_finished(folder: Path) -> bool:
     return (folder / "metrics.json").exists()
 
 
-def check_scored_on(folder: Path, index: AnnotationIndex) -> None:
-    """Raise UserError if a run is known to be scored on other annotations than those of the index."""
+def check_scored_on(folder: Path, config: Config) -> None:
+    """Raise UserError if a run is known to be scored on other validation annotations or images than are there now.
+
+    Images are compared by their sizes in bytes, unless none is left.
+    """
+    index, images = open_index(config, "val"), read_scored_on(folder, "images")
     if read_scored_on(folder) not in (None, index.sha256):
         raise UserError(f"{folder}: {index.path} has changed since this run was scored: {AGAIN_METRICS}")
-
-
-def check_scored_images(folder: Path, config: Config) -> None:
-    """Raise UserError if a run is known to be scored on other images than are there now, by their sizes in bytes.
-
-    Where none is left, nothing is known.
-    """
-    recorded = read_scored_on(folder, "images")
-    try:
-        dataset = build_val_dataset(config)
-    except UserError:
-        return  # there is no folder
-    if recorded is None or recorded == images_digest(dataset):
+    place = Path(config.data.root, config.data.val_images)
+    if images is None or not any(index.image_path(place, k).exists() for k in range(len(index))):
         return
-    if any(dataset.index.image_path(dataset.folder, k).exists() for k in range(len(dataset))):
-        raise UserError(f"{folder}: images in {dataset.folder} have changed since this run was scored: {AGAIN_METRICS}")
+    if images != images_digest(build_val_dataset(config)):
+        raise UserError(f"{folder}: images in {place} have changed since this run was scored: {AGAIN_METRICS}")
 
 
 def check_scored_alike(folders: Sequence[Path]) -> None:

@@ -208,7 +208,7 @@ def open_validation(
 
     from bags.assembly.initialise import check_categories
     from bags.assembly.loaders import build_val_dataset, open_index
-    from bags.jobs.folders import check_scored_images, check_scored_on
+    from bags.jobs.folders import check_scored_on
 
     config = runs[0].config
     try:
@@ -218,8 +218,7 @@ def open_validation(
         return None
     check_categories(stats, index, runs[0].folder / "categories.csv")
     for run in runs:
-        check_scored_on(run.folder, index)
-        check_scored_images(run.folder, config)
+        check_scored_on(run.folder, config)
     findings.objects = np.bincount(index.labels[~index.crowd], minlength=stats.num_categories + 1)[1:]
     findings.images["validation"] = len(index)
     with contextlib.suppress(UserError):  # its counts are in categories.csv

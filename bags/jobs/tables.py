@@ -22,7 +22,7 @@ from bags.config.load import load_config, load_rows
 from bags.config.rows import find_dataset, row_beside
 from bags.core.errors import UserError
 from bags.core.terminal import printable
-from bags.jobs.folders import check_checkpoint, check_comparable, check_scored_images, check_scored_on
+from bags.jobs.folders import check_checkpoint, check_comparable, check_scored_on
 from bags.jobs.preflight import validated_on_training
 from bags.jobs.train import run_jobs
 
@@ -215,8 +215,7 @@ def _draw_predictions(
     name_of = dict(zip(stats.category_ids, stats.names, strict=True))
     check_categories(stats, index, next(iter(runs.values())))
     for run, folder in runs.items():
-        check_scored_on(folder, index)
-        check_scored_images(folder, config)
+        check_scored_on(folder, config)
         detections = by_image(read_detections(folder, name_of))
         columns[run] = [
             judged(detections.get(i, []), truth, name_of, best=BEST_FEW)

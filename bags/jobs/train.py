@@ -189,11 +189,11 @@ class Pass:
         """Train from images, or from stored features; validate between epochs where that is asked for."""
         loader = self.loader
         cached = any(config.is_cached for config in self.configs)
-        if cached:
-            if not distributed.on_main(lambda: training.is_trained(self.runs, loader)):
-                loader = stored.training_loader(self.first, self.runs, loader, self.device)
-            # else: a store that was removed is not made again only to evaluate
-        elif self.first.train.part == "cls" and self.first.train.features is None and distributed.is_main():
+        trained = distributed.on_main(lambda: cached and training.is_trained(self.runs, loader))
+        if cached and not trained:  # a store that was removed is not made again only to evaluate
+            loader = stored.training_loader(self.first, self.runs, loader, self.device)
+        stage = self.first.train
+        if not cached and stage.part == "cls" and stage.features is None and distributed.is_main():
             key = self.first.data.redrawn
             note = f"{key} makes images anew each time, so nothing is stored: train.features=live"
             print(f"note: {self.first.name}: {note}")

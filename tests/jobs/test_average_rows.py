@@ -321,7 +321,10 @@ CHANGES = {
     "not those of its own classifier (roi_heads.classifier.x is not expected)": (
         lambda c: c["model"].update({"roi_heads.classifier.x": torch.ones(1)})
     ),
-    "(roi_heads.classifier.linear.bias has another shape or type)": (
+    "(roi_heads.classifier.linear.bias has another type)": (
+        lambda c: c["model"].update({"roi_heads.classifier.linear.bias": torch.ones(3, dtype=torch.int64)})
+    ),
+    "size mismatch for roi_heads.classifier.members.0.linear.bias: .*Size([3])": (
         lambda c: c["model"].update({"roi_heads.classifier.linear.bias": torch.ones(3)})
     ),
     "roi_heads.classifier.linear.bias holds numbers that are not finite": (
