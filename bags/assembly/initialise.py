@@ -1,7 +1,6 @@
 """The weights that a detector starts from, and what must fit together."""
 
 import dataclasses
-import itertools
 import re
 from pathlib import Path
 
@@ -210,10 +209,11 @@ def check_categories(stats: CategoryStats, index: AnnotationIndex, source: Path)
     theirs = list(zip(stats.category_ids, stats.names, strict=True))
     ours = list(zip(index.category_ids.tolist(), index.category_names, strict=True))
     if theirs != ours:
-        first = next(pair for pair in itertools.zip_longest(theirs, ours) if pair[0] != pair[1])
-        theirs_first, ours_first = (f"id {c[0]} '{c[1]}'" if c else "none" for c in first)
+        sides = ((source, theirs, set(ours)), (index.path, ours, set(theirs)))
+        alone = ((path, next((c for c in own if c not in other), None)) for path, own, other in sides)
+        words = [f"only {path} has id {one[0]} '{one[1]}'" for path, one in alone if one]
         raise UserError(
-            f"{source}: has {len(theirs)} categories, not the {len(ours)} of {index.path}; first "
-            f"difference: {theirs_first} against {ours_first}. Use the dataset it was trained on "
+            f"{source}: has {len(theirs)} categories, not the {len(ours)} of {index.path}: "
+            f"{', '.join(words) or 'their order differs'}. Use the dataset it was trained on "
             f"(to start training from other categories: detector.other_categories=true); {REMAP}"
         )

@@ -107,7 +107,7 @@ class Seesaw(ProposalClassifier):
         numbers = self.counts.clamp(min=1).to(logits.dtype).log()
         mitigation = self.p * (numbers - numbers[category]).clamp(max=0)
         probabilities = torch.log_softmax(logits, dim=1)
-        least = torch.tensor(self.eps, dtype=logits.dtype, device=logits.device).log()
+        least = torch.full((), self.eps, dtype=logits.dtype, device=logits.device).log()  # no copy to a GPU
         compensation = self.q * (probabilities - probabilities.gather(1, category).maximum(least)).clamp(min=0)
         return (mitigation + compensation).scatter(1, category, 0)
 

@@ -27,7 +27,10 @@ def remap_categories(source: Path, like: Path, output: Path) -> tuple[int, int, 
     old_ids = _ids_by_name(source, content["categories"])
     unknown = sorted(old_ids.keys() - new_ids.keys())
     if unknown:
-        raise UserError(f"{source}: {len(unknown)} of its categories are not in {like}, first: '{unknown[0]}'")
+        raise UserError(
+            f"{source}: {len(unknown)} of its categories are not in {like}, first: '{unknown[0]}': list them there too "
+            "(without objects they are never trained nor found), or take them and their annotations out here"
+        )
     new_of = {old: new_ids[name] for name, old in old_ids.items()}
     images = set(unique_ids(source, "images", content["images"]).tolist())
     for annotation in content["annotations"]:

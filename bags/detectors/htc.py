@@ -85,7 +85,7 @@ def painted(masks: Tensor, labels: Tensor) -> Tensor:
     """Paint masks [K, H, W] with labels [K] in 1..C: int64 [H, W], the smallest object's label, 0 for no object."""
     result = torch.zeros(masks.shape[1:], dtype=torch.long, device=masks.device)
     for k in masks.flatten(1).sum(1).argsort(descending=True, stable=True).tolist():
-        result[masks[k] > 0] = labels[k]
+        result = torch.where(masks[k] > 0, labels[k], result)  # an index would make a GPU find the pixels first
     return result
 
 

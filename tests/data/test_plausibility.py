@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import run_script
 from PIL import Image
 
 import bags
+from bags.assembly.initialise import check_categories
 from bags.data.checks import check_annotations, check_splits
 from bags.data.plausibility import implausible_boxes, shared_images, split_images
 from bags.jobs import prepare_data
@@ -93,8 +95,27 @@ def test_remap_by_name(tmp_path):
     named[0]["name"] = "unknown"
     val.write_text(json.dumps({"images": images, "annotations": annotations, "categories": named}))
     done = run_script(*command[:-1], tmp_path / "other.json")
-    assert done.returncode == 2 and "1 of its categories are not in" in done.stderr and "'unknown'" in done.stderr
+    assert (
+        done.returncode == 2
+        and "1 of its categories are not in" in done.stderr
+        and "'unknown': list them there too" in done.stderr
+    )
     assert not (tmp_path / "other.json").exists()
+
+
+def test_categories_of_one_file_only_are_named(tmp_path):
+    first = write(tmp_path, PLAIN, "first.json", categories=(5, 9))
+    stats = bags.CategoryStats.from_index(first)
+    check_categories(stats, first, tmp_path / "run")
+    more, other = {"id": 7, "name": "n7"}, {"id": 9, "name": "new"}
+    for listed, words in (
+        ([{"id": 5, "name": "n5"}, more, {"id": 9, "name": "n9"}], "not the 3 of {}: only {} has id 7 'n7'. Use"),
+        ([{"id": 5, "name": "n5"}, other], "not the 2 of {}: only run has id 9 'n9', only {} has id 9 'new'. Use"),
+    ):
+        path = tmp_path / f"{len(listed)}.json"
+        path.write_text(json.dumps({**json.loads(first.path.read_text()), "categories": listed}))
+        with pytest.raises(bags.UserError, match=re.escape(words.format(path, path))):
+            check_categories(stats, bags.AnnotationIndex.open(path), "run")
 
 
 def test_remap_refuses_unknown_images_and_notes_unknown_categories(tmp_path, capsys):
