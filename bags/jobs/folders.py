@@ -123,10 +123,9 @@ def check_comparable(rows: dict[str, list[Path]]) -> None:
     """
     check_scored_alike([folder for folders in rows.values() for folder in folders])
     for name, (first, *others) in rows.items():
-        config = load_config(first / "config.yaml") if others else None
+        config = load_config(first / "config.yaml")
+        seen = {(config.seed, config.detector.init_from): first}
         for other in others:
-            if config is None:
-                continue
             theirs, but = load_config(other / "config.yaml"), ["seed", "data.root"]
             starts = [Path(one.detector.init_from or "").parts[-2:] for one in (config, theirs)]
             if starts[0] == starts[1]:  # each seed from its own checkpoint of that row, wherever it is
@@ -136,6 +135,12 @@ def check_comparable(rows: dict[str, list[Path]]) -> None:
                 raise UserError(
                     f"{other}: has {change[0]}={change[2]}, {first} has {change[1]}: runs called {name} are averaged, "
                     "so only their seeds may differ: rename one of the folders, or leave it out"
+                )
+            twin = seen.setdefault((theirs.seed, theirs.detector.init_from), other)
+            if twin != other:
+                raise UserError(
+                    f"{other}: has the seed ({theirs.seed}) and the start of {twin}: runs called {name} are averaged, "
+                    "and a repeated run says nothing of their deviation: leave one out"
                 )
 
 

@@ -139,8 +139,9 @@ def _start(path: Path, overrides: Sequence[str], control: Config) -> tuple[Class
 def _row(dataset: Path, entry: str, overrides: Sequence[str]) -> Config:
     """The configuration of a pool's entry, with a name that tells its variants apart."""
     method, *words = entry.split() or [""]
-    if not method or set(method) & set("/\\\0"):
-        raise UserError(f"{entry!r}: expected a row: METHOD [xN] [adamw] [section.key=value]")
+    if not method or set(method) & set("/\\\0="):
+        hint = "; overrides of all rows stand before --rows" if "=" in method else ""
+        raise UserError(f"{entry!r}: expected a row: METHOD [xN] [adamw] [section.key=value]{hint}")
     config = load_config(dataset / method, overrides)
     given: list[str] = []
     name = [method]

@@ -14,6 +14,7 @@ from bags.analysis.plots import plot_weight_norms
 from bags.analysis.results import TABLE, load_results, render_page
 from bags.analysis.tables import GAINS
 from bags.core.errors import UserError
+from bags.engine.checkpoint import load_checkpoint, save_checkpoint
 
 PAGES = ["README.md", *sorted(f"docs/results/{page.name}" for page in (ROOT / "docs/results").glob("*.md"))]
 
@@ -33,6 +34,10 @@ def test_saved_and_rendered(job, tmp_path):
     _, runs, _ = job
     for seed in ("seed0", "seed1"):
         shutil.copytree(runs / "tiny", tmp_path / seed / "tiny")
+    for config in (tmp_path / "seed1/tiny").glob("*/config.yaml"):  # runs of one seed are not averaged
+        checkpoint = load_checkpoint(config.with_name("last.pth"))
+        save_checkpoint(config.with_name("last.pth"), {**checkpoint, "config": {**checkpoint["config"], "seed": 1}})
+        config.write_text(config.read_text().replace("\nseed: 0", "\nseed: 1"))
     path = tmp_path / "seed1/tiny/bags/metrics.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "AP": 0.5, "AP50": None}))
     folders = [tmp_path / "seed0/tiny", tmp_path / "seed1/tiny"]

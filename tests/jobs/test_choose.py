@@ -369,6 +369,7 @@ MISTAKES = [
     (["--rows", "nonsense"], "nonsense is no method; known:"),
     (["--rows", " "], "after --rows: expected a value, got an empty text"),
     (["--rows", "../bags"], "'../bags': expected a row: METHOD"),
+    (["--rows", "bags", "data.root=x"], "expected a row: METHOD [xN] [adamw] [section.key=value]; overrides of all"),
     (["--rows", "bags x0"], "bags x0: x0: expected xN, adamw or section.key=value of classifier, sampler, train"),
     (["--rows", "bags x2 x3"], "bags x2 x3: x3: the number of epochs is given twice: leave one out"),
     (["--rows", "bags data.val=x.json"], "bags data.val=x.json: data.val=x.json: expected xN, adamw or section.key"),

@@ -125,6 +125,11 @@ def test_runs_of_one_row_differ_only_in_their_seed(moved, tmp_path):
     config = other / "bags/config.yaml"
     config.write_text(config.read_text().replace("\nseed: 0", "\nseed: 1").replace("root: ", "root: /elsewhere"))
     check_comparable({"softmax": [rows / "softmax"], "bags": [rows / "bags", other / "bags"]})
+    twin = shutil.copytree(rows / "bags", tmp_path / "twin/bags")
+    with pytest.raises(
+        bags.UserError, match=r"twin/bags: has the seed \(0\) and the start of .*tiny/bags: runs called"
+    ):
+        check_comparable({"bags": [rows / "bags", other / "bags", twin]})
     seeds = [shutil.copytree(rows / "bags", tmp_path / name / "bags") for name in ("seed0", "seed1")]
     for row, alike in (("softmax", True), ("softmax_x2", False)):  # each seed from a checkpoint of its own
         for folder, start in zip(seeds, ("seed0/softmax/last.pth", f"/seed1/{row}/last.pth"), strict=True):
