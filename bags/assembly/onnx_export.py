@@ -78,7 +78,8 @@ def export_onnx(
     onnx.helper.set_model_props(model, texts)
     onnx.checker.check_model(model)
     content = model.SerializeToString()
-    result = _checked(detector, _session(runtime, content), traceable, [*images, *generated], path)
+    samples = [*(image.cpu() for image in images), *generated]
+    result = _checked(detector, _session(runtime, content), traceable, samples, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, "wb") as file:
         file.write(content)

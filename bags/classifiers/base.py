@@ -166,9 +166,9 @@ def told_as_setting() -> Iterator[None]:
 
 
 def checked_counts(name: str, counts: Sequence[int] | Tensor, number: int | None = None) -> Tensor:
-    """Return counts of labels 1..C as int64 [C]. Raises ValueError for anything else, or unless C is `number`."""
+    """Return counts of labels 1..C as int64 [C] on the CPU. Raises ValueError for others, or unless C is `number`."""
     try:
-        values = torch.as_tensor(counts)
+        values = torch.as_tensor(counts, device="cpu")
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: expected one count per category, got {counts!r}") from error
     shape = tuple(values.shape)

@@ -64,6 +64,14 @@ def all_classifiers():
     }
 
 
+def test_counts_on_the_device():
+    with other_device():
+        counts = torch.tensor(COUNTS).to(OTHER)
+        assert bags.assign_groups(counts) == bags.assign_groups(COUNTS)
+        assert torch.equal(bags.class_weights(counts, "inverse"), bags.class_weights(COUNTS, "inverse"))
+        assert torch.equal(bags.ACSL(6, counts).bands, bags.ACSL(6, COUNTS).bands)
+
+
 @pytest.mark.parametrize("name", all_classifiers())
 def test_classifiers_on_the_device(name):
     """Loss, gradients and scores are the CPU's; the loss waits for nothing."""
