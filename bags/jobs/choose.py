@@ -29,6 +29,7 @@ from bags.core.errors import UserError
 from bags.core.files import read_text, write_text
 from bags.core.progress import Progress
 from bags.data import glyphs
+from bags.data.plausibility import shared_images
 from bags.data.statistics import CategoryStats, training_of
 from bags.engine.checkpoint import load_checkpoint, weights_digest
 from bags.evaluation import selection
@@ -148,13 +149,20 @@ def _check_test(control: Config, test: str | Path | None, images: str | Path | N
     folder = Path(config.data.val_images)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; --test-images says where the images of {test} are")
-    for split in ("train", "val"):
-        if open_index(config, "val").content_digest() == open_index(control, split).content_digest():
+    index = open_index(config, "val")
+    preflight.check_validation(config, CategoryStats.from_index(open_index(control, "train")))
+    preflight.check_present(index, folder)
+    for split, images_of in (("train", control.data.train_images), ("val", control.data.val_images)):
+        known = open_index(control, split)
+        if index.content_digest() == known.content_digest():
             raise UserError(
                 f"--test {test}: is data.{split} itself, which the choice depends on: expected another file"
             )
-    preflight.check_validation(config, CategoryStats.from_index(open_index(control, "train")))
-    preflight.check_present(open_index(config, "val"), folder)
+        if shared := shared_images(index, folder, known, Path(control.data.root, images_of)):
+            raise UserError(
+                f"--test {test}: {len(shared)} of its images are in data.{split} too, first: {shared[0][0]} (there "
+                f"{shared[0][1]}), and the choice depends on them: leave them out"
+            )
 
 
 def _on_test(control: Config, test: str | Path, images: str | Path | None) -> Config:

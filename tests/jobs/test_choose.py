@@ -260,15 +260,23 @@ def test_a_test_set_is_scored_once(chosen, tmp_path, glyphs):
     images = tmp_path / "test images"
     shutil.copytree(glyphs / "val", images / "val")
     command = ["choose", dataset, f"output={runs}", "--rows", *ROWS, *SETTINGS, "--test", tmp_path / "test.json"]
+    for where in ([], ["--test-images", images]):
+        done = run_script(*command, *where)
+        assert done.returncode == 2 and "6 of its images are in data.val too, first: " in done.stderr, done.stderr
+    for file in images.glob("val/*"):
+        picture = Image.open(file)
+        picture.putpixel((0, 0), (255, 0, 0))
+        picture.save(file)
     done = run_script(*command, "--test-images", images)
     assert done.returncode == 0 and f"On {tmp_path / 'test.json'}: mAP" in done.stdout, done.stderr
     content = choice(runs)["test"]
-    given = [f"data.val={tmp_path / 'test.json'}", "--output", tmp_path / "scored"]
+    given = [f"data.val={tmp_path / 'test.json'}", f"data.val_images={images}", "--output", tmp_path / "scored"]
     assert run_script("evaluate", runs / "tiny/softmax_retrained/last.pth", *given).returncode == 0
     assert content["control"]["AP"] == json.loads((tmp_path / "scored/metrics.json").read_text())["AP"]
     assert content["gain"]["AP"][0] == pytest.approx(content["chosen"]["AP"] - content["control"]["AP"])
     shutil.rmtree(runs / "tiny/choose/test")
-    done = run_script(*command)  # the images of validation, which are the same
+    images = images.rename(tmp_path / "elsewhere")
+    done = run_script(*command, "--test-images", images)
     assert done.returncode == 0 and "was scored already" in done.stderr and choice(runs)["test"] == content
     assert not (runs / "tiny/choose/test").exists()
     for file in images.glob("val/*"):
