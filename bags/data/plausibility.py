@@ -7,20 +7,26 @@ from pathlib import Path
 import numpy as np
 
 from bags.core.errors import UserError
-from bags.data.dataset import image_path
+from bags.data.images import image_path
 from bags.data.index import AnnotationIndex
 
 FEWEST = 5  # objects from which a habit can be told
 
 
 def implausible_boxes(index: AnnotationIndex) -> dict[str, str]:
+    """What `implausible` finds in the boxes of an annotation file, without crowd regions."""
+    boxes = index.boxes[~index.crowd].astype(np.float64)
+    sizes = index.image_sizes[index.owners[~index.crowd]][:, ::-1].astype(np.float64)
+    return implausible(boxes, sizes)
+
+
+def implausible(boxes: np.ndarray, sizes: np.ndarray) -> dict[str, str]:
     """Kind of finding -> what was seen, of boxes that look like another unit or format than x, y, width, height.
 
+    boxes: float64 [A, 4], x1, y1, x2, y2 as x, y, width, height say; sizes: [A, 2], width and height of their images.
     Kinds: "normalised boxes" (most are smaller than a pixel, as fractions of the image are), "corner boxes" (all lie
     in one quarter of their images, as boxes of smaller copies do) and "boxes of two corners" (x1, y1, x2, y2).
     """
-    boxes = index.boxes[~index.crowd].astype(np.float64)  # [A, 4] x1, y1, x2, y2 as read
-    sizes = index.image_sizes[index.owners[~index.crowd]][:, ::-1].astype(np.float64)  # [A, 2] width, height
     number = len(boxes)
     if number < FEWEST:
         return {}

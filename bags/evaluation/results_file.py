@@ -18,9 +18,11 @@ from bags.core.errors import UserError
 from bags.core.files import read_bytes
 from bags.data.json_files import NUMBERS, is_box, is_number, read_json
 from bags.data.packing import LIMIT
+from bags.data.plausibility import implausible
 from bags.evaluation.truth import Notes, Truth, check_mask, mask_sizes, ranks_of, shown, usable_mask
 
 AT_ONCE = 2**20  # bytes parsed at once: Python objects of a whole file would take ten times its size
+SAMPLED = 2**16  # boxes that are looked at for another format than x, y, width, height
 BETWEEN = re.compile(rb"\}\s*,\s*(?=\{)")
 IDS = ("image_id", "category_id")
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray, list | None]  # see `_columns`
@@ -123,10 +125,28 @@ def read_results(path: str | Path, truth: Truth) -> Results:
     turned = np.flatnonzero((boxes[:, 2:] < 0).any(1))
     if len(turned):
         notes.sentences.append(f"{len(turned)} boxes have a negative width or height (first: detection {turned[0]})")
+    notes.sentences += _odd_boxes(boxes, ids[:, 0], sizes)
+    if not number:
+        notes.sentences.append("holds no detection, so every AP is 0")
     tied = _tied(ids[order, 1], scores[order])
     ids, boxes, scores = ids[order], boxes[order], scores[order]
     masks = masks and [masks[k] for k in order.tolist()]
     return Results(path, ids[:, 0], ids[:, 1], boxes, scores, masks, order, tied, notes.all())
+
+
+def _odd_boxes(boxes: np.ndarray, images: np.ndarray, sizes: dict[int, list[int]]) -> list[str]:
+    """Sentences on boxes [D, 4] (x, y, width, height) that look like another format.
+
+    images: [D] ranks, sizes: rank -> [height, width], 0 where the file gives none.
+    """
+    step = len(boxes) // SAMPLED + 1
+    boxes, images = boxes[::step], images[::step]
+    of_box = np.array([sizes[image][::-1] for image in images.tolist()], np.float64).reshape(-1, 2)
+    known = ~np.isnan(boxes[:, 0]) & (of_box > 0).all(1)
+    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    sample = " in a sample" * (step > 1)
+    found = implausible(corners[known], of_box[known])
+    return [f"{kind}? {seen}{sample}; expected x, y, width, height in pixels" for kind, seen in found.items()]
 
 
 def results_of(path: Path, ids: np.ndarray, boxes: np.ndarray, scores: np.ndarray) -> Results:

@@ -11,6 +11,7 @@ from pycocotools import mask as coco_mask
 
 import bags
 from bags.evaluation import detection_ap, official, results_file
+from bags.evaluation.truth import read_truth
 
 PARITY = OUTSIDE / "data/eval_parity"
 needs_parity = pytest.mark.skipif(not PARITY.is_dir(), reason="no published results here")
@@ -331,3 +332,24 @@ def test_rows_of_categories(tmp_path):
 def test_the_engine_has_what_is_used():
     """Names that a newer hotcoco might lose."""
     assert {"load_res", "cap_detections_per_image"} <= set(dir(hotcoco.COCO))
+
+
+def test_boxes_in_another_format_are_mentioned(tmp_path):
+    """Corners and fractions instead of x, y, width, height in pixels; no detection at all."""
+    truth, _ = federated(tmp_path, 1)
+    width, height = (truth["images"][0][side] for side in ("width", "height"))
+    ground_truth = read_truth(tmp_path / "truth.json")
+    corners = [[k * width / 20, k * height / 20, (k / 20 + 0.45) * width, (k / 20 + 0.5) * height] for k in range(10)]
+    boxes = {
+        "boxes of two corners? ": [[x, y, x2, y2] for x, y, x2, y2 in corners],
+        "normalised boxes? 10 of 10 boxes are smaller than one pixel; expected x, y, width, height in pixels": [
+            [x / width, y / height, 0.45, 0.5] for x, y, *_ in corners
+        ],
+        "holds no detection, so every AP is 0": [],
+        "": [[x, y, x2 - x, y2 - y] for x, y, x2, y2 in corners],
+    }
+    for words, given in boxes.items():
+        entries = [{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.01 * k} for k, box in enumerate(given)]
+        (tmp_path / "r.json").write_text(json.dumps(entries))
+        notes = results_file.read_results(tmp_path / "r.json", ground_truth).notes
+        assert [words in note for note in notes] == ([True] if words else []), notes
