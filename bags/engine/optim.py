@@ -70,6 +70,18 @@ def base_rate(config: TrainConfig) -> float:
     return config.lr * config.batch_size / REFERENCE_BATCH if config.scale_lr else config.lr
 
 
+def rate_notes(config: TrainConfig) -> list[str]:
+    """Sentences on rates that may not be those that were meant."""
+    notes = []
+    if config.scale_lr:
+        words = f"lr {base_rate(config):g} for {config.batch_size} images a step"
+        notes.append(f"{words}: train.lr={config.lr:g} is that of {REFERENCE_BATCH}")
+    if config.schedule == "step" and config.milestones and config.milestones[0] >= config.epochs:
+        words = f"train.milestones={[*config.milestones]}, train.epochs={config.epochs}"
+        notes.append(f"the rate never falls, as no milestone lies before the end ({words})")
+    return notes
+
+
 def learning_rate(config: TrainConfig, iteration: int, epoch: float) -> float:
     """The rate of an iteration (0-based) at `epoch`: linear warm-up times the schedule.
 

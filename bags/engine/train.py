@@ -31,11 +31,10 @@ from bags.engine.ema import MovingAverage
 from bags.engine.faults import StopSignals, report_nonfinite
 from bags.engine.metrics import Clock, Monitor, Stopwatch
 from bags.engine.optim import (
-    REFERENCE_BATCH,
-    base_rate,
     build_optimizer,
     epoch_at,
     learning_rate,
+    rate_notes,
     set_trained_part,
     train_mode,
 )
@@ -382,12 +381,8 @@ def _start(run: Run, loader: DataLoader, device: torch.device) -> None:
         run.optimizer = build_optimizer(run.model, config)
         run.average = MovingAverage(run.model, config.ema) if config.ema else None
         run.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        if config.scale_lr and distributed.is_main():
-            print(
-                f"note: {run.title}: lr {base_rate(config):g} for {config.batch_size} images a step: "
-                f"train.lr={config.lr:g} is that of {REFERENCE_BATCH}",
-                file=sys.stderr,
-            )
+        for note in rate_notes(config) if distributed.is_main() else ():
+            print(f"note: {run.title}: {note}", file=sys.stderr)
     if not _resume(run):
         fit_classifiers(run.loss_module or run.model, loader, device, run.seed, run.title)
     if config.compile and run.loss_module is None:

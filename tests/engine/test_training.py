@@ -27,7 +27,7 @@ from bags.detectors.conventions import mask_targets
 from bags.engine import train as engine
 from bags.engine.checkpoint import load_checkpoint, save_checkpoint
 from bags.engine.metrics import PHASES, Clock, Monitor
-from bags.engine.optim import build_optimizer, learning_rate, set_trained_part, train_mode
+from bags.engine.optim import build_optimizer, learning_rate, rate_notes, set_trained_part, train_mode
 
 CPU = torch.device("cpu")
 STEPS = ROOT / "tests/steps.py"
@@ -82,6 +82,10 @@ def test_scaled_learning_rate_by_hand(tmp_path, glyphs, capsys):
     assert learning_rate(config.train, 5, 0.5) == pytest.approx(0.005)
     train_some(config)
     assert "lr 0.005 for 4 images a step: train.lr=0.02 is that of 16" in capsys.readouterr().err
+    config = override_config(config, ["train.scale_lr=false"])
+    for epochs, milestones, notes in ((2, "[1.5, 9]", 0), (2, "[2]", 1), (2, "[]", 0)):
+        given = override_config(config, [f"train.epochs={epochs}", f"train.milestones={milestones}"])
+        assert sum("the rate never falls" in note for note in rate_notes(given.train)) == notes
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
