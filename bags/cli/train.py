@@ -13,6 +13,7 @@ training, save first; the exit code is then 75.
 """
 
 import argparse
+import functools
 import os
 import signal
 import sys
@@ -52,7 +53,8 @@ def main() -> None:
         show_files(paths, methods)
     from bags.jobs.tables import compare
 
-    return run_jobs([load_rows(paths, overrides, seed, methods) for seed in seeds_of(arguments.seeds)], compare)
+    jobs = [load_rows(paths, overrides, seed, methods) for seed in seeds_of(arguments.seeds)]
+    return run_jobs(jobs, functools.partial(compare, root=jobs[-1][-1].data.root))
 
 
 def show_files(paths: list[Path], methods: list[str]) -> None:

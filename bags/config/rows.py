@@ -67,6 +67,9 @@ def compose(path: Path) -> Composed:
 def _lay(dataset: Dataset, method: str) -> Composed:
     """Lays the dataset's stage, then each method of the chain with the dataset's changes to it."""
     chain = _chain(_method_file(dataset, method))
+    for name in read_file(dataset.file).get("methods", {}):  # those of a base may be known beside it only
+        if not name.startswith("_"):
+            _method_file(dataset, name, f"{dataset.file}: methods")
     layers: list[dict] = []
     for file, values in chain:
         layers += [values, dataset.methods.get(file.stem, {})]
@@ -177,7 +180,9 @@ def _base_tree(path: Path, base: str, children: tuple[Path, ...]) -> dict:
             return read_tree(dataset.file, children)
         if find_dataset(place.parent):
             return {key: value for key, value in compose(place).tree.items() if key != "name"}
-    return read_tree(near, children)  # which says that there is no such file
+    if near.exists():
+        return read_tree(near, children)  # which says why it cannot be read
+    raise UserError(f"{path}: base: {_unknown(near)}")
 
 
 def find_dataset(path: Path) -> Dataset | None:
@@ -226,14 +231,14 @@ def _dataset(name: Path, file: Path, tree: dict) -> Dataset:
     return Dataset(name, file, settings=tree, **values)
 
 
-def _method_file(dataset: Dataset, method: str) -> Path:
-    """The method's file. Raises UserError for an unknown method; the message names the nearest one."""
+def _method_file(dataset: Dataset, method: str, where: str | None = None) -> Path:
+    """The method's file. Raises UserError for an unknown method; the message names the place and the nearest one."""
     known = methods_of(dataset)
     if method in known:
         return known[method]
     near = difflib.get_close_matches(method, known, 1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-    raise UserError(f"{dataset.name / method}: {method} is no method; {hint}")
+    raise UserError(f"{where or dataset.name / method}: {method} is no method; {hint}")
 
 
 def methods_of(dataset: Dataset) -> dict[str, Path]:
@@ -261,6 +266,8 @@ def _chain(file: Path, children: tuple[Path, ...] = ()) -> list[tuple[Path, dict
         raise UserError(f"{file}: base: expected the name of a method, got {base!r:.60}")
     below = file.with_name(f"{base}.yaml")
     below = below if below.is_file() else CONFIGS / "methods" / f"{base}.yaml"
+    if not below.exists():
+        raise UserError(f"{file}: base: {_unknown(below)}")
     return [*_chain(below, (*children, file.resolve())), (file, values)]
 
 

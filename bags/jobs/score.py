@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from bags.assembly.loaders import build_val_loader
+from bags.assembly.stored import images_digest
 from bags.config.sections import Config
 from bags.core import distributed
 from bags.data.dataset import DetectionDataset
@@ -47,7 +48,8 @@ def predict_and_evaluate(
     model, batches = (FromFeatures(detector), stored) if stored else (detector, build_val_loader(config, dataset))
     index, image_ids = dataset.index, dataset.index.image_ids.tolist()
     objects = [hashlib.sha256(array.tobytes()).hexdigest() for array in (index.starts, index.boxes, index.labels)]
-    settings = (stored is None, config.data, config.detector, config.test, image_ids, objects)
+    sections = (config.data, config.detector, config.classifier, config.test)
+    settings = (stored is None, *sections, image_ids, objects, images_digest(dataset))
     key = f"{weights_digest({'model': detector.state_dict()})} {hashlib.sha256(repr(settings).encode()).hexdigest()}"
     categories = stats.category_ids
     for judged in predict(model, batches, device, categories, image_ids, predictions, config.name, key, observe):

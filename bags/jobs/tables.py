@@ -1,6 +1,7 @@
 """Compare finished runs, and make the paper's tables of them."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,12 +58,18 @@ def render_pages(paths: list[Path]) -> None:
         write_text(path, text)
 
 
-def compare(rows: dict[str, list[Path]], figures: bool = True, save: Path | None = None) -> None:
-    """Prints the table of `rows` (method -> run folders, one per seed) and draws both figures."""
+def compare(
+    rows: dict[str, list[Path]], figures: bool = True, save: Path | None = None, root: str | None = None
+) -> None:
+    """Prints the table of `rows` (method -> run folders, one per seed) and draws both figures.
+
+    root: where their dataset is now; default: where it was when the last of them was trained.
+    """
     numbers = {name: [read_metrics(f) for f in folders] for name, folders in rows.items()}
     check_comparable(rows)
     table = render_table(numbers)
     norms, correlations, stats, config = weight_norms(rows)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=root or config.data.root))
     print(f"\n{table}\n\nrank correlation of classifier weight norm and training instances:")
     print("\n".join(f"  {printable(name)}: {spread(of_row, '.2f')}" for name, of_row in correlations.items()))
     if words := validated_on_training(config):

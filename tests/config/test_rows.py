@@ -104,6 +104,9 @@ REFUSED = {
     "no_rows": "rows: expected one method or more",
     "odd_rows": "rows: expected a list of methods, got 'plain'",
     "odd_methods": "methods.plain: expected a section of keys, got 3",
+    "typed": r"typed.yaml: methods: plian is no method; did you mean plain\?",
+    "orphan": r"orphan.yaml: base: .*bird.yaml: no such configuration file; did you mean .*birds.yaml\?",
+    "birds/orphan": r"methods/orphan.yaml: base: .*plian.yaml: no such configuration file",
 }
 
 
@@ -114,6 +117,9 @@ def test_refusals(configs, name):
     write(configs, "datasets/no_rows.yaml", rows=[])
     write(configs, "datasets/odd_rows.yaml", rows="plain")
     write(configs, "datasets/odd_methods.yaml", rows=["plain"], methods={"plain": 3})
+    write(configs, "datasets/typed.yaml", rows=["plain"], methods={"plian": {"train": {"epochs": 2}}})
+    write(configs, "datasets/orphan.yaml", base="bird.yaml", rows=["plain"])
+    write(configs, "methods/orphan.yaml", base="plian")
     (configs / "empty").mkdir()
     with pytest.raises(bags.UserError, match=REFUSED[name]):
         for row in rows_of(configs / name):

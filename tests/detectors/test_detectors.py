@@ -1,6 +1,9 @@
 """RoI heads and postprocessing against torchvision's own."""
 
+import contextlib
+import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from bags.classifiers.group_softmax import GroupSoftmaxSettings
 from bags.classifiers.ncm import NearestClassMeanSettings
 from bags.classifiers.reweighted_softmax import ReweightedSoftmaxSettings, class_weights
 from bags.classifiers.tau_norm import TauNormSettings
+from bags.config.load import override_config
 from bags.core.tensor_files import check_finite
 from bags.data.statistics import CategoryStats
 from bags.detectors import postprocess
@@ -495,14 +499,43 @@ def test_a_prediction_that_was_killed_goes_on(job, tmp_path, monkeypatch):
     assert {k: v for k, v in found.items() if v == v} == {k: v for k, v in expected.items() if v == v}
     assert sum(seen) == len(dataset) and not share.exists()
 
-    seen.clear(), dies_after(2)
-    with pytest.raises(KeyboardInterrupt):
-        predict_and_evaluate(detector, config, stats, dataset, tmp_path / "p.json", device)
-    with torch.no_grad():
-        detector.roi_heads.classifier.linear.bias.add_(1)
-    seen.clear(), dies_after(None)
-    predict_and_evaluate(detector, config, stats, dataset, tmp_path / "p.json", device)
-    assert sum(seen) == len(dataset)
+
+def test_a_prediction_of_something_else_starts_anew(job, tmp_path, monkeypatch, glyphs):
+    """Other weights, settings of the classifier (which need not be weights) or images; not the same ones."""
+    _, runs, _ = job
+    root = shutil.copytree(glyphs, tmp_path / "data")
+    overrides = ["test.batch_size=2", f"data.root={root}"]
+    detector, meta = load_detector(runs / "tiny/bags/last.pth", overrides=overrides)
+    config, stats, device = meta["config"], meta["stats"], torch.device("cpu")
+    forward, seen = detector.forward, []
+
+    def limited(images, most):
+        if len(seen) == most:
+            raise KeyboardInterrupt
+        seen.append(len(images))
+        return forward(images)
+
+    def predicted(config, most=None):
+        """Images that are predicted until the batch `most`."""
+        seen.clear()
+        monkeypatch.setattr(detector, "forward", functools.partial(limited, most=most))
+        with contextlib.suppress(KeyboardInterrupt):
+            predict_and_evaluate(detector, config, stats, build_val_dataset(config), tmp_path / "p.json", device)
+        return sum(seen)
+
+    def change(what):
+        if what == "weights":
+            with torch.no_grad():
+                detector.roi_heads.classifier.linear.bias.add_(1)
+        if what == "images":
+            image = next((root / "val").iterdir())
+            image.write_bytes(image.read_bytes() + b"0")
+        return override_config(config, ["classifier.others_ratio=3"]) if what == "settings" else config
+
+    for what in ("nothing", "weights", "settings", "images"):
+        assert predicted(config, 2) == 4
+        number = len(build_val_dataset(config))
+        assert predicted(change(what)) == number - 4 * (what == "nothing"), what
 
 
 def test_released_images_are_augmented_by_the_detector(tmp_path, glyphs):

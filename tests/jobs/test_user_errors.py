@@ -16,7 +16,7 @@ from bags.config.load import load_config
 from bags.engine.predict import predict
 from bags.jobs.folders import check_comparable, check_scored_alike, is_complete
 from bags.jobs.report import gather, read_runs
-from bags.jobs.tables import weight_norms
+from bags.jobs.tables import compare, weight_norms
 
 
 @pytest.mark.slow
@@ -96,6 +96,8 @@ def test_numbers_of_changed_images_are_refused(moved):
     image.write_bytes(before + b"0")
     with pytest.raises(bags.UserError, match=r"bags: images in .* have changed since this run was scored: remove met"):
         is_complete(rows / "bags", config)
+    with pytest.raises(bags.UserError, match=f"images in {data} have changed since this run was scored"):
+        compare({"bags": [rows / "bags"]}, root=str(data))
     with pytest.raises(bags.UserError, match="images in .* have changed since this run was scored"):
         gather(read_runs([rows / "bags"], [f"data.root={data}"]), draws=0)
     digest = bags.AnnotationIndex.open(data / "val.json").sha256
