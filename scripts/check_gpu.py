@@ -41,7 +41,7 @@ CHECKS = (  # in the order in which they are started: what is most important com
     Check("jobs", "stored", "a classifier from features that are stored on the GPU, against the CPU", 60),
     Check("jobs", "library", "bags.choose_classifier and bags.balance on the GPU", 60),
     Check("jobs", "job", "train, evaluate, predict and report as commands", 150),
-    Check("jobs", "resume", "a run that was killed and resumed: the bits of an undisturbed one", 150),
+    Check("jobs", "resume", "a run that was killed and resumed: the bits of an undisturbed one", 240),
     Check("training", "compiled", "train.compile against none, fp32 and bf16", 150),
     Check("training", "deterministic", "--deterministic: the same bits twice, every framework", 150),
     Check("speed", "whole", "scripts/benchmark.py whole, where there is one", 150, alone=True),

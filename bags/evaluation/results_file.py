@@ -127,8 +127,8 @@ def read_results(path: str | Path, truth: Truth) -> Results:
         notes.sentences.append(f"{len(turned)} boxes have a negative width or height (first: detection {turned[0]})")
     flat = np.flatnonzero((boxes[:, 2:] == 0).any(1))
     if len(flat):
-        words = ", where the official lvis leaves them out" * truth.lvis
-        notes.sentences.append(f"{len(flat)} boxes have no area (first: detection {flat[0]}): they count as false{words}")
+        words = "they count as false" + ", where the official lvis leaves them out" * truth.lvis
+        notes.sentences.append(f"{len(flat)} boxes have no area (first: detection {flat[0]}): {words}")
     notes.sentences += _odd_boxes(boxes, ids[:, 0], sizes)
     if not number:
         notes.sentences.append("holds no detection, so every AP is 0")
