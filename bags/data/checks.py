@@ -32,7 +32,7 @@ from bags.data.images import (
 )
 from bags.data.index import AnnotationIndex, inside_image
 from bags.data.json_files import is_box, is_empty_rle, is_number, is_side, read_annotations, shown
-from bags.data.packing import UNDRAWABLE, file_name_of, is_drawable, rle_fits
+from bags.data.packing import UNDRAWABLE, category_name, file_name_of, is_drawable, rle_fits
 from bags.data.plausibility import implausible_boxes, shared_images, split_images
 from bags.data.statistics import instance_bin
 
@@ -91,6 +91,9 @@ def check_annotations(
     _ids(content["annotations"], "annotation", findings)
     if categories and sorted(categories) != list(range(1, len(categories) + 1)):
         findings.add("ids with gaps", f"{len(categories)} category ids from {min(categories)} to {max(categories)}")
+    for name, number in Counter(category_name(category) for category in categories.values()).items():
+        if number > 1:
+            findings.add("categories of one name", f"{number} categories are named '{name}'")
     _check_images(path, images, findings)
     copies: Counter[tuple] = Counter()
     instances: Counter[object] = Counter()

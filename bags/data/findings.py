@@ -32,6 +32,7 @@ DEFECTS = {  # kind -> (level, what training does)
     "short polygon": (DROP, "the polygon, of fewer than three points, is left out"),
     "duplicated annotation": (NOTE, "the same object is learnt, and counted, more than once"),
     "duplicated file name": (NOTE, "the image is seen more than once"),
+    "categories of one name": (NOTE, "they stay apart, but `remap` cannot match them, and predictions name both alike"),
     "ids with gaps": (NOTE, "none: labels are 1..C by ascending id"),
     "image without objects": (NOTE, "not trained on, unless data.empty_images is true"),
     "category without instances": (NOTE, "its classifier learns to say no"),

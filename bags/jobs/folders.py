@@ -119,10 +119,12 @@ def check_comparable(rows: dict[str, list[Path]]) -> None:
     """Raise UserError for runs that do not belong in one table.
 
     rows: row -> run folders. All must be scored alike; those of one row may differ in the seed, the dataset's place and
-    the folder of the row that they start from.
+    the folder of the row that they start from. Choices may be of different rows.
     """
     check_scored_alike([folder for folders in rows.values() for folder in folders])
     for name, (first, *others) in rows.items():
+        if all((folder / "choose.json").exists() for folder in (first, *others)):
+            continue  # each seed has chosen for itself
         config = load_config(first / "config.yaml")
         seen = {(config.seed, config.detector.init_from): first}
         for other in others:

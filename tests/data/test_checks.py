@@ -132,6 +132,7 @@ NOTED = {  # change -> (kind in `check`, does `open` keep the annotation)
         "ids with gaps",
     ),
     "empty image": ({"annotations": [ANNOTATION]}, "image without objects"),
+    "twin categories": ({"categories": [*CATEGORIES, {**CATEGORIES[0], "id": 9}]}, "categories of one name"),
     "unused category": ({"annotations": [ANNOTATION]}, "category without instances"),
     "same object twice": ({"annotations": [*CLEAN["annotations"], {**ANNOTATION, "id": 5}]}, "duplicated annotation"),
     "same file twice": (image(file_name="b.png"), "duplicated file name"),

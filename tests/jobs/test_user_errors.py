@@ -146,6 +146,9 @@ def test_runs_of_one_row_differ_only_in_their_seed(moved, tmp_path):
         bags.UserError, match=r"other/tiny/bags: has train.lr=0.5, .*tiny/bags has 0.01: runs called bags"
     ):
         check_comparable({"softmax": [rows / "softmax"], "bags": [rows / "bags", other / "bags"]})
+    for folder in (rows, other):
+        (folder / "bags/choose.json").write_text("{}")
+    check_comparable({"softmax": [rows / "softmax"], "bags": [rows / "bags", other / "bags"]})  # a choice of each seed
     config.write_text(config.read_text().replace("  - 1000", "  - 999"))
     with pytest.raises(
         bags.UserError, match=r"other/tiny/bags: scored with test.bins=10,100,999, .*softmax with 10,10"
