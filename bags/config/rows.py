@@ -149,6 +149,9 @@ def _need_layers(path: Path, tree: dict) -> None:
     methods = tree.get("methods", {})
     if not isinstance(methods, dict):
         raise UserError(f"{path}: methods: expected a section of keys, got {shown(methods)}")
+    for method in methods:
+        if not isinstance(method, str):
+            raise UserError(f"{path}: methods: expected names of methods, got {shown(method)}")
     changes = {f"methods.{method}": layer for method, layer in methods.items()}
     for key, layer in {"": tree, "classifier_stage": tree.get("classifier_stage", {}), **changes}.items():
         need_sections(layer, Config, key, str(path))
@@ -267,7 +270,9 @@ def _chain(file: Path, children: tuple[Path, ...] = ()) -> list[tuple[Path, dict
     below = file.with_name(f"{base}.yaml")
     below = below if below.is_file() else CONFIGS / "methods" / f"{base}.yaml"
     if not below.exists():
-        raise UserError(f"{file}: base: {_unknown(below)}")
+        known = {path.stem for folder in (file.parent, CONFIGS / "methods") for path in folder.glob("*.yaml")}
+        near = difflib.get_close_matches(base, sorted(known - {file.stem}), 1)
+        raise UserError(f"{file}: base: {base} is no method" + (f"; did you mean {near[0]}?" if near else ""))
     return [*_chain(below, (*children, file.resolve())), (file, values)]
 
 

@@ -46,7 +46,7 @@ def predict(
     model.eval()
     if len(set(distributed.gather_objects(key))) > 1:
         raise UserError(
-            f"{path}: the ranks have read different weights or settings, which have just changed on disk: "
+            f"{path}: the ranks have read different weights, settings or images, which have just changed on disk: "
             "repeat the command"
         )
     header = orjson.dumps(f"{key} of {distributed.world_size()}", option=orjson.OPT_APPEND_NEWLINE)

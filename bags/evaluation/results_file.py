@@ -127,7 +127,7 @@ def read_results(path: str | Path, truth: Truth) -> Results:
         notes.sentences.append(f"{len(turned)} boxes have a negative width or height (first: detection {turned[0]})")
     flat = np.flatnonzero((boxes[:, 2:] == 0).any(1))
     if len(flat):
-        words = "they count as false" + ", where the official lvis leaves them out" * truth.lvis
+        words = "as boxes they count as false" + ", where the official lvis leaves them out" * truth.lvis
         notes.sentences.append(f"{len(flat)} boxes have no area (first: detection {flat[0]}): {words}")
     notes.sentences += _odd_boxes(boxes, ids[:, 0], sizes)
     if not number:

@@ -158,10 +158,14 @@ def _check_test(control: Config, test: str | Path | None, images: str | Path | N
             raise UserError(
                 f"--test {test}: is data.{split} itself, which the choice depends on: expected another file"
             )
-        if shared := shared_images(index, folder, known, Path(control.data.root, images_of)):
+        shared = shared_images(known, Path(control.data.root, images_of), index, folder)
+        if split == "train" and not control.data.empty_images:  # equal images without objects are not trained on
+            trained = {known.file_name(position) for position in np.unique(known.owners[known.trained])}
+            shared = [pair for pair in shared if pair[0] in trained]
+        if shared:
             raise UserError(
-                f"--test {test}: {len(shared)} of its images are in data.{split} too, first: {shared[0][0]} (there "
-                f"{shared[0][1]}), and the choice depends on them: leave them out"
+                f"--test {test}: {len(shared)} of its images are in data.{split} too, first: {shared[0][1]} (there "
+                f"{shared[0][0]}), and the choice depends on them: leave them out"
             )
 
 

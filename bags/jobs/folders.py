@@ -123,8 +123,7 @@ def check_comparable(rows: dict[str, list[Path]]) -> None:
     """
     check_scored_alike([folder for folders in rows.values() for folder in folders])
     for name, (first, *others) in rows.items():
-        if all((folder / "choose.json").exists() for folder in (first, *others)):
-            continue  # each seed has chosen for itself
+        chosen = all((folder / "choose.json").exists() for folder in (first, *others))
         config = load_config(first / "config.yaml")
         seen = {(config.seed, config.detector.init_from): first}
         for other in others:
@@ -132,6 +131,8 @@ def check_comparable(rows: dict[str, list[Path]]) -> None:
             starts = [Path(one.detector.init_from or "").parts[-2:] for one in (config, theirs)]
             if starts[0] == starts[1]:  # each seed from its own checkpoint of that row, wherever it is
                 but.append("detector.init_from")
+            if chosen:  # each seed for itself
+                but += ["classifier.", "sampler.", "train.", "detector.init_from"]
             change = _difference(config, theirs, but)
             if change:
                 raise UserError(
@@ -158,11 +159,14 @@ def check_checkpoint(folder: Path, config: Config) -> None:
 
 
 def _difference(first: Config, second: Config, but: Sequence[str] = ()) -> tuple[str, object, object] | None:
-    """The first setting that can change a result and differs: (key, first value, second value)."""
+    """The first setting that can change a result and differs: (key, first value, second value).
+
+    but: keys that may differ, or the beginnings of such keys.
+    """
     changes = differences(first, second, result_settings)
     if not (first.is_cached or second.is_cached):  # neither reads a store, and live is what null stands for
         changes = [change for change in changes if not change[0].startswith(("store.", "train.features"))]
-    return next((change for change in changes if change[0] not in but), None)
+    return next((change for change in changes if not change[0].startswith(tuple(but))), None)
 
 
 def describe(config: Config) -> None:

@@ -106,7 +106,8 @@ REFUSED = {
     "odd_methods": "methods.plain: expected a section of keys, got 3",
     "typed": r"typed.yaml: methods: plian is no method; did you mean plain\?",
     "orphan": r"orphan.yaml: base: .*bird.yaml: no such configuration file; did you mean .*birds.yaml\?",
-    "birds/orphan": r"methods/orphan.yaml: base: .*plian.yaml: no such configuration file",
+    "birds/orphan": r"methods/orphan.yaml: base: plian is no method; did you mean plain\?",
+    "nameless": "nameless.yaml: methods: expected names of methods, got 2",
 }
 
 
@@ -118,6 +119,7 @@ def test_refusals(configs, name):
     write(configs, "datasets/odd_rows.yaml", rows="plain")
     write(configs, "datasets/odd_methods.yaml", rows=["plain"], methods={"plain": 3})
     write(configs, "datasets/typed.yaml", rows=["plain"], methods={"plian": {"train": {"epochs": 2}}})
+    write(configs, "datasets/nameless.yaml", rows=["plain"], methods={2: {"train": {"epochs": 2}}})
     write(configs, "datasets/orphan.yaml", base="bird.yaml", rows=["plain"])
     write(configs, "methods/orphan.yaml", base="plian")
     (configs / "empty").mkdir()

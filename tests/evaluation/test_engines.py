@@ -346,7 +346,7 @@ def test_boxes_in_another_format_are_mentioned(tmp_path):
             [x / width, y / height, 0.45, 0.5] for x, y, *_ in corners
         ],
         "holds no detection, so every AP is 0": [],
-        "2 boxes have no area (first: detection 0): they count as false, where the official lvis leaves": [
+        "2 boxes have no area (first: detection 0): as boxes they count as false, where the official lvis leaves": [
             [1, 1, 0, 5],
             [1, 1, 5, 0],
         ],

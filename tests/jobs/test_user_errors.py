@@ -149,6 +149,11 @@ def test_runs_of_one_row_differ_only_in_their_seed(moved, tmp_path):
     for folder in (rows, other):
         (folder / "bags/choose.json").write_text("{}")
     check_comparable({"softmax": [rows / "softmax"], "bags": [rows / "bags", other / "bags"]})  # a choice of each seed
+    with pytest.raises(bags.UserError, match=r"other/tiny/bags: has train.lr=0.5"):
+        check_comparable({"bags": [twin, other / "bags"]})  # of which one is no choice
+    (twin / "choose.json").write_text("{}")
+    with pytest.raises(bags.UserError, match=r"twin/bags: has the seed"):
+        check_comparable({"bags": [rows / "bags", other / "bags", twin]})
     config.write_text(config.read_text().replace("  - 1000", "  - 999"))
     with pytest.raises(
         bags.UserError, match=r"other/tiny/bags: scored with test.bins=10,100,999, .*softmax with 10,10"
