@@ -18,7 +18,7 @@ ALLOWED = {
     "jobs": {"analysis", "assembly", "evaluation", "engine", "detectors", "classifiers.base", "data", "config", "core"},
     "assembly": {"engine", "detectors", "evaluation", "data", "config", "classifiers", "core"},
     "analysis": {"evaluation", "config", "data.statistics", "core"},
-    "evaluation": {"data.json_files", "data.packing", "data.plausibility", "data.statistics", "core"},
+    "evaluation": {"data.json_files", "data.packing", "data.statistics", "core"},
     "engine": {"config", "data", "classifiers.base", "core"},
     "detectors": {"classifiers.base", "core"},
     "data": {"core"},

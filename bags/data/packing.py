@@ -13,6 +13,7 @@ from bags.core.errors import UserError
 from bags.data.json_files import EMPTY, NUMBERS, is_box, is_empty_rle, is_number, is_side, shown, stream
 
 LIMIT = 1e9  # coordinates of boxes beyond this are no pixels
+FEWEST = 5  # objects from which a habit can be told
 POLYGON_LIMIT = 2**17  # ... of polygons
 OUTLINE_LIMIT = 2**21  # length of a polygon's outline in pixels: drawing takes 40 bytes for each
 UNDRAWABLE = f"expected polygons within {POLYGON_LIMIT} pixels whose outlines are at most {OUTLINE_LIMIT} pixels long"
@@ -277,3 +278,29 @@ def ranges(starts: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 def gather(values: np.ndarray, starts: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The chosen rows of a ragged array: (values, starts)."""
     return values[ranges(starts, chosen)], offsets(starts[chosen + 1] - starts[chosen])
+
+
+def implausible(boxes: np.ndarray, sizes: np.ndarray) -> dict[str, str]:
+    """Kind of finding -> what was seen, of boxes that look like another unit or format than x, y, width, height.
+
+    boxes: float64 [A, 4], x1, y1, x2, y2 as x, y, width, height say; sizes: [A, 2], width and height of their images.
+    Kinds: "normalised boxes" (most are smaller than a pixel, as fractions of the image are), "corner boxes" (all lie
+    in one quarter of their images, as boxes of smaller copies do) and "boxes of two corners" (x1, y1, x2, y2).
+    """
+    number = len(boxes)
+    if number < FEWEST:
+        return {}
+    sides = boxes[:, 2:] - boxes[:, :2]
+    small = (sides < 1).all(1) & (boxes[:, 2:] <= 2).all(1)
+    if small.mean() > 0.5:
+        return {"normalised boxes": f"{small.sum()} of {number} boxes are smaller than one pixel"}
+    beyond = (boxes[:, 2:] > sizes + 1).any(1)
+    as_corners = (sides > boxes[:, :2]).all(1) & (sides <= sizes + 1).all(1)
+    if as_corners.mean() > 0.95 and beyond.mean() > 0.2:
+        return {
+            "boxes of two corners": f"{beyond.sum()} of {number} boxes leave their images; read as x1, y1, x2, y2 "
+            f"{as_corners.sum()} fit"
+        }
+    if number >= 4 * FEWEST and (boxes[:, 2:] <= sizes / 2).all():
+        return {"corner boxes": f"all {number} boxes lie in the upper left quarter of their images"}
+    return {}

@@ -9,8 +9,7 @@ import numpy as np
 from bags.core.errors import UserError
 from bags.data.images import image_path
 from bags.data.index import AnnotationIndex
-
-FEWEST = 5  # objects from which a habit can be told
+from bags.data.packing import implausible
 
 
 def implausible_boxes(index: AnnotationIndex) -> dict[str, str]:
@@ -18,32 +17,6 @@ def implausible_boxes(index: AnnotationIndex) -> dict[str, str]:
     boxes = index.boxes[~index.crowd].astype(np.float64)
     sizes = index.image_sizes[index.owners[~index.crowd]][:, ::-1].astype(np.float64)
     return implausible(boxes, sizes)
-
-
-def implausible(boxes: np.ndarray, sizes: np.ndarray) -> dict[str, str]:
-    """Kind of finding -> what was seen, of boxes that look like another unit or format than x, y, width, height.
-
-    boxes: float64 [A, 4], x1, y1, x2, y2 as x, y, width, height say; sizes: [A, 2], width and height of their images.
-    Kinds: "normalised boxes" (most are smaller than a pixel, as fractions of the image are), "corner boxes" (all lie
-    in one quarter of their images, as boxes of smaller copies do) and "boxes of two corners" (x1, y1, x2, y2).
-    """
-    number = len(boxes)
-    if number < FEWEST:
-        return {}
-    sides = boxes[:, 2:] - boxes[:, :2]
-    small = (sides < 1).all(1) & (boxes[:, 2:] <= 2).all(1)
-    if small.mean() > 0.5:
-        return {"normalised boxes": f"{small.sum()} of {number} boxes are smaller than one pixel"}
-    beyond = (boxes[:, 2:] > sizes + 1).any(1)
-    as_corners = (sides > boxes[:, :2]).all(1) & (sides <= sizes + 1).all(1)
-    if as_corners.mean() > 0.95 and beyond.mean() > 0.2:
-        return {
-            "boxes of two corners": f"{beyond.sum()} of {number} boxes leave their images; read as x1, y1, x2, y2 "
-            f"{as_corners.sum()} fit"
-        }
-    if number >= 4 * FEWEST and (boxes[:, 2:] <= sizes / 2).all():
-        return {"corner boxes": f"all {number} boxes lie in the upper left quarter of their images"}
-    return {}
 
 
 def split_images(index: AnnotationIndex) -> list[str]:

@@ -17,8 +17,7 @@ import orjson
 from bags.core.errors import UserError
 from bags.core.files import read_bytes
 from bags.data.json_files import NUMBERS, is_box, is_number, read_json
-from bags.data.packing import LIMIT
-from bags.data.plausibility import implausible
+from bags.data.packing import LIMIT, implausible
 from bags.evaluation.truth import Notes, Truth, check_mask, mask_sizes, ranks_of, shown, usable_mask
 
 AT_ONCE = 2**20  # bytes parsed at once: Python objects of a whole file would take ten times its size
