@@ -81,7 +81,7 @@ def choose(
     if start is not None and folder.resolve() in start.resolve().parents:
         raise UserError(f"detector.init_from={start}: is in the folder that choose writes: set output= to another one")
     run_jobs([[*baseline_of(path, overrides, rows), *rows]], lambda _: None)
-    key = _key(rows, metric, folds, draws)
+    key = _key(rows, metric, folds, draws, *(["of all detections"] if metric == "AP_fixed" else []))
     with locks.alone(folder, "set output="):
         content = _finished(folder, rows, key)
         if content is None:
@@ -234,9 +234,9 @@ def _select(
     """Score the rows and their means, and say what is best."""
     metric, folds, draws = settings
     device = torch.device("cuda" if torch.cuda.is_available() and rows[0].device != "cpu" else "cpu")
-    mixtures = Mixtures(_average(path, overrides, rows, [1.0] * len(rows)), truth, device)
     most = FIXED if metric == "AP_fixed" else None
-    detect = selection.MatchedMixtures(mixtures, truth, rows[0].test.max_detections, most)
+    mixtures = Mixtures(_average(path, overrides, rows, [1.0] * len(rows)), truth, device, most)
+    detect = selection.MatchedMixtures(mixtures, truth, mixtures.config.test.max_detections, most)
     name = "AP" if metric == "AP_fixed" else metric
     order = np.array([image["id"] for image in truth.content["images"]])
     validation = Validation(detect.objects(len(rows)), len(truth.image_ids), _sets(truth, rows[0]), name, order)
