@@ -25,6 +25,7 @@ from bags.evaluation.truth import Truth, read_truth
 
 ENGINES = ("hotcoco", "lvis", "pycocotools")
 FIXED = 10_000  # detections of a category in AP_fixed
+LIMIT = 100  # the lowest limit of detections of an image in use, COCO's
 TIES = 0.01  # share of tied scores from which they are mentioned
 
 
@@ -107,6 +108,8 @@ def score(
         name: _mean_curve(precision[[0, 5]][:, :, chosen, 0]) for name, chosen in {"AP": everything, **sets}.items()
     }
     notes = notes_of(truth, results, iou_type, engine, instance_counts is None or image_counts is None)
+    if fixed:
+        notes += _cut_off(results)
     return Scores(numbers, _rows(truth, training, precision), curves, truth.lacks_masks() is None, notes)
 
 
@@ -192,6 +195,19 @@ def notes_of(
     if engine == "lvis" and crowd:
         notes.append(f"{truth.path}: {crowd} crowd regions, which the official lvis takes for objects")
     return notes
+
+
+def _cut_off(results: Results) -> list[str]:
+    """A sentence about a file whose images hold a limited number of detections, which AP_fixed should not know."""
+    counts = np.bincount(results.images)[1:]
+    most, held = int(counts.max(initial=0)), int(np.count_nonzero(counts))
+    full = int(np.count_nonzero(counts == most))
+    if most < LIMIT or full < max(2, held / 10):
+        return []
+    return [
+        f"{results.path}: no image holds more than {most} detections, and {full} of {held} hold as many. AP_fixed "
+        "misses those that were cut off: a checkpoint keeps more with test.max_detections=3000"
+    ]
 
 
 @contextlib.contextmanager

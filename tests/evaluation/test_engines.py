@@ -157,6 +157,26 @@ def test_published_numbers_of_cocos_fake_results(iou_type, file, monkeypatch):
 # --------------------------------------------------------------------------- AP_fixed
 
 
+@pytest.mark.parametrize(("numbers", "noted"), [((100, 100, 7), True), ((100, 99, 7), False), ((9, 9, 9), False)])
+def test_fixed_ap_of_a_file_that_was_cut_off(tmp_path, numbers, noted):
+    """Two images with as many detections as any, and at least 100, were cut off there; fewer may be all there are."""
+    truth = {
+        "images": [{"id": k, "width": 90, "height": 90} for k in (1, 2, 3)],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 0}],
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    (tmp_path / "t.json").write_text(json.dumps(truth))
+    entries = [
+        {"image_id": image, "category_id": 1, "bbox": [0, 0, 9, 9 + k], "score": 1 / (2 + k)}
+        for image, number in enumerate(numbers, 1)
+        for k in range(number)
+    ]
+    (tmp_path / "r.json").write_text(json.dumps(entries))
+    for fixed in (True, False):
+        notes = detection_ap.score(tmp_path / "t.json", tmp_path / "r.json", fixed=fixed).notes
+        assert any("2 of 3 hold as many" in note for note in notes) == (noted and fixed)
+
+
 def test_fixed_ap_by_hand(tmp_path, monkeypatch):
     """A limit of 1 per image hides two of three objects; AP_fixed sees them. Then 2 detections a category are kept."""
     boxes = [[0, 0, 10, 10], [20, 0, 10, 10], [40, 0, 10, 10]]
