@@ -68,9 +68,10 @@ def detect_stored(
     """The detections of a detector in stored images, as if they had been read from `path`.
 
     batches: images, and the rank of each, from 1, among the images of the ground truth. most: only the best of each
-    category are kept, so many and those that score like the last of them.
+    category are kept, so many and those that score like the last of them. From then on lower scores of a category are
+    no candidates; they would suppress none that is higher.
     """
-    model = FromFeatures(detector).eval()
+    model, threshold = FromFeatures(detector).eval(), detector.roi_heads.score_thresh
     parts: list[list[np.ndarray]] = []  # ids, boxes and scores
     held, full = 0, AT_ONCE
     for images, ranks in batches:
@@ -85,7 +86,20 @@ def detect_stored(
             parts = [_best_of_each(parts, most)]
             held = len(parts[0][0])
             full = max(AT_ONCE, 2 * held)
+            detector.roi_heads.score_thresh = _below_lowest(parts[0], most, threshold, detector).to(device)
+    detector.roi_heads.score_thresh = threshold
     return results_of(path, *_best_of_each(parts, most))
+
+
+def _below_lowest(part: list[np.ndarray], most: int, threshold: float, detector: FasterRCNN) -> torch.Tensor:
+    """A score [C] just below the lowest of a category that holds `most` detections or more; `threshold` for others."""
+    ids, _, scores = part
+    categories = next(iter(detector.classifiers())).num_categories
+    lowest = np.full(categories + 1, np.inf, np.float32)
+    np.minimum.at(lowest, ids[:, 1], scores.astype(np.float32))
+    counts = np.bincount(ids[:, 1], minlength=categories + 1)
+    below = np.where(counts >= most, np.nextafter(lowest, np.float32(-1)), np.float32(threshold))
+    return torch.from_numpy(below[1:])
 
 
 def _best_of_each(parts: list[list[np.ndarray]], most: int | None) -> list[np.ndarray]:

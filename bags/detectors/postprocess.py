@@ -23,7 +23,7 @@ def select_detections(
     proposals: Tensor,
     image_size: tuple[int, int],
     box_coder: BoxCoder,
-    score_threshold: float,
+    score_threshold: float | Tensor,
     nms_threshold: float,
     max_detections: int,
     conventions: Conventions = STANDARD,
@@ -32,7 +32,8 @@ def select_detections(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Select the `max_detections` best candidates after suppression: boxes [K, 4], scores [K], labels [K] in 1..C.
 
-    scores            [R, C+1] in 0..1, column 0 is the background; candidates score above `score_threshold`
+    scores            [R, C+1] in 0..1, column 0 is the background; candidates score above `score_threshold`,
+                      which may differ by category: [C]
     regression        [R, 4 * (C+1)] box deltas for each label, or [R, 4] shared by all labels
     proposals         [R, 4] x1, y1, x2, y2 in pixels of an image of `image_size` (height, width)
     conventions       how boxes are clipped, which boxes are too small, and which overlaps suppress
@@ -69,19 +70,19 @@ def select_detections(
         budget += min(budget, TIER) if agnostic_nms else budget
 
 
-def _best(scores: Tensor, threshold: float, budget: int, eligible: int) -> Tensor:
+def _best(scores: Tensor, threshold: float | Tensor, budget: int, eligible: int) -> Tensor:
     """Mask [R, C] of all candidates above some score: at least `budget`, and mostly less than twice as many.
 
     The score is found by counting, because sorting a million candidates takes more memory than everything else.
     """
-    best = scores > threshold
+    best = candidates = scores > threshold
     if eligible <= budget:
         return best
     # At least `budget` candidates reach `low`, fewer reach `high`. Scores differ by powers, so bisect their logarithm.
-    low, high = max(threshold, 1e-30), 2 * float(scores.detach().max())
+    low, high = max(float(torch.as_tensor(threshold).min()), 1e-30), 2 * float(scores.detach().max())
     for _ in range(40):
         middle = math.sqrt(low * high)
-        above = scores >= middle
+        above = candidates & (scores >= middle)
         number = int(torch.count_nonzero(above))
         if number >= budget:
             best, low = above, middle

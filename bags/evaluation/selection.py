@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bags.evaluation.comparison import Detections, ap_of, interval, matched, means
+from bags.evaluation.comparison import Detections, Matches, ap_of, interval, matched, means
 from bags.evaluation.results_file import Results
 from bags.evaluation.truth import Truth
 
@@ -42,6 +42,7 @@ class Validation(NamedTuple):
     sets: dict[str, np.ndarray]  # name of a mean -> the categories that enter it, bool [C]
     metric: str  # a key of `sets`, AP50 or AP75
     order: np.ndarray  # int [I], ascending in the order in which images come that hold detections of equal scores
+    most: int | None = None  # detections of a category that count in all images together
 
 
 class Estimate(NamedTuple):
@@ -110,16 +111,18 @@ class MatchedMixtures:
 
     def objects(self, rows: int) -> list[np.ndarray]:
         """The objects of the validation images; see `comparison.Matches`."""
-        return matched(self.truth, self.results(single(0, rows)), "bbox", *self.limits).objects
+        return self._match(single(0, rows)).objects
 
     def __call__(self, mixture: Mixture) -> File:
-        if mixture not in self.kept:
-            file = matched(self.truth, self.results(mixture), "bbox", *self.limits).file
-            size = sum(array.nbytes for detections in file if detections for array in detections)
-            while self.kept and (len(self.kept) + 1) * size > MEMORY:
-                del self.kept[next(iter(self.kept))]
-            self.kept[mixture] = file
-        return self.kept[mixture]
+        return self.kept[mixture] if mixture in self.kept else self._match(mixture).file
+
+    def _match(self, mixture: Mixture) -> Matches:
+        found = matched(self.truth, self.results(mixture), "bbox", *self.limits)
+        size = sum(array.nbytes for detections in found.file if detections for array in detections)
+        while self.kept and (len(self.kept) + 1) * size > MEMORY:
+            del self.kept[next(iter(self.kept))]
+        self.kept[mixture] = found.file
+        return found
 
 
 def choose(
@@ -161,7 +164,7 @@ def choose(
 
     *without, mixture = best_mixtures(lambda wanted: (values or _each)(wanted, value), rows)
     parts = [(detect(chosen), fold_of == fold) for fold, chosen in enumerate(without)]
-    crossed = merge(parts, validation.order)
+    crossed = merge(parts, validation.order, validation.most)
     usual = student(len(left_out) - 1)
     singles = [estimate(detect(single(row, rows)), usual) for row in range(rows)]
     honest = estimate(crossed, usual * reach_of_folds(folds) / NORMAL)
@@ -234,11 +237,11 @@ def _each(mixtures: Iterable[Mixture], value: Callable[[Mixture], np.ndarray]) -
     return [value(mixture) for mixture in mixtures]
 
 
-def merge(parts: Sequence[tuple[File, np.ndarray]], order: np.ndarray) -> File:
+def merge(parts: Sequence[tuple[File, np.ndarray]], order: np.ndarray, most: int | None = None) -> File:
     """One file from several, of which each gives the detections in some images, bool [I].
 
     They are ordered by their place, from 0, among the detections of their category in all images of their part, and
-    where places are equal by `order`, see `Validation`.
+    where places are equal by `order`, see `Validation`. most: of each category only so many are kept.
     """
     merged: File = []
     for of_category in zip(*(file for file, _ in parts), strict=True):
@@ -252,7 +255,7 @@ def merge(parts: Sequence[tuple[File, np.ndarray]], order: np.ndarray) -> File:
             continue
         image, score = (np.concatenate([getattr(part, key) for part in taken]) for key in ("image", "score"))
         hit, counted = (np.concatenate([getattr(part, key) for part in taken], 1) for key in ("hit", "counted"))
-        rows = np.lexsort((order[image], -score))
+        rows = np.lexsort((order[image], -score))[:most]
         merged.append(Detections(image[rows], hit[:, rows], counted[:, rows], score[rows]))
     return merged
 

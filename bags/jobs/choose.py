@@ -239,7 +239,7 @@ def _select(
     detect = selection.MatchedMixtures(mixtures, truth, mixtures.config.test.max_detections, most)
     name = "AP" if metric == "AP_fixed" else metric
     order = np.array([image["id"] for image in truth.content["images"]])
-    validation = Validation(detect.objects(len(rows)), len(truth.image_ids), _sets(truth, rows[0]), name, order)
+    validation = Validation(detect.objects(len(rows)), len(truth.image_ids), _sets(truth, rows[0]), name, order, most)
     memory = _Memory(folder / "mixtures.jsonl", key, folds + 1)
     choice = selection.choose(detect, len(rows), validation, folds, draws, rows[0].seed, memory.values)
     return _content(choice, rows, settings, name, key)

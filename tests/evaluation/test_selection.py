@@ -82,6 +82,9 @@ def test_merged_detections_score_as_a_merged_file(case, tmp_path):
         for file, side in zip(files, (~second, second), strict=True)
     ]
     merged = merge(parts, validation.order)
+    for of_category, first in zip(merged, merge(parts, validation.order, 3), strict=True):
+        assert (first is None) == (of_category is None)
+        assert first is None or all(np.array_equal(a, b[..., :3]) for a, b in zip(first, of_category, strict=True))
     found = means(ap_of(merged, validation.objects, np.ones((1, validation.images), int)), validation.sets)
     content = json.loads((tmp_path / "truth.json").read_text())
     taken = dict(zip([image["id"] for image in content["images"]], np.where(second, "b", "a"), strict=True))
