@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import metrics, read_lines, run_script, start_script, write_dataset
@@ -17,6 +19,7 @@ from bags.analysis.tables import render_choice
 from bags.assembly import mixtures
 from bags.engine.checkpoint import load_checkpoint
 from bags.evaluation import detection_ap
+from bags.evaluation.truth import read_truth
 from bags.jobs import choose
 from bags.jobs.evaluate import evaluate_checkpoint
 from bags.jobs.pool import ADAMW_RATE, POOLS, pool_rows
@@ -259,6 +262,27 @@ def test_a_metric(chosen, tmp_path, monkeypatch, metric, most):
     expected = limited if metric == "AP1" else expected
     assert content["rows"]["bags"]["numbers"][metric] == pytest.approx(expected, abs=1e-12)
     assert (metric == "AP_fixed" and most == 90) == (expected != limited)
+
+
+@pytest.mark.parametrize("most", [1, 7, 40])
+def test_the_best_of_each_category(chosen, tmp_path, monkeypatch, most):
+    """Dropping low scores between images leaves the detections that all together have, down to the last one's score."""
+    dataset, runs = copied(chosen, tmp_path)
+    overrides = [f"output={runs}", "test.batch_size=2"]
+    rows = pool_rows(dataset, overrides, ROWS[:1])
+    config = choose._average(dataset, overrides, rows, [1.0] * len(rows))
+    truth = read_truth(Path(config.data.root) / "val.json")
+    monkeypatch.setattr(mixtures, "AT_ONCE", 0)
+    few = mixtures.Mixtures(config, truth, torch.device("cpu"), most)((0.5,) * len(rows))
+    everything = replace(config, test=replace(config.test, max_detections=10**6))
+    found = mixtures.Mixtures(everything, truth, torch.device("cpu"))((0.5,) * len(rows))
+    best = np.zeros(len(found), bool)
+    for category in range(1, len(truth.names) + 1):
+        own = np.flatnonzero(found.categories == category)
+        best[own] = found.scores[own] >= found.scores[own[:most]].min(initial=1)
+    assert 0 < best.sum() == len(few) < len(found)
+    for name in ("images", "categories", "boxes", "scores"):
+        assert np.array_equal(getattr(few, name), getattr(found, name)[best])
 
 
 def test_a_test_set_is_scored_once(chosen, tmp_path, glyphs):
