@@ -71,7 +71,8 @@ def detect_stored(
     category are kept, so many and those that score like the last of them. From then on lower scores of a category are
     no candidates; they would suppress none that is higher.
     """
-    model, threshold = FromFeatures(detector).eval(), detector.roi_heads.score_thresh
+    model, last = FromFeatures(detector).eval(), detector.roi_heads.box_stages[-1]
+    threshold = last.score_thresh
     parts: list[list[np.ndarray]] = []  # ids, boxes and scores
     held, full = 0, AT_ONCE
     for images, ranks in batches:
@@ -86,15 +87,14 @@ def detect_stored(
             parts = [_best_of_each(parts, most)]
             held = len(parts[0][0])
             full = max(AT_ONCE, 2 * held)
-            detector.roi_heads.score_thresh = _below_lowest(parts[0], most, threshold, detector).to(device)
-    detector.roi_heads.score_thresh = threshold
+            last.score_thresh = _below_lowest(parts[0], most, threshold, last.classifier.num_categories).to(device)
+    last.score_thresh = threshold
     return results_of(path, *_best_of_each(parts, most))
 
 
-def _below_lowest(part: list[np.ndarray], most: int, threshold: float, detector: FasterRCNN) -> torch.Tensor:
+def _below_lowest(part: list[np.ndarray], most: int, threshold: float, categories: int) -> torch.Tensor:
     """A score [C] just below the lowest of a category that holds `most` detections or more; `threshold` for others."""
     ids, _, scores = part
-    categories = next(iter(detector.classifiers())).num_categories
     lowest = np.full(categories + 1, np.inf, np.float32)
     np.minimum.at(lowest, ids[:, 1], scores.astype(np.float32))
     counts = np.bincount(ids[:, 1], minlength=categories + 1)

@@ -343,11 +343,14 @@ def test_federated_validation_without_some_categories(chosen, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cascade_with_masks(glyphs, tmp_path):
+def test_a_cascade_with_masks(glyphs, tmp_path, monkeypatch):
     dataset = write_dataset(tmp_path, glyphs)
-    content = bags.choose(
-        dataset, [f"output={tmp_path / 'runs'}", "detector.framework=cascade_mask_rcnn"], ["bags"], folds=3, draws=100
-    )
+    given = [f"output={tmp_path / 'runs'}", "detector.framework=cascade_mask_rcnn"]
+    monkeypatch.setattr(mixtures, "AT_ONCE", 50)
+    monkeypatch.setattr(choose, "FIXED", 60)
+    fixed = bags.choose(dataset, given, ["bags"], "AP_fixed", folds=3, draws=100)
+    assert 0 < fixed["rows"]["bags"]["numbers"]["AP_fixed"] < 1
+    content = bags.choose(dataset, given, ["bags"], folds=3, draws=100)
     for row in ("softmax_retrained", "bags"):
         found = content["rows"][row]["numbers"]
         assert found["AP"] == pytest.approx(metrics(tmp_path / "runs", row)["AP"], abs=1e-9)
