@@ -84,7 +84,7 @@ def _run(main: Callable[[], None], again: str) -> None:
         if line := _exhausted(error, again):
             _end(f"error: {line}", 2)
         if "DataLoader worker" in text:
-            mend = "is the memory or /dev/shm full, or are too many files open (ulimit -n)? Fewer data.workers need less"
+            mend = "is the memory or /dev/shm full, or too many files open (ulimit -n)? Fewer data.workers need less"
             _end(f"error: a loader process has ended ({text}): {mend}; {again}", 2)
         if "does not have a deterministic implementation" in text:
             _end(f"error: --deterministic: {text.partition(' does not')[0]} is not deterministic here: leave it out", 2)
