@@ -150,7 +150,10 @@ def choose(
 
     def value(mixture: Mixture) -> np.ndarray:
         """The metric on the images of each selection, [V]; -1 where it is not defined."""
-        ap = ap_of(detect(mixture), validation.objects, selections)
+        file = detect(mixture)
+        if mixture in alone:  # now, as its detections may not be kept
+            found[mixture] = estimate(file, usual)
+        ap = ap_of(file, validation.objects, selections)
         return np.nan_to_num(means(ap, validation.sets)[validation.metric], nan=-1.0)
 
     def estimate(file: File, reach: float) -> Estimate:
@@ -162,11 +165,12 @@ def choose(
         without_groups = {name: array[1 + draws :] for name, array in numbers.items()}
         return Estimate(values, of_draws, without_groups, reach)
 
+    usual = student(len(left_out) - 1)
+    alone, found = [single(row, rows) for row in range(rows)], dict[Mixture, Estimate]()
     *without, mixture = best_mixtures(lambda wanted: (values or _each)(wanted, value), rows)
     parts = [(detect(chosen), fold_of == fold) for fold, chosen in enumerate(without)]
     crossed = merge(parts, validation.order, validation.most)
-    usual = student(len(left_out) - 1)
-    singles = [estimate(detect(single(row, rows)), usual) for row in range(rows)]
+    singles = [found[row] if row in found else estimate(detect(row), usual) for row in alone]
     honest = estimate(crossed, usual * reach_of_folds(folds) / NORMAL)
     return Choice(mixture, without, singles, estimate(detect(mixture), usual), honest)
 
