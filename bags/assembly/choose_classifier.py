@@ -146,6 +146,7 @@ def choose_classifier(
     boundaries: Sequence[int] = TestConfig.bins,
     folds: int = 5,
     draws: int = 500,
+    members: int = selection.MEMBERS,
     seed: int = 0,
 ) -> ClassifierChoice:
     """Choose the classifier of a trained torchvision detector, which is left as it was.
@@ -162,11 +163,11 @@ def choose_classifier(
     metric              of boxes: AP, AP50, AP75, AP1, ..., AP_tail, AP_head; with image_counts APr, APc, APf
     boundaries          of the categories' counts for AP1, AP2, ... and tail and head, as in `bags.evaluate`; those of
                         the groups of BAGS are a setting of its rows
-    folds, draws        of the images for the honest estimate; of the bootstrap
+    folds, draws, members   of the images for the honest estimate; of the bootstrap; most rows in a mean
     seed                equal seeds give equal results on the same machine
     Raises ValueError, which names the argument, for what cannot be used.
     """
-    _check_numbers(epochs=epochs, batch_size=batch_size, draws=draws, negatives=negatives, seed=seed, lr=lr)
+    _check_numbers(lr, seed, epochs=epochs, batch_size=batch_size, draws=draws, members=members, negatives=negatives)
     _check_boundaries(boundaries)
     was_balanced = isinstance(getattr(detector, "roi_heads", None), BalancedRoIHeads)
     with _random_state(detector), _frozen(detector, instance_counts) as roi_heads:
@@ -182,14 +183,14 @@ def choose_classifier(
         for length in dict.fromkeys(row.config.epochs for row in trained):
             together = [row for row in trained if row.config.epochs == length]
             train_together(together, proposals, roi_heads.fg_bg_sampler, seed, layer.weight.device)
-        return _select(detector, classifiers, seen, sets, metric, (folds, draws, seed))
+        return _select(detector, classifiers, seen, sets, metric, (folds, draws, seed, members))
 
 
-def _check_numbers(lr: float, **numbers: int) -> None:
-    for name, value in numbers.items():
+def _check_numbers(lr: float, seed: int, **numbers: int) -> None:
+    for name, value in {"seed": seed, **numbers}.items():
         least = 0 if name in ("negatives", "seed") else 1
         need(isinstance(value, int) and value >= least, name, f"a whole number of {least} or more", value)
-    need(numbers["seed"] < 2**31, "seed", "a whole number below 2 ** 31", numbers["seed"])
+    need(seed < 2**31, "seed", "a whole number below 2 ** 31", seed)
     need(isinstance(lr, int | float) and 0 < lr < math.inf, "lr", "a number above 0", lr)
 
 
@@ -335,7 +336,7 @@ def _select(
     seen: ValidationImages,
     sets: dict[str, np.ndarray],
     metric: str,
-    settings: tuple[int, int, int],
+    settings: tuple[int, int, int, int],
 ) -> ClassifierChoice:
     """Detect with the rows and their means, and say what is best."""
     names = list(classifiers)

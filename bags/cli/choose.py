@@ -4,6 +4,7 @@
     bags choose configs/glyphs-100 --pool full                 # about 50
     bags choose configs/glyphs-100 --rows seesaw "bags x4" "bags_cosine classifier.scale=10"
     bags choose configs/custom data.root=mine --metric AP_tail
+    bags choose configs/custom data.root=mine --members 1      # the best single row, no mean
     bags choose configs/glyphs-100 --seeds 0,1,2 --save results/x.json    # whole runs; mean and deviation
     bags choose configs/muscima --test test.json --test-images tiles/test    # scored once, at the end
 
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument(
         "--folds", type=int, default=5, help="parts of the images that are left out in turn (default 5)"
     )
+    parser.add_argument("--members", type=int, default=12, help="most rows in a mean (default 12; 1: a single row)")
     parser.add_argument("--draws", type=int, default=500, help="of the bootstrap over images (default 500)")
     parser.add_argument("--test", type=Path, metavar="JSON", help="annotations that nothing is chosen with")
     parser.add_argument("--test-images", type=Path, metavar="FOLDER", help="their images; default: data.val_images")
@@ -70,6 +72,7 @@ def main() -> None:
             metric=arguments.metric,
             folds=arguments.folds,
             draws=arguments.draws,
+            members=arguments.members,
             test=arguments.test,
             test_images=arguments.test_images,
         )

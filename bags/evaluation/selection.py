@@ -28,7 +28,7 @@ from bags.evaluation.truth import Truth
 
 Mixture = tuple[float, ...]  # [P] shares of the rows, of sum 1; 0 for a row that is not in it
 File = list[Detections | None]  # the matched detections of each category
-MOST_MEMBERS = 12
+MEMBERS = 12  # most rows in a mean
 GROUPS = 50  # of images, which the jackknife leaves out; all images if they are fewer
 NORMAL = 1.959964  # the 97.5 % quantile of the normal distribution
 MEMORY = 2e9  # bytes of matched detections that are kept for their second use
@@ -132,6 +132,7 @@ def choose(
     folds: int = 5,
     draws: int = 500,
     seed: int = 0,
+    members: int = MEMBERS,
     values: Callable[[Iterable[Mixture], Callable[[Mixture], np.ndarray]], list[np.ndarray]] | None = None,
 ) -> Choice:
     """Choose a mixture of P rows, and estimate what it is worth.
@@ -139,6 +140,7 @@ def choose(
     Row 0 is the control, which is taken where the metric is not defined on the images of a selection.
     detect  the matched detections of a mixture
     folds   2 to I
+    members most rows in a mean; 1 chooses a single row
     values  calls a function [V] of each mixture, and may show progress or remember what it was; by default a loop
     """
     random = np.random.default_rng(seed)
@@ -167,7 +169,7 @@ def choose(
 
     usual = student(len(left_out) - 1)
     alone, found = [single(row, rows) for row in range(rows)], dict[Mixture, Estimate]()
-    *without, mixture = best_mixtures(lambda wanted: (values or _each)(wanted, value), rows)
+    *without, mixture = best_mixtures(lambda wanted: (values or _each)(wanted, value), rows, members)
     parts = [(detect(chosen), fold_of == fold) for fold, chosen in enumerate(without)]
     crossed = merge(parts, validation.order, validation.most)
     singles = [found[row] if row in found else estimate(detect(row), usual) for row in alone]
@@ -213,17 +215,22 @@ def reach_of_folds(folds: int, rows: int = 16, draws: int = 20000) -> float:
     return float(np.percentile(np.abs(gain.sum(1)) / np.maximum(error, 1), 95))
 
 
-def best_mixtures(values: Callable[[list[Mixture]], list[np.ndarray]], rows: int) -> list[Mixture]:
-    """Choose for each of V selections: the mean of the m best rows with the highest value.
+def best_mixtures(
+    values: Callable[[list[Mixture]], list[np.ndarray]], rows: int, members: int = MEMBERS
+) -> list[Mixture]:
+    """Choose for each of V selections: the mean of the m best rows, m up to `members`, with the highest value.
 
     values: [V] of each mixture. Of equal rows the earlier one is better, of equal means that of fewer rows.
     """
-    alone = np.stack(values([single(row, rows) for row in range(rows)]))  # [P, V]
-    order = np.argsort(-alone, axis=0, kind="stable")
-    most = min(MOST_MEMBERS, rows)
-    means_of = [[_mean_of(order[: m + 1, view], rows) for m in range(most)] for view in range(alone.shape[1])]
-    wanted = list(dict.fromkeys(mixture for of_view in means_of for mixture in of_view))
-    known = dict(zip(wanted, values(wanted), strict=True))
+    alone = [single(row, rows) for row in range(rows)]
+    known = dict(zip(alone, values(alone), strict=True))
+    table = np.stack(list(known.values()))  # [P, V]
+    order = np.argsort(-table, axis=0, kind="stable")
+    most = min(members, rows)
+    means_of = [[_mean_of(order[: m + 1, view], rows) for m in range(most)] for view in range(table.shape[1])]
+    wanted = [mixture for of_view in means_of for mixture in of_view if mixture not in known]
+    wanted = list(dict.fromkeys(wanted))
+    known.update(zip(wanted, values(wanted), strict=True))
     return [max(of_view, key=lambda mixture: known[mixture][view]) for view, of_view in enumerate(means_of)]
 
 

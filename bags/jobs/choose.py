@@ -53,6 +53,7 @@ def choose(
     metric: str = "AP",
     folds: int = 5,
     draws: int = 500,
+    members: int = selection.MEMBERS,
     test: str | Path | None = None,
     test_images: str | Path | None = None,
 ) -> dict:
@@ -60,6 +61,7 @@ def choose(
 
     config, overrides: as on the command line, a dataset. pool: "quick", "full", or rows as `METHOD [xN] [adamw]
     [section.key=value]`. metric: AP, AP50, AP75, APr, APc, APf, AP1, ..., AP_tail, AP_head or AP_fixed of boxes.
+    members: most rows in a mean; 1 chooses a single row.
     test, test_images: annotations and images that nothing is chosen with, scored once at the end.
 
     Returns what `choose/choose.json` in the dataset's run folder holds; `choose/last.pth` is the chosen checkpoint.
@@ -75,7 +77,7 @@ def choose(
     if data.glyphs:
         glyphs.make_glyphs(data.root, glyphs.PRESETS[data.glyphs])
     truth = read_truth(Path(data.root, data.val))
-    _check(rows, truth, metric, folds)
+    _check(rows, truth, metric, folds, members)
     _check_test(rows[0], test, test_images)
     folder, start = rows[0].run_folder.with_name(NAME), rows[0].init_file
     if start is not None and folder.resolve() in start.resolve().parents:
@@ -83,10 +85,10 @@ def choose(
     run_jobs([[*baseline_of(path, overrides, rows), *rows]], lambda _: None)
     key = _key(rows, metric, folds, draws, *(["of all detections"] if metric == "AP_fixed" else []))
     with locks.alone(folder, "set output="):
-        content = _finished(folder, rows, key)
+        content = _finished(folder, rows, key, members)
         if content is None:
             _check_ours(folder)
-            content = _select(path, overrides, rows, truth, (metric, folds, draws), folder, key)
+            content = _select(path, overrides, rows, truth, (metric, folds, draws, members), folder, key)
             _clear(folder)
             write_text(folder / "choose.json", json.dumps(content, indent=1))
     chosen = _chosen_row(path, overrides, rows, content["chosen"])
@@ -123,8 +125,8 @@ def show(contents: Sequence[dict]) -> None:
     print(f"\n{render_choice(contents[0]) if len(contents) == 1 else render_table(rows_of_choices(contents))}")
 
 
-def _check(rows: Sequence[Config], truth: Truth, metric: str, folds: int) -> None:
-    """Raise UserError, before anything is trained, for a metric or a number of folds that cannot be used."""
+def _check(rows: Sequence[Config], truth: Truth, metric: str, folds: int, members: int) -> None:
+    """Raise UserError, before anything is trained, for a metric, folds or members that cannot be used."""
     known = [*_sets(truth, rows[0]), "AP50", "AP75", "AP_fixed"]
     if metric not in known:
         raise UserError(f"--metric {metric}: expected one of {', '.join(known)}")
@@ -135,6 +137,8 @@ def _check(rows: Sequence[Config], truth: Truth, metric: str, folds: int) -> Non
             raise UserError(f"--metric {metric}: {truth.path} holds no object of its categories: choose another")
     if len(truth.image_ids) < 2:
         raise UserError(f"{truth.path}: holds one image: expected two or more to choose with")
+    if members < 1:
+        raise UserError(f"--members {members}: expected 1 or more rows in a mean")
     if not 2 <= folds <= len(truth.image_ids):
         raise UserError(f"--folds {folds}: expected 2 to {len(truth.image_ids)}, the images of {truth.path}")
 
@@ -198,12 +202,13 @@ def _key(rows: Sequence[Config], *settings: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _finished(folder: Path, rows: Sequence[Config], key: str) -> dict | None:
+def _finished(folder: Path, rows: Sequence[Config], key: str, members: int) -> dict | None:
     """The content of `choose.json` if it is of the same rows, images and settings."""
     with contextlib.suppress(OSError, UserError):
         content = read_choice(folder / "choose.json")
         names = {row.name for row in rows}
-        if content["key"] == key and names == set(content["rows"]):
+        same = content["key"] == key and content.get("members", selection.MEMBERS) == members
+        if same and names == set(content["rows"]):
             return content
     return None
 
@@ -227,12 +232,12 @@ def _select(
     overrides: Sequence[str],
     rows: Sequence[Config],
     truth: Truth,
-    settings: tuple[str, int, int],
+    settings: tuple[str, int, int, int],
     folder: Path,
     key: str,
 ) -> dict:
     """Score the rows and their means, and say what is best."""
-    metric, folds, draws = settings
+    metric, folds, draws, members = settings
     device = torch.device("cuda" if torch.cuda.is_available() and rows[0].device != "cpu" else "cpu")
     most = FIXED if metric == "AP_fixed" else None
     mixtures = Mixtures(_average(path, overrides, rows, [1.0] * len(rows)), truth, device, most)
@@ -241,7 +246,7 @@ def _select(
     order = np.array([image["id"] for image in truth.content["images"]])
     validation = Validation(detect.objects(len(rows)), len(truth.image_ids), _sets(truth, rows[0]), name, order, most)
     memory = _Memory(folder / "mixtures.jsonl", key, folds + 1)
-    choice = selection.choose(detect, len(rows), validation, folds, draws, rows[0].seed, memory.values)
+    choice = selection.choose(detect, len(rows), validation, folds, draws, rows[0].seed, members, memory.values)
     return _content(choice, rows, settings, name, key)
 
 
@@ -277,9 +282,9 @@ class _Memory:
         return [self.known[mixture] for mixture in mixtures]
 
 
-def _content(choice: Choice, rows: Sequence[Config], settings: tuple[str, int, int], name: str, key: str) -> dict:
+def _content(choice: Choice, rows: Sequence[Config], settings: tuple[str, int, int, int], name: str, key: str) -> dict:
     """The choice as JSON."""
-    control, (metric, folds, draws) = choice.rows[0], settings
+    control, (metric, folds, draws, members) = choice.rows[0], settings
     names = [row.name for row in rows]
     simple = [0, *(number for number, row in enumerate(names) if row == BASELINE)]
     instead = choice.instead(name, simple)
@@ -306,6 +311,7 @@ def _content(choice: Choice, rows: Sequence[Config], settings: tuple[str, int, i
         "metric": metric,
         "folds": folds,
         "draws": draws,
+        "members": members,
         "seed": rows[0].seed,
         "images": len(open_index(rows[0], "val").image_ids),
         "control": names[0],

@@ -358,6 +358,7 @@ def with_target(**changes):
         ({"counts": {1: 2}}, r"instance_counts: expected one count per category, got \{1: 2\}"),
         ({"counts": "abc"}, "instance_counts: expected one count per category, got 'abc'"),
         ({"train": [([torch.full((3, 9, 9), np.nan)], [{}])]}, r"train: batch 0: images\[0\]: expected finite numbers"),
+        ({"members": 0}, "members: expected a whole number of 1 or more, got 0"),
         ({"epochs": 0}, "epochs: expected a whole number of 1 or more, got 0"),
         ({"lr": 0}, "lr: expected a number above 0, got 0"),
         ({"rows": {}}, "rows: expected a mapping"),

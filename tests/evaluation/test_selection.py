@@ -50,10 +50,10 @@ def test_ties_go_to_the_earlier_row_and_the_smaller_mean():
     assert list(map(members, best_mixtures(table(known), 3))) == ["1", "0"]  # view 1: nothing is defined, the control
 
 
-def test_most_members(monkeypatch):
-    monkeypatch.setattr(selection, "MOST_MEMBERS", 2)
+@pytest.mark.parametrize(("most", "best"), [(1, "0"), (2, "01"), (3, "012"), (9, "012")])
+def test_most_members(most, best):
     known = {"0": [3], "1": [2], "2": [1], "01": [4], "012": [9]}
-    assert list(map(members, best_mixtures(table(known), 3))) == ["01"]
+    assert list(map(members, best_mixtures(table(known), 3, most))) == [best]
 
 
 @pytest.fixture(params=[True, False], ids=["lvis", "coco"])

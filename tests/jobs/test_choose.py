@@ -186,6 +186,20 @@ def test_another_pool_is_another_choice(chosen, tmp_path):
     assert "error: choose: torchvision has no faster_rcnn with small" in done.stderr  # the classifier is no reason
 
 
+def test_a_single_row(chosen, tmp_path):
+    """With one member the best row is chosen, from the mixtures that are known, and each fold's best row without it."""
+    dataset, runs = copied(chosen, tmp_path)
+    before, known = choice(runs), (runs / "tiny/choose/mixtures.jsonl").read_text()
+    content = again(dataset, runs, members=1)
+    assert content["members"] == 1 and before["members"] == 12
+    best = max(content["rows"], key=lambda row: content["rows"][row]["numbers"]["AP"])
+    assert content["mixture"] == {best: 1.0} and [len(without) for without in content["without_fold"]] == [1, 1, 1]
+    assert content["optimistic"] == {key: content["rows"][best][key] for key in ("numbers", "gain")}
+    assert content["rows"] == before["rows"]
+    assert (runs / "tiny/choose/mixtures.jsonl").read_text() == known
+    assert again(dataset, runs, members=1) == content
+
+
 def test_other_pictures_are_not_those_of_an_older_choice(chosen, tmp_path):
     """Nothing that was found out about mixtures is used again."""
     dataset, runs = copied(chosen, tmp_path)
@@ -427,6 +441,7 @@ MISTAKES = [
     (["--rows", "ncm_fc"], "ncm_fc: expected a row that trains or calibrates only the classifier"),
     (["--folds", "9"], "--folds 9: expected 2 to 8, the images of"),
     (["--folds", "1"], "--folds 1: expected 2 to 8"),
+    (["--members", "0"], "--members 0: expected 1 or more rows in a mean"),
     (["--draws", "10"], "--draws 10: expected 100 or more"),
     (["test.precision=bf16"], "test.precision=bf16: choose scores in fp32: leave it out"),
     (["--pool", "full", "--rows", "bags"], "--pool and --rows: expected one of them"),
