@@ -34,7 +34,7 @@ def _check(content: Any) -> None:
     """Raise one of the errors above unless all parts that are shown are there and of the right types."""
     need(all(isinstance(content[key], str) for key in ("key", "metric", "control")), "names")
     need(all(isinstance(content[key], int) for key in ("folds", "draws", "images")), "settings")
-    need(isinstance(content.get("members", 1), int), "members")
+    need(type(content.get("members", 1)) is int, "members")
     need(isinstance(content["better_than_control"], bool), "better_than_control")
     rows = content["rows"]
     need(content["control"] in rows, "control")

@@ -147,17 +147,18 @@ def verdict(content: dict) -> list[str]:
     """The sentences that a choice amounts to."""
     control, mixture, title = printable(content["control"]), content["mixture"], column_title(content["metric"])
     shares = " + ".join(f"{share:.0%} {printable(name)}" for name, share in mixture.items())
+    means = "" if content.get("members") == 1 else " and their means"
     gains = {content["control"]: content["honest"]["gain"], **content.get("over_baseline", {})}
     against = " and ".join(f"{gained(gain[content['metric']])} against {printable(row)}" for row, gain in gains.items())
     lines = [
         f"The scores of {len(mixture)} of {len(content['rows'])} rows, averaged: {shares}."
         if len(mixture) > 1
-        else f"Best of {len(content['rows'])} rows and their means: {printable(next(iter(mixture)))}.",
+        else f"Best of {len(content['rows'])} rows{means}: {printable(next(iter(mixture)))}.",
         f"On images that it was not chosen with, {title} is {against}.",
     ]
     instead = content.get("instead", None if content["better_than_control"] else content["control"])
     if instead is not None and list(mixture) == [instead]:
-        lines.append(f"No other row and no mean is better: {printable(instead)} is recommended.")
+        lines.append(f"No other choice is better: {printable(instead)} is recommended.")
     elif instead is not None:
         *_, high = gains[instead][content["metric"]]
         worse = high is not None and high < 0

@@ -124,7 +124,7 @@ class ClassifierChoice:
         text += f"\nChosen: {shares}.\nOn images that it was not chosen with, {self.metric} is {' and '.join(gains)}."
         if self.instead is not None:
             text += (
-                f"\nNo other row and no mean is better than {self.instead}."
+                f"\nNo other choice is better than {self.instead}."
                 if list(self.shares) == [self.instead]
                 else f"\nThe validation images cannot tell it from {self.instead}: keep that one."
             )
@@ -146,8 +146,8 @@ def choose_classifier(
     boundaries: Sequence[int] = TestConfig.bins,
     folds: int = 5,
     draws: int = 500,
-    members: int = selection.MEMBERS,
     seed: int = 0,
+    members: int = selection.MEMBERS,
 ) -> ClassifierChoice:
     """Choose the classifier of a trained torchvision detector, which is left as it was.
 
@@ -163,8 +163,8 @@ def choose_classifier(
     metric              of boxes: AP, AP50, AP75, AP1, ..., AP_tail, AP_head; with image_counts APr, APc, APf
     boundaries          of the categories' counts for AP1, AP2, ... and tail and head, as in `bags.evaluate`; those of
                         the groups of BAGS are a setting of its rows
-    folds, draws, members   of the images for the honest estimate; of the bootstrap; most rows in a mean
-    seed                equal seeds give equal results on the same machine
+    folds, draws        of the images for the honest estimate; of the bootstrap
+    seed, members       equal seeds give equal results on the same machine; most rows in a mean, 1: a single row
     Raises ValueError, which names the argument, for what cannot be used.
     """
     _check_numbers(lr, seed, epochs=epochs, batch_size=batch_size, draws=draws, members=members, negatives=negatives)
@@ -189,7 +189,7 @@ def choose_classifier(
 def _check_numbers(lr: float, seed: int, **numbers: int) -> None:
     for name, value in {"seed": seed, **numbers}.items():
         least = 0 if name in ("negatives", "seed") else 1
-        need(isinstance(value, int) and value >= least, name, f"a whole number of {least} or more", value)
+        need(type(value) is int and value >= least, name, f"a whole number of {least} or more", value)
     need(seed < 2**31, "seed", "a whole number below 2 ** 31", seed)
     need(isinstance(lr, int | float) and 0 < lr < math.inf, "lr", "a number above 0", lr)
 
@@ -327,7 +327,7 @@ def _check_metric(metric: str, sets: dict[str, np.ndarray], folds: int, seen: Va
     inside = metric not in sets or bool(sets[metric][held].any())
     need(inside, "metric", f"a number whose categories have objects in `validation`, as {metric} has none")
     images = len(seen.truth.image_ids)
-    need(isinstance(folds, int) and 2 <= folds <= images, "folds", f"2 to {images}, the images of `validation`", folds)
+    need(type(folds) is int and 2 <= folds <= images, "folds", f"2 to {images}, the images of `validation`", folds)
 
 
 def _select(

@@ -230,7 +230,7 @@ def best_mixtures(
     means_of = [[_mean_of(order[: m + 1, view], rows) for m in range(most)] for view in range(table.shape[1])]
     wanted = [mixture for of_view in means_of for mixture in of_view if mixture not in known]
     wanted = list(dict.fromkeys(wanted))
-    known.update(zip(wanted, values(wanted), strict=True))
+    known.update(zip(wanted, values(wanted), strict=True) if wanted else ())
     return [max(of_view, key=lambda mixture: known[mixture][view]) for view, of_view in enumerate(means_of)]
 
 

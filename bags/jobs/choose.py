@@ -53,16 +53,16 @@ def choose(
     metric: str = "AP",
     folds: int = 5,
     draws: int = 500,
-    members: int = selection.MEMBERS,
     test: str | Path | None = None,
     test_images: str | Path | None = None,
+    members: int = selection.MEMBERS,
 ) -> dict:
     """Choose the classifier of a dataset: a row of the pool, or the mean of several.
 
     config, overrides: as on the command line, a dataset. pool: "quick", "full", or rows as `METHOD [xN] [adamw]
     [section.key=value]`. metric: AP, AP50, AP75, APr, APc, APf, AP1, ..., AP_tail, AP_head or AP_fixed of boxes.
-    members: most rows in a mean; 1 chooses a single row.
-    test, test_images: annotations and images that nothing is chosen with, scored once at the end.
+    test, test_images: annotations and images that nothing is chosen with, scored once at the end. members: most rows
+    in a mean; 1 chooses a single row.
 
     Returns what `choose/choose.json` in the dataset's run folder holds; `choose/last.pth` is the chosen checkpoint.
     What is finished is not done again. Raises UserError for what cannot be used.
@@ -77,7 +77,8 @@ def choose(
     if data.glyphs:
         glyphs.make_glyphs(data.root, glyphs.PRESETS[data.glyphs])
     truth = read_truth(Path(data.root, data.val))
-    _check(rows, truth, metric, folds, members)
+    _check(rows, truth, metric, folds, draws, members)
+    members = min(members, len(rows))
     _check_test(rows[0], test, test_images)
     folder, start = rows[0].run_folder.with_name(NAME), rows[0].init_file
     if start is not None and folder.resolve() in start.resolve().parents:
@@ -125,8 +126,8 @@ def show(contents: Sequence[dict]) -> None:
     print(f"\n{render_choice(contents[0]) if len(contents) == 1 else render_table(rows_of_choices(contents))}")
 
 
-def _check(rows: Sequence[Config], truth: Truth, metric: str, folds: int, members: int) -> None:
-    """Raise UserError, before anything is trained, for a metric, folds or members that cannot be used."""
+def _check(rows: Sequence[Config], truth: Truth, metric: str, *numbers: int) -> None:
+    """Raise UserError, before anything is trained, for a metric, folds, draws or members that cannot be used."""
     known = [*_sets(truth, rows[0]), "AP50", "AP75", "AP_fixed"]
     if metric not in known:
         raise UserError(f"--metric {metric}: expected one of {', '.join(known)}")
@@ -137,8 +138,10 @@ def _check(rows: Sequence[Config], truth: Truth, metric: str, folds: int, member
             raise UserError(f"--metric {metric}: {truth.path} holds no object of its categories: choose another")
     if len(truth.image_ids) < 2:
         raise UserError(f"{truth.path}: holds one image: expected two or more to choose with")
-    if members < 1:
-        raise UserError(f"--members {members}: expected 1 or more rows in a mean")
+    for name, number in zip(("folds", "draws", "members"), numbers, strict=True):
+        if type(number) is not int or number < 1:
+            raise UserError(f"--{name} {number}: expected a whole number of 1 or more")
+    folds, *_ = numbers
     if not 2 <= folds <= len(truth.image_ids):
         raise UserError(f"--folds {folds}: expected 2 to {len(truth.image_ids)}, the images of {truth.path}")
 
@@ -194,7 +197,7 @@ def _counts(truth: Truth, config: Config) -> dict[str, Any]:
 
 
 def _key(rows: Sequence[Config], *settings: object) -> str:
-    """A digest of all that a choice depends on."""
+    """A digest of all that a choice depends on, but for the number of members."""
     weights = [weights_digest(load_checkpoint(row.run_folder / "last.pth")) for row in rows]
     about = [(row.name, config_to_dict(row)["classifier"]) for row in rows]
     seen = images_digest(build_val_dataset(rows[0]))
@@ -207,7 +210,7 @@ def _finished(folder: Path, rows: Sequence[Config], key: str, members: int) -> d
     with contextlib.suppress(OSError, UserError):
         content = read_choice(folder / "choose.json")
         names = {row.name for row in rows}
-        same = content["key"] == key and content.get("members", selection.MEMBERS) == members
+        same = content["key"] == key and min(content.get("members", selection.MEMBERS), len(rows)) == members
         if same and names == set(content["rows"]):
             return content
     return None

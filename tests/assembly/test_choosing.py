@@ -307,9 +307,12 @@ def test_the_text_of_a_choice(chosen):
     assert set(chosen.over) == {"softmax", "detector"} and chosen.over["softmax"] == chosen.honest.gain["AP"]
     own = chosen.honest.values["AP"] - chosen.rows["detector"].values["AP"]
     assert chosen.over["detector"][0] == own and f" and {100 * own:+.1f} against detector (95 %: " in str(chosen)
+    one = choose(make(), members=1)
+    best = max(one.rows, key=lambda name: one.rows[name].values["AP"])
+    assert one.shares == {best: 1.0} and one.optimistic.values["AP"] == chosen.rows[best].values["AP"]
     same = choose(make(), rows={"long": ROWS["long"]})
     assert not same.better_than_control and same.instead in ("long", "detector")
-    no_better = f"No other row and no mean is better than {same.instead}."
+    no_better = f"No other choice is better than {same.instead}."
     assert str(same).endswith((no_better, f"The validation images cannot tell it from {same.instead}: keep that one."))
 
 
@@ -359,6 +362,7 @@ def with_target(**changes):
         ({"counts": "abc"}, "instance_counts: expected one count per category, got 'abc'"),
         ({"train": [([torch.full((3, 9, 9), np.nan)], [{}])]}, r"train: batch 0: images\[0\]: expected finite numbers"),
         ({"members": 0}, "members: expected a whole number of 1 or more, got 0"),
+        ({"members": True}, "members: expected a whole number of 1 or more, got True"),
         ({"epochs": 0}, "epochs: expected a whole number of 1 or more, got 0"),
         ({"lr": 0}, "lr: expected a number above 0, got 0"),
         ({"rows": {}}, "rows: expected a mapping"),

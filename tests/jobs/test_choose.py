@@ -160,7 +160,7 @@ def test_the_baseline_as_a_row(chosen, tmp_path):
     given = content | {"over_baseline": {"baseline": {"AP": [0.01, -0.01, 0.03]}}, "instead": "baseline"}
     sentences = {
         "cannot tell it from baseline, which is recommended": {"mixture": {"softmax_retrained": 1.0}},
-        "no mean is better: baseline is recommended": {"mixture": {"baseline": 1.0}},
+        "No other choice is better: baseline is recommended": {"mixture": {"baseline": 1.0}},
         "+1.0 (95 %: -1.0 to +3.0) against baseline.": {"instead": None},
     }
     for words, change in sentences.items():
@@ -191,13 +191,25 @@ def test_a_single_row(chosen, tmp_path):
     dataset, runs = copied(chosen, tmp_path)
     before, known = choice(runs), (runs / "tiny/choose/mixtures.jsonl").read_text()
     content = again(dataset, runs, members=1)
-    assert content["members"] == 1 and before["members"] == 12
+    assert content["members"] == 1 and before["members"] == len(before["rows"])
     best = max(content["rows"], key=lambda row: content["rows"][row]["numbers"]["AP"])
     assert content["mixture"] == {best: 1.0} and [len(without) for without in content["without_fold"]] == [1, 1, 1]
     assert content["optimistic"] == {key: content["rows"][best][key] for key in ("numbers", "gain")}
     assert content["rows"] == before["rows"]
     assert (runs / "tiny/choose/mixtures.jsonl").read_text() == known
     assert again(dataset, runs, members=1) == content
+    assert f"Best of {len(before['rows'])} rows: {best}." in render_choice(content | {"instead": None})
+    for number in (1.5, True, 0):
+        with pytest.raises(bags.UserError, match=f"--members {number}: expected a whole number of 1 or more"):
+            again(dataset, runs, members=number)
+
+
+def test_more_members_than_rows(chosen):
+    """No mean has more members than there are rows: the choice is the same and is not made again."""
+    dataset, runs, _ = chosen
+    written = (runs / "tiny/choose/choose.json").stat().st_mtime_ns
+    assert again(dataset, runs, members=99) == choice(runs) and choice(runs)["members"] == len(choice(runs)["rows"])
+    assert (runs / "tiny/choose/choose.json").stat().st_mtime_ns == written
 
 
 def test_other_pictures_are_not_those_of_an_older_choice(chosen, tmp_path):
@@ -441,7 +453,7 @@ MISTAKES = [
     (["--rows", "ncm_fc"], "ncm_fc: expected a row that trains or calibrates only the classifier"),
     (["--folds", "9"], "--folds 9: expected 2 to 8, the images of"),
     (["--folds", "1"], "--folds 1: expected 2 to 8"),
-    (["--members", "0"], "--members 0: expected 1 or more rows in a mean"),
+    (["--members", "0"], "--members 0: expected a whole number of 1 or more"),
     (["--draws", "10"], "--draws 10: expected 100 or more"),
     (["test.precision=bf16"], "test.precision=bf16: choose scores in fp32: leave it out"),
     (["--pool", "full", "--rows", "bags"], "--pool and --rows: expected one of them"),
